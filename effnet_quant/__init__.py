@@ -1,0 +1,27 @@
+"""effnet-quant: image classifiers, from training to a verified 8-bit engine."""
+
+from __future__ import annotations
+
+import importlib
+from typing import Any
+
+__version__ = "0.1.0"
+
+# Public name -> the module that defines it; loaded on first use, so that `import effnet_quant` stays quick.
+_PUBLIC = {
+    "UserError": "effnet_quant.errors",
+    "calibrate": "effnet_quant.quantization.calibration",
+    "create_model": "effnet_quant.api",
+    "export_onnx": "effnet_quant.deploy.onnx",
+    "list_models": "effnet_quant.models.registry",
+    "load_engine": "effnet_quant.deploy.engine",
+    "quantize": "effnet_quant.quantization.insertion",
+}
+
+__all__ = ["__version__", *sorted(_PUBLIC)]  # noqa: PLE0604
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _PUBLIC:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(importlib.import_module(_PUBLIC[name]), name)

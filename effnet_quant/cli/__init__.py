@@ -1,0 +1,1 @@
+"""One module per script: arguments in, calls to the other rooms, nothing else."""

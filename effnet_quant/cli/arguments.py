@@ -1,0 +1,162 @@
+"""The flags that scripts share, with NVIDIA's names and defaults (reference: EfficientNet for PyTorch)."""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Sequence
+from typing import Any
+
+from effnet_quant.errors import UserError
+from effnet_quant.models.registry import get_entry
+from effnet_quant.training.optimizers import OPTIMIZERS
+from effnet_quant.training.schedules import SCHEDULES
+
+DATA_BACKENDS = ("pytorch", "synthetic", "dali-gpu", "dali-cpu")
+AFFINITIES = (
+    "none",
+    "socket",
+    "socket_single",
+    "socket_single_unique",
+    "socket_unique_interleaved",
+    "socket_unique_contiguous",
+)
+
+
+class Parser(argparse.ArgumentParser):
+    """Parses arguments and notes in ``explicit`` which destinations the user gave."""
+
+    def __init__(self, description: str) -> None:
+        super().__init__(description=description, allow_abbrev=False)
+        self.add_argument("--debug", action="store_true", help="show the traceback of an error")
+
+    def parse(self, arguments: Sequence[str]) -> argparse.Namespace:
+        """The parsed arguments, with the set ``explicit`` added; prints usage and exits with status 2 if they are wrong."""
+        parsed = self.parse_args(arguments)
+        defaults = {action.dest: action.default for action in self._actions}
+        for action in self._actions:
+            action.default = argparse.SUPPRESS
+        parsed.explicit = set(vars(self.parse_args(arguments)))
+        for action in self._actions:
+            action.default = defaults[action.dest]
+        return parsed
+
+
+def boolean(text: str) -> bool:
+    """The value of flags such as ``--trt True``."""
+    if text.lower() in ("true", "1", "yes"):
+        return True
+    if text.lower() in ("false", "0", "no"):
+        return False
+    raise argparse.ArgumentTypeError(f"expected True or False, not '{text}'")
+
+
+def add_model_arguments(parser: argparse.ArgumentParser, default_arch: str | None) -> None:
+    """The architecture, its options and its weights."""
+    parser.add_argument("--arch", "-a", default=default_arch, help="model name, e.g. efficientnet-b0")
+    parser.add_argument("--num-classes", "--num_classes", type=int, default=1000, help="number of classes")
+    parser.add_argument(
+        "--conv-init", "--conv_init", choices=("fan_in", "fan_out"), default="fan_in", help="convolution initialisation"
+    )
+    parser.add_argument(
+        "--bn-momentum", "--bn_momentum", type=float, default=1 - 0.99, help="momentum of BatchNorm's statistics"
+    )
+    parser.add_argument("--bn-epsilon", "--bn_epsilon", type=float, default=1e-3, help="epsilon of BatchNorm")
+    parser.add_argument(
+        "--survival-prob", "--survival_prob", type=float, default=1, help="survival probability of the last block"
+    )
+    parser.add_argument("--dropout", type=float, default=0.2, help="dropout before the classifier")
+    parser.add_argument(
+        "--trt",
+        type=boolean,
+        default=False,
+        help="squeeze-and-excitation as 1x1 convolutions (always so when quantized)",
+    )
+    parser.add_argument("--pretrained-from-file", metavar="FILE", help="weights: .safetensors, .pth or .pth.tar")
+    parser.add_argument("--pretrained", action="store_true", help="NVIDIA's published weights")
+
+
+def add_training_arguments(parser: argparse.ArgumentParser) -> None:
+    """The flags of main.py and quant_main.py."""
+    add = parser.add_argument
+    add("data", metavar="DATA", help="folder with train/<class>/ and val/<class>/, or 'digits'")
+    add("--data-backend", "--data-backends", choices=DATA_BACKENDS, default="dali-cpu", help="how images are loaded")
+    add("--interpolation", choices=("bilinear", "bicubic"), default="bilinear", help="when resizing images")
+    add_model_arguments(parser, "resnet50")
+    add("-j", "--workers", type=int, default=5, help="data loading processes")
+    add("--prefetch", type=int, default=2, help="batches that each worker prepares ahead")
+    add("--epochs", type=int, default=90, help="epochs of the whole training")
+    add("--run-epochs", type=int, default=-1, help="epochs of this run, -1 for all that are left")
+    add("--early-stopping-patience", type=int, default=-1, help="epochs without a better top-1 before stopping")
+    add("--image-size", type=int, help="image size in pixels (default: the model's)")
+    add("-b", "--batch-size", type=int, default=256, help="images a batch")
+    add("--optimizer-batch-size", type=int, default=-1, help="images an optimizer step (gradient accumulation)")
+    add("--lr", "--learning-rate", type=float, default=0.1, help="learning rate")
+    add("--lr-schedule", choices=SCHEDULES, default="step", help="learning rate schedule, by epoch")
+    add("--end-lr", type=float, default=0, help="learning rate at the end of the schedule")
+    add("--warmup", type=int, default=0, help="epochs of linear warm-up")
+    add("--label-smoothing", type=float, default=0.0, help="label smoothing")
+    add("--mixup", type=float, default=0.0, help="mixup alpha")
+    add("--optimizer", choices=OPTIMIZERS, default="sgd", help="optimizer")
+    add("--momentum", type=float, default=0.9, help="momentum")
+    add("--weight-decay", "--wd", type=float, default=1e-4, help="weight decay")
+    add("--bn-weight-decay", action="store_true", help="let BatchNorm's parameters decay too")
+    add("--rmsprop-alpha", type=float, default=0.9, help="RMSprop's smoothing constant")
+    add("--rmsprop-eps", type=float, default=1e-3, help="RMSprop's epsilon")
+    add("--nesterov", action="store_true", help="Nesterov momentum")
+    add("--print-freq", "-p", type=int, default=10, help="batches between progress lines without a terminal")
+    add("--resume", metavar="FILE", help="checkpoint to go on from")
+    add("--static-loss-scale", type=float, default=1, help="loss scale under --amp on CUDA")
+    add("--prof", type=int, default=-1, help="run only so many batches an epoch")
+    add("--amp", action="store_true", help="mixed precision: float16 on CUDA, bfloat16 on the CPU")
+    add("--seed", type=int, help="random seed (default: a random one)")
+    add("--gather-checkpoints", type=int, default=0, help="keep the checkpoints of the last so many epochs")
+    add("--raport-file", default="experiment_raport.json", help="metrics log (JSON lines), in the workspace")
+    add("--evaluate", action="store_true", help="only evaluate")
+    add("--training-only", action="store_true", help="don't evaluate")
+    add("--no-checkpoints", dest="save_checkpoints", action="store_false", help="write no checkpoints")
+    add("--jit", choices=("no", "script"), default="no", help="TorchScript")
+    add("--checkpoint-filename", default="checkpoint.pth.tar", help="name of the latest checkpoint")
+    add("--workspace", default="./", help="folder for checkpoints and logs")
+    add("--memory-format", choices=("nchw", "nhwc"), default="nchw", help="memory layout of images and activations")
+    add("--use-ema", type=float, help="decay of an exponential moving average of the weights")
+    add("--augmentation", choices=(None, "autoaugment"), default=None, help="extra augmentation")
+    add("--gpu-affinity", choices=AFFINITIES, default="none", help="bind processes to the GPU's CPU cores")
+    add("--topk", type=int, default=5, help="k of the second accuracy")
+
+
+def refuse_unavailable(arguments: argparse.Namespace) -> None:
+    """Say so where a flag asks for something that is not there yet.
+
+    Raises:
+        UserError: one of them is used.
+    """
+    entry = get_entry(arguments.arch)
+    given = vars(arguments)
+    if given.get("pretrained"):
+        where = f"download {entry.weights_url} and pass it" if entry.weights_url else "pass a weights file"
+        raise UserError(f"--pretrained can't download weights yet; {where} with --pretrained-from-file.")
+    refused: list[tuple[str, bool, str]] = [
+        ("--mixup", bool(given.get("mixup")), "leave it at 0"),
+        ("--use-ema", given.get("use_ema") is not None, "leave it out"),
+        ("--jit script", given.get("jit") == "script", "leave it out"),
+        ("--gpu-affinity", given.get("gpu_affinity", "none") != "none", "bind the process with numactl instead"),
+        (
+            f"--data-backend {given.get('data_backend')}",
+            str(given.get("data_backend")).startswith("dali") and "data_backend" in arguments.explicit,
+            "use --data-backend pytorch",
+        ),
+    ]
+    for flag, asked, instead in refused:
+        if asked:
+            raise UserError(f"{flag} is not available yet; {instead}.")
+
+
+def model_options(arguments: argparse.Namespace) -> dict[str, Any]:
+    """The architecture's options as ``create_model`` takes them."""
+    options: dict[str, Any] = {
+        name: getattr(arguments, name)
+        for name in ("conv_init", "bn_momentum", "bn_epsilon", "survival_prob", "dropout")
+    }
+    if arguments.trt:
+        options["se_as_conv"] = True
+    return options

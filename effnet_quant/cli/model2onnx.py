@@ -1,0 +1,35 @@
+"""model2onnx.py: from weights to an ONNX file for one runtime."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+
+from effnet_quant.cli.arguments import Parser, add_model_arguments
+from effnet_quant.cli.inference import load_model
+from effnet_quant.cli.process import run
+from effnet_quant.deploy.onnx import export_onnx
+from effnet_quant.quantization.targets import TARGETS
+
+
+def job(arguments: Sequence[str]) -> int:
+    """Export as the command line says; returns the exit status."""
+    parser = Parser("Export a model, float or quantized, to ONNX.")
+    add_model_arguments(parser, None)
+    parser.add_argument("--image-size", type=int, help="image size in pixels (default: the weights', else the model's)")
+    parser.add_argument(
+        "-b", "--batch-size", type=int, default=None, help="accepted for compatibility: the exported batch is dynamic"
+    )
+    parser.add_argument("--target", choices=tuple(TARGETS), default="onnxruntime", help="the runtime to export for")
+    parser.add_argument("--output", metavar="FILE", help="file to write (default: <arch>.onnx)")
+    parsed = parser.parse(arguments)
+    model, metadata = load_model(parsed)
+    output = parsed.output or f"{parsed.arch}.onnx"
+    export_onnx(model, output, metadata["preprocessing"]["image_size"], target=parsed.target, metadata=metadata)
+    print(f"{output}: {os.path.getsize(output):,} bytes, for {parsed.target}, any batch size")
+    return 0
+
+
+def main() -> None:
+    """Entry point of the script."""
+    run(job)

@@ -1,0 +1,28 @@
+"""How every script starts and ends."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable, Sequence
+
+from effnet_quant.errors import UserError
+
+
+def run(job: Callable[[Sequence[str]], int]) -> None:
+    """Run a script's job on the command line's arguments and exit with its status.
+
+    A UserError becomes its one sentence on standard error and status 2 (its traceback too with ``--debug``); Ctrl-C
+    becomes status 130.
+    """
+    arguments = sys.argv[1:]
+    try:
+        status = job(arguments)
+    except UserError as error:
+        if "--debug" in arguments:
+            raise
+        print(f"error: {error}", file=sys.stderr)
+        status = 2
+    except KeyboardInterrupt:
+        print("interrupted", file=sys.stderr)
+        status = 130
+    sys.exit(status)

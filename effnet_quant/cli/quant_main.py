@@ -1,0 +1,88 @@
+"""quant_main.py: calibrate a network and fine-tune it with fake quantization."""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Iterator, Sequence
+
+import torch
+from torch import Tensor
+
+from effnet_quant.cli.arguments import Parser, add_training_arguments
+from effnet_quant.cli.process import run
+from effnet_quant.cli.training import Job, prepare, train_or_evaluate
+from effnet_quant.data.loaders import Loader
+from effnet_quant.data.transforms import evaluation_transform, normalize
+from effnet_quant.errors import UserError
+from effnet_quant.models.registry import get_entry
+from effnet_quant.quantization.calibration import METHODS, calibrate
+from effnet_quant.training.metrics import Stopwatch
+from effnet_quant.training.progress import progress
+from effnet_quant.training.trainer import describe
+
+
+def job(arguments: Sequence[str]) -> int:
+    """Calibrate and train, or evaluate, as the command line says; returns the exit status."""
+    parser = Parser(
+        "Quantize an image classifier: calibrate float weights (--epochs 0 stops there), then fine-tune with fake "
+        "quantization."
+    )
+    add_training_arguments(parser)
+    parser.add_argument("--calibration-method", choices=METHODS, default="percentile", help="how ranges are chosen")
+    parser.add_argument("--percentile", type=float, default=99.99, help="share of magnitudes covered, in percent")
+    parser.add_argument("--calibration-images", type=int, default=512, help="training images to calibrate with")
+    parsed = parser.parse(arguments)
+    if not get_entry(parsed.arch).quantized:
+        quantized = parsed.arch.replace("efficientnet-", "efficientnet-quant-", 1)
+        raise UserError(f"{parsed.arch} is a float model; quant_main.py wants its quantized twin, --arch {quantized}.")
+    if not parsed.resume and not parsed.pretrained_from_file:
+        raise UserError("quantization starts from trained weights; give them with --pretrained-from-file or --resume.")
+    if parsed.calibration_images < 1:
+        raise UserError(f"--calibration-images must be at least 1, not {parsed.calibration_images}.")
+    ready = prepare(parsed)
+    if not ready.has_ranges:
+        if parsed.evaluate:
+            raise UserError(
+                f"{parsed.pretrained_from_file} holds float weights without ranges; calibrate them first, "
+                "with --epochs 0 instead of --evaluate."
+            )
+        _calibrate(ready, parsed)
+    elif parsed.pretrained_from_file:
+        print("the weights bring their ranges: no calibration", flush=True)
+    status = train_or_evaluate(ready, parsed)
+    return status
+
+
+def _calibrate(ready: Job, arguments: argparse.Namespace) -> None:
+    """Ranges from training images spread evenly over the set, through the evaluation transform; then a checkpoint."""
+    assert ready.train_source is not None
+    available = len(ready.train_source)
+    count = min(arguments.calibration_images, available)
+    loader = Loader(
+        ready.train_source,
+        evaluation_transform(ready.preprocessing),
+        ready.config.batch_size,
+        workers=arguments.workers,
+        prefetch=arguments.prefetch,
+        indices=torch.arange(count) * available // count,
+    )
+    stopwatch = Stopwatch()
+
+    def batches() -> Iterator[Tensor]:
+        for images, _ in progress(loader.epoch(), len(loader), "calibrate", arguments.print_freq):
+            stopwatch.data_ready()
+            yield normalize(images.to(ready.device, non_blocking=True), ready.preprocessing)
+            stopwatch.batch_done(len(images))
+
+    calibrate(ready.model, batches(), arguments.calibration_method, arguments.percentile)
+    metrics: dict[str, float] = {"calib.images": count, **stopwatch.metrics("calib")}
+    if not arguments.training_only:
+        metrics |= ready.trainer.evaluate(ready.val, "calib", "evaluate the calibrated model")
+    ready.recorder.record(metrics)
+    print(f"calibrated on {count} images: {describe(metrics)}", flush=True)
+    ready.trainer.save()
+
+
+def main() -> None:
+    """Entry point of the script."""
+    run(job)

@@ -1,0 +1,137 @@
+"""The PyTorch backend: batches of transformed images in an order that seed and epoch determine."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import torch
+from torch import Tensor
+from torch.utils.data import DataLoader, Dataset
+
+from effnet_quant.data.sources import ImageSource
+from effnet_quant.data.transforms import Transform
+from effnet_quant.errors import UserError
+
+
+class Loader:
+    """Batches of one source: uint8 images (N, 3, H, W) and int64 labels (N,).
+
+    An epoch's order, and what the random transforms do to each image, depend on the seed, the epoch and the image's index
+    alone: not on the number of workers, nor on where in the epoch one starts.
+
+    Args:
+        source: the images.
+        transform: uint8 (3, H, W) to uint8 of one size for all.
+        batch_size: images a batch; the last batch may be smaller.
+        shuffle: a new permutation each epoch, and the last incomplete batch dropped (unless it is the only one).
+        seed: of the order and of the random transforms.
+        workers: processes that read and transform; none for sources in memory.
+        prefetch: batches that each worker prepares ahead.
+        indices: the images to use, in this order; all by default.
+    """
+
+    def __init__(
+        self,
+        source: ImageSource,
+        transform: Transform,
+        batch_size: int,
+        *,
+        shuffle: bool = False,
+        seed: int = 0,
+        workers: int = 0,
+        prefetch: int = 2,
+        indices: Tensor | None = None,
+    ) -> None:
+        self.source = source
+        self.batch_size = batch_size
+        self.shuffle = shuffle
+        self._seed = seed
+        self._workers = 0 if source.in_memory else workers
+        self._prefetch = prefetch
+        self._transform = transform
+        self._indices = torch.arange(len(source)) if indices is None else indices
+
+    def __len__(self) -> int:
+        """Batches in an epoch."""
+        images = self.num_images
+        return max(1, images // self.batch_size) if self.shuffle else -(-images // self.batch_size)
+
+    @property
+    def num_images(self) -> int:
+        """Images in the source, the ones that shuffling leaves out included."""
+        return len(self._indices)
+
+    def epoch(self, epoch: int = 0, first_batch: int = 0) -> Iterator[tuple[Tensor, Tensor]]:
+        """The batches of an epoch, from ``first_batch`` on.
+
+        Raises:
+            UserError: an image can't be read; the sentence names the file.
+        """
+        order = self._indices
+        if self.shuffle:
+            generator = torch.Generator().manual_seed(_mix(self._seed, epoch, -1))
+            order = order[torch.randperm(len(order), generator=generator)]
+        batches = [order[i * self.batch_size : (i + 1) * self.batch_size].tolist() for i in range(len(self))]
+        loader = DataLoader(
+            _TransformedImages(self.source, self._transform, _mix(self._seed, epoch, -2)),
+            batch_sampler=batches[first_batch:],
+            num_workers=self._workers,
+            prefetch_factor=self._prefetch if self._workers else None,
+            collate_fn=_collate,
+            pin_memory=torch.cuda.is_available(),
+        )
+        for batch in loader:
+            if isinstance(batch, UserError):
+                raise batch
+            yield batch
+
+
+class _TransformedImages(Dataset[tuple[Tensor, Tensor] | UserError]):
+    """Images by index; an unreadable one is returned as its error, which crosses process borders intact."""
+
+    def __init__(self, source: ImageSource, transform: Transform, seed: int) -> None:
+        self._source = source
+        self._transform = transform
+        self._seed = seed
+
+    def __getitem__(self, index: int) -> tuple[Tensor, Tensor] | UserError:
+        try:
+            image = self._source.read(index)
+        except UserError as error:
+            return error
+        with _random_state(_mix(self._seed, index, 0)):
+            return self._transform(image), self._source.labels[index]
+
+
+def _collate(items: list[tuple[Tensor, Tensor] | UserError]) -> tuple[Tensor, Tensor] | UserError:
+    images, labels = [], []
+    for item in items:
+        if isinstance(item, UserError):
+            return item
+        images.append(item[0])
+        labels.append(item[1])
+    return torch.stack(images), torch.stack(labels)
+
+
+@contextmanager
+def _random_state(seed: int) -> Iterator[None]:
+    """Torch's CPU generator seeded for a moment."""
+    generator = torch.default_generator
+    state = generator.get_state()
+    generator.manual_seed(seed)
+    try:
+        yield
+    finally:
+        generator.set_state(state)
+
+
+def _mix(a: int, b: int, c: int) -> int:
+    """One 63-bit seed from three numbers (the finaliser of splitmix64, applied once for each)."""
+    value = 0
+    for number in (a, b, c):
+        value = (value + (number + 1) * 0x9E3779B97F4A7C15) & (2**64 - 1)
+        value = ((value ^ (value >> 30)) * 0xBF58476D1CE4E5B9) & (2**64 - 1)
+        value = ((value ^ (value >> 27)) * 0x94D049BB133111EB) & (2**64 - 1)
+        value ^= value >> 31
+    return value >> 1

@@ -1,0 +1,1 @@
+"""Leaving PyTorch: ONNX export, engines, their verification and their latency."""

@@ -1,0 +1,115 @@
+"""Engines: compiled models behind one interface."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnx
+from numpy.typing import NDArray
+
+from effnet_quant.deploy.onnx import METADATA_KEY
+from effnet_quant.errors import UserError
+
+Runner = Callable[[NDArray[np.float32]], NDArray[np.float32]]
+
+
+class Engine:
+    """A compiled model; call it with images, get logits.
+
+    Attributes:
+        backend: the runtime's name.
+        metadata: what the exporter stored in the file: target, image_size and, where known, arch, classes, preprocessing.
+    """
+
+    def __init__(self, run: Runner, image_shape: tuple[int, int, int], backend: str, metadata: dict[str, Any]) -> None:
+        self._run = run
+        self._image_shape = image_shape
+        self.backend = backend
+        self.metadata = metadata
+
+    def __call__(self, images: NDArray[np.float32]) -> NDArray[np.float32]:
+        """Logits (N, classes) of normalised images (N, C, H, W), float32, for any N >= 1.
+
+        Raises:
+            UserError: the images have another shape or type.
+        """
+        images = np.asarray(images)
+        if images.ndim != 4 or images.shape[1:] != self._image_shape or len(images) == 0:
+            expected = "x".join(str(size) for size in self._image_shape)
+            raise UserError(f"the engine takes images of shape (N, {expected}), not {images.shape}; resize them first.")
+        if images.dtype != np.float32:
+            raise UserError(f"the engine takes float32 images, not {images.dtype}; normalise and convert them first.")
+        return self._run(np.ascontiguousarray(images))
+
+
+def load_engine(path: str | Path, backend: str = "onnxruntime") -> Engine:
+    """Compile an ONNX file for this machine.
+
+    Args:
+        path: a file written by ``export_onnx``.
+        backend: "onnxruntime" or "openvino".
+
+    Raises:
+        UserError: the file is missing or damaged, the backend is unknown or its package is not installed.
+    """
+    path = Path(path)
+    if backend not in _BACKENDS:
+        raise UserError(f"there is no backend '{backend}'; choose one of: {', '.join(_BACKENDS)}.")
+    if not path.is_file():
+        raise UserError(f"there is no file {path}; check the path.")
+    try:
+        model = onnx.load(path)
+        dimensions = model.graph.input[0].type.tensor_type.shape.dim
+        channels, height, width = (dimension.dim_value for dimension in dimensions[1:])
+        metadata = read_metadata(model)
+    except (ValueError, IndexError, TypeError, OSError) as error:
+        raise _damaged(path) from error
+    except Exception as error:  # protobuf's DecodeError, whose module depends on the protobuf version
+        if type(error).__name__ != "DecodeError":
+            raise
+        raise _damaged(path) from error
+    return Engine(_BACKENDS[backend](path), (channels, height, width), backend, metadata)
+
+
+def read_metadata(model: onnx.ModelProto) -> dict[str, Any]:
+    """What ``export_onnx`` stored in a model; empty for models of other tools."""
+    properties = {entry.key: entry.value for entry in model.metadata_props}
+    return dict(json.loads(properties.get(METADATA_KEY, "{}")))
+
+
+def _damaged(path: Path) -> UserError:
+    return UserError(f"{path} is truncated, damaged or no ONNX file of an image classifier; export it again.")
+
+
+def _onnxruntime(path: Path) -> Runner:
+    try:
+        import onnxruntime
+    except ImportError as error:
+        raise UserError("ONNX Runtime is not installed; pip install onnxruntime.") from error
+    options = onnxruntime.SessionOptions()
+    options.log_severity_level = 3
+    # On CPUs without VNNI the fast uint8 x int8 kernels saturate at 16 bits; with this entry ONNX Runtime uses kernels
+    # that compute what the graph says (it has no effect where VNNI is present).
+    options.add_session_config_entry("session.x64quantprecision", "1")
+    session = onnxruntime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
+    name = session.get_inputs()[0].name
+    return lambda images: session.run(None, {name: images})[0]
+
+
+def _openvino(path: Path) -> Runner:
+    try:
+        import openvino
+    except ImportError as error:
+        raise UserError("OpenVINO is not installed; pip install effnet-quant[openvino].") from error
+    # what the plugin leaves in floating point stays float32: on CPUs with AMX it would otherwise become bfloat16
+    compiled = openvino.Core().compile_model(str(path), "CPU", {"INFERENCE_PRECISION_HINT": "f32"})
+    request = compiled.create_infer_request()
+    return lambda images: np.array(request.infer({0: images})[0])
+
+
+_BACKENDS: dict[str, Callable[[Path], Runner]] = {"onnxruntime": _onnxruntime, "openvino": _openvino}
+BACKENDS = tuple(_BACKENDS)

@@ -1,0 +1,102 @@
+"""From a model to a flat graph of ATen operations in which every quantizer is one node."""
+
+from __future__ import annotations
+
+import copy
+
+import torch
+from torch import Tensor, fx, nn
+
+from effnet_quant.errors import UserError
+from effnet_quant.quantization.insertion import quantizers
+from effnet_quant.quantization.quantizer import TensorQuantizer
+
+
+@torch.library.custom_op("effnet_quant::fake_quantize", mutates_args=())
+def fake_quantize_node(x: Tensor, scale: Tensor, low: int, high: int) -> Tensor:
+    """Marks a quantizer in a traced graph; computes what the quantizer does."""
+    return torch.clamp(torch.round(x / scale), low, high) * scale
+
+
+@fake_quantize_node.register_fake
+def _(x: Tensor, scale: Tensor, low: int, high: int) -> Tensor:
+    return torch.empty_like(x)
+
+
+class _MarkedQuantizer(nn.Module):
+    """Stands in for a TensorQuantizer while the model is traced."""
+
+    scale: Tensor
+
+    def __init__(self, quantizer: TensorQuantizer) -> None:
+        super().__init__()
+        self.bounds = quantizer.spec.bounds
+        self.register_buffer("scale", quantizer.scale.clone())
+
+    def forward(self, x: Tensor) -> Tensor:
+        low, high = self.bounds
+        return fake_quantize_node(x, self.scale, low, high)
+
+
+class TracedModel:
+    """The operations of a model in eval mode, in order, with its parameters and buffers as constants.
+
+    Attributes:
+        nodes: the graph's nodes; each ``call_function`` node has an ATen overload or ``fake_quantize_node`` as target.
+        constants: the value of every placeholder node but the input's, as float32 (or integer) CPU tensors.
+        input: the placeholder of the images.
+        output: the node that computes the logits.
+    """
+
+    def __init__(self, program: torch.export.ExportedProgram) -> None:
+        signature = program.graph_signature
+        values = {**dict(program.state_dict), **program.constants}
+        names = {**signature.inputs_to_parameters, **signature.inputs_to_buffers}
+        names.update(signature.inputs_to_lifted_tensor_constants)
+        self.nodes = list(program.graph.nodes)
+        self.constants: dict[fx.Node, Tensor] = {}
+        for node in self.nodes:
+            if node.op != "placeholder":
+                continue
+            if node.name in names:
+                self.constants[node] = values[names[node.name]].detach().cpu()
+            else:
+                self.input = node
+        output_node = next(node for node in self.nodes if node.op == "output")
+        self.output: fx.Node = output_node.args[0][0]
+
+
+def trace(model: nn.Module, image_size: int, in_channels: int = 3) -> TracedModel:
+    """Trace ``model`` on an image batch of dynamic size; the model itself is left untouched.
+
+    Raises:
+        UserError: the model has quantizers without ranges, or can't be traced.
+    """
+    missing = [name for name, quantizer in quantizers(model) if not quantizer.calibrated]
+    if missing:
+        raise UserError(
+            f"{len(missing)} quantizers have no range yet ({', '.join(missing[:3])}, …); "
+            "calibrate the model or load quantized weights before exporting it."
+        )
+    marked = copy.deepcopy(model).cpu().float().eval().to(memory_format=torch.contiguous_format)
+    for name, quantizer in list(quantizers(marked)):
+        replacement: nn.Module = _MarkedQuantizer(quantizer) if quantizer.enabled else nn.Identity()
+        marked.set_submodule(name, replacement)
+    images = torch.zeros(2, in_channels, image_size, image_size)
+    batch = torch.export.Dim("batch", min=1)
+    try:
+        with torch.no_grad():
+            program = torch.export.export(marked, (images,), dynamic_shapes=({0: batch},), strict=False)
+    except Exception as error:
+        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        raise UserError(
+            f"the model can't be traced at {image_size} px: {reason}; is the image size large enough for it?"
+        ) from error
+    return TracedModel(program)
+
+
+def module_path(node: fx.Node) -> str:
+    """Dotted name of the module that a node comes from, e.g. "stem.conv"."""
+    stack = node.meta.get("nn_module_stack") or {}
+    paths = [path for path, _ in stack.values()]
+    return paths[-1] if paths else ""

@@ -1,0 +1,64 @@
+"""Does the engine do what the simulation said? Both on the same images."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor, nn
+
+from effnet_quant.errors import UserError
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """An engine beside its simulation.
+
+    Attributes:
+        images: how many were compared.
+        engine_top1, simulation_top1: accuracies in percent.
+        agreement: share of the images, in percent, to which both give the same class.
+        logit_error: ||engine - simulation|| / ||simulation|| over all logits.
+    """
+
+    images: int
+    engine_top1: float
+    simulation_top1: float
+    agreement: float
+    logit_error: float
+
+
+@torch.no_grad()
+def compare(
+    engine: Callable[[NDArray[np.float32]], NDArray[np.float32]],
+    simulation: nn.Module,
+    batches: Iterable[tuple[Tensor, Tensor]],
+) -> Comparison:
+    """Run both on batches of normalised float images (N, C, H, W) and labels (N,), on the CPU.
+
+    Raises:
+        UserError: there are no images.
+    """
+    simulation = simulation.cpu().eval()
+    engine_logits, simulation_logits, all_labels = [], [], []
+    for images, labels in batches:
+        engine_logits.append(torch.from_numpy(engine(images.numpy())))
+        simulation_logits.append(simulation(images))
+        all_labels.append(labels)
+    if not all_labels:
+        raise UserError("there are no images to compare the engine and its simulation on.")
+    got, expected, truth = torch.cat(engine_logits), torch.cat(simulation_logits), torch.cat(all_labels)
+
+    def percent(hits: Tensor) -> float:
+        return 100 * hits.double().mean().item()
+
+    return Comparison(
+        images=len(truth),
+        engine_top1=percent(got.argmax(1) == truth),
+        simulation_top1=percent(expected.argmax(1) == truth),
+        agreement=percent(got.argmax(1) == expected.argmax(1)),
+        logit_error=((got - expected).norm() / expected.norm()).item(),
+    )

@@ -1,0 +1,38 @@
+"""Writing files so that a crash, a full disk or a signal leaves either the old file or the new one, never half of one."""
+
+from __future__ import annotations
+
+import os
+import tempfile
+from pathlib import Path
+
+from effnet_quant.errors import UserError
+
+
+def replace_file(path: Path, content: bytes) -> None:
+    """Write ``content`` to a temporary file beside ``path``, fsync it and rename it over ``path``.
+
+    Raises:
+        UserError: the folder is missing or not writable, or the disk is full; ``path`` is as it was.
+    """
+    temporary: str | None = None
+    try:
+        with tempfile.NamedTemporaryFile(dir=path.parent, prefix=f".{path.name}.", delete=False) as file:
+            temporary = file.name
+            file.write(content)
+            file.flush()
+            os.fsync(file.fileno())
+        os.chmod(temporary, 0o666 & ~_umask())
+        os.replace(temporary, path)
+    except OSError as error:
+        if temporary is not None and os.path.exists(temporary):
+            os.unlink(temporary)
+        raise UserError(
+            f"can't write {path}: {error.strerror or error}; free some space or choose another place."
+        ) from error
+
+
+def _umask() -> int:
+    current = os.umask(0)
+    os.umask(current)
+    return current

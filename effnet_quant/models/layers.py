@@ -1,0 +1,77 @@
+"""Building blocks of the EfficientNet family: convolution unit, squeeze-and-excitation, quantizer slots."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+
+class QuantPoint(nn.Identity):
+    """A named place where a quantizer may sit; the identity until one is put there.
+
+    Convolutions and linear layers carry their quantizers themselves. Elementwise operations have no module of their own,
+    so the definition marks their operands with a QuantPoint, and float and quantized networks stay one definition.
+    """
+
+
+class ConvBNAct(nn.Sequential):
+    """Convolution without bias, BatchNorm, and (unless ``activation`` is False) SiLU; children conv, bn, act.
+
+    Padding is ``(kernel_size - 1) // 2`` on every side, as in NVIDIA's definition, so an even input of size n gives
+    n / stride.
+    """
+
+    def __init__(
+        self,
+        in_channels: int,
+        out_channels: int,
+        kernel_size: int,
+        *,
+        stride: int = 1,
+        groups: int = 1,
+        activation: bool = True,
+        bn_momentum: float = 0.01,
+        bn_epsilon: float = 1e-3,
+    ) -> None:
+        super().__init__()
+        padding = (kernel_size - 1) // 2
+        self.conv = nn.Conv2d(in_channels, out_channels, kernel_size, stride, padding, groups=groups, bias=False)
+        self.bn = nn.BatchNorm2d(out_channels, eps=bn_epsilon, momentum=bn_momentum)
+        if activation:
+            self.act = nn.SiLU(inplace=True)
+
+
+class SqueezeExcitation(nn.Module):
+    """Squeeze-and-excitation (Hu et al. 2018): x * sigmoid(expand(SiLU(squeeze(mean(x))))).
+
+    Args:
+        channels: channels of the input, shape (N, channels, H, W).
+        squeezed: width of the bottleneck.
+        as_conv: hold the two layers as 1x1 convolutions (weights (out, in, 1, 1), what TensorRT fuses best and what the
+            quantized networks use) instead of linear layers (weights (out, in)).
+    """
+
+    def __init__(self, channels: int, squeezed: int, *, as_conv: bool) -> None:
+        super().__init__()
+        self.as_conv = as_conv
+        self.pooling = nn.AdaptiveAvgPool2d(1)
+        self.squeeze: nn.Module
+        self.expand: nn.Module
+        if as_conv:
+            self.squeeze = nn.Conv2d(channels, squeezed, 1)
+            self.expand = nn.Conv2d(squeezed, channels, 1)
+        else:
+            self.squeeze = nn.Linear(channels, squeezed)
+            self.expand = nn.Linear(squeezed, channels)
+        self.act = nn.SiLU(inplace=True)
+        self.mul_a_quantizer = QuantPoint()
+        self.mul_b_quantizer = QuantPoint()
+
+    def forward(self, x: Tensor) -> Tensor:
+        gate = self.pooling(x)
+        if not self.as_conv:
+            gate = gate.flatten(1)
+        gate = torch.sigmoid(self.expand(self.act(self.squeeze(gate))))
+        if not self.as_conv:
+            gate = gate.unsqueeze(2).unsqueeze(3)
+        return self.mul_a_quantizer(gate) * self.mul_b_quantizer(x)

@@ -1,0 +1,1 @@
+"""How a network becomes 8-bit."""

@@ -1,0 +1,84 @@
+"""Quantized twins of the layers that carry quantizers.
+
+The children are called ``_input_quantizer`` and ``_weight_quantizer``, as in NVIDIA's pytorch-quantization, so that state
+dicts are exchangeable. Elementwise operations have no twin: a TensorQuantizer takes the place of each QuantPoint that
+marks their operands (``mul_a_quantizer``, ``mul_b_quantizer``, ``residual_quantizer``).
+"""
+
+from __future__ import annotations
+
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from effnet_quant.quantization.quantizer import TensorQuantizer
+from effnet_quant.quantization.spec import QuantSpec
+
+
+class QuantConv2d(nn.Conv2d):
+    """Conv2d over the quantized input and the quantized weights; the bias and the result stay float."""
+
+    _input_quantizer: TensorQuantizer
+    _weight_quantizer: TensorQuantizer
+
+    @staticmethod
+    def from_float(conv: nn.Conv2d, spec: QuantSpec) -> QuantConv2d:
+        """The twin of ``conv``, sharing its parameters."""
+        twin = QuantConv2d(
+            conv.in_channels,
+            conv.out_channels,
+            conv.kernel_size,  # type: ignore[arg-type]
+            conv.stride,  # type: ignore[arg-type]
+            conv.padding,  # type: ignore[arg-type]
+            conv.dilation,  # type: ignore[arg-type]
+            conv.groups,
+            conv.bias is not None,
+            conv.padding_mode,
+            device="meta",
+        )
+        _adopt_weight(twin, conv, spec)
+        return twin
+
+    def forward(self, input: Tensor) -> Tensor:
+        return self._conv_forward(self._input_quantizer(input), self._weight_quantizer(self.weight), self.bias)
+
+
+class QuantLinear(nn.Linear):
+    """Linear over the quantized input and the quantized weights; the bias and the result stay float."""
+
+    _input_quantizer: TensorQuantizer
+    _weight_quantizer: TensorQuantizer
+
+    @staticmethod
+    def from_float(linear: nn.Linear, spec: QuantSpec) -> QuantLinear:
+        """The twin of ``linear``, sharing its parameters."""
+        twin = QuantLinear(linear.in_features, linear.out_features, linear.bias is not None, device="meta")
+        _adopt_weight(twin, linear, spec)
+        return twin
+
+    def forward(self, input: Tensor) -> Tensor:
+        return F.linear(self._input_quantizer(input), self._weight_quantizer(self.weight), self.bias)
+
+
+class QuantAdaptiveAvgPool2d(nn.AdaptiveAvgPool2d):
+    """AdaptiveAvgPool2d over the quantized input."""
+
+    _input_quantizer: TensorQuantizer
+
+    @staticmethod
+    def from_float(pooling: nn.AdaptiveAvgPool2d, spec: QuantSpec) -> QuantAdaptiveAvgPool2d:
+        """The twin of ``pooling``."""
+        twin = QuantAdaptiveAvgPool2d(pooling.output_size)
+        twin._input_quantizer = TensorQuantizer(spec.activation)
+        return twin
+
+    def forward(self, input: Tensor) -> Tensor:
+        return super().forward(self._input_quantizer(input))
+
+
+def _adopt_weight(twin: QuantConv2d | QuantLinear, layer: nn.Conv2d | nn.Linear, spec: QuantSpec) -> None:
+    twin.weight, twin.bias = layer.weight, layer.bias
+    twin.training = layer.training
+    twin._input_quantizer = TensorQuantizer(spec.activation).to(layer.weight.device)
+    twin._weight_quantizer = TensorQuantizer(spec.weight, spec.weight.amax_shape(tuple(layer.weight.shape))).to(
+        layer.weight.device
+    )

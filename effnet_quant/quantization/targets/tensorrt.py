@@ -1,0 +1,12 @@
+"""TensorRT: int8 with zero point 0 everywhere, float biases; it fuses the activation, the residual addition and the next
+quantizer into the convolution itself (NVIDIA's placement, the one the quantized models are built with)."""
+
+from effnet_quant.quantization.targets.rules import Target
+
+TENSORRT = Target(
+    name="tensorrt",
+    activation_dtype="int8",
+    quantized_inputs=frozenset({"conv", "linear", "pool", "mul", "add"}),
+    quantized_outputs=False,
+    quantized_bias=False,
+)

@@ -1,0 +1,78 @@
+"""Checkpoints: what a run needs to go on as if it had never stopped."""
+
+from __future__ import annotations
+
+import io
+from pathlib import Path
+from typing import Any
+
+import torch
+
+import effnet_quant
+from effnet_quant.errors import UserError
+from effnet_quant.files import replace_file
+from effnet_quant.models.weights import read_torch_file
+
+BEST_FILENAME = "model_best.pth.tar"
+
+
+def save_checkpoint(
+    state: dict[str, Any], workspace: Path, filename: str, *, is_best: bool = False, gather: int = 0
+) -> None:
+    """Write a checkpoint, and copies as the best and the epoch's own where asked for; each file whole or not at all.
+
+    Args:
+        state: tensors and plain values.
+        workspace: the folder.
+        filename: of the latest checkpoint.
+        is_best: also write ``model_best.pth.tar``.
+        gather: keep that many epochs' checkpoints as ``checkpoint-<epoch>.pth.tar``.
+
+    Raises:
+        UserError: a file can't be written; the previous ones are intact.
+    """
+    buffer = io.BytesIO()
+    versions = {"effnet_quant": effnet_quant.__version__, "torch": str(torch.__version__)}
+    torch.save({**state, "versions": versions}, buffer)
+    content = buffer.getvalue()
+    replace_file(workspace / filename, content)
+    if is_best:
+        replace_file(workspace / BEST_FILENAME, content)
+    if gather > 0:
+        replace_file(workspace / f"checkpoint-{state['epoch']:04d}.pth.tar", content)
+        for old in sorted(workspace.glob("checkpoint-[0-9]*.pth.tar"))[:-gather]:
+            old.unlink()
+
+
+def load_checkpoint(path: str | Path) -> dict[str, Any]:
+    """Read a checkpoint of ours or of NVIDIA's scripts, executing nothing in it.
+
+    Raises:
+        UserError: the file is missing, damaged, refused, or no checkpoint.
+    """
+    state = read_torch_file(path)
+    if not isinstance(state, dict) or "state_dict" not in state or "epoch" not in state:
+        raise UserError(
+            f"{path} is no checkpoint (it has no 'state_dict' and 'epoch'); "
+            "start from plain weights with --pretrained-from-file instead of --resume."
+        )
+    return state
+
+
+def prepare_workspace(path: str | Path) -> Path:
+    """Create the folder that a run writes to, and make sure it can be written.
+
+    Raises:
+        UserError: it can't.
+    """
+    workspace = Path(path)
+    probe = workspace / ".effnet_quant_probe"
+    try:
+        workspace.mkdir(parents=True, exist_ok=True)
+        probe.write_bytes(b"")
+        probe.unlink()
+    except OSError as error:
+        raise UserError(
+            f"can't write to the workspace {workspace}: {error.strerror}; choose another folder with --workspace."
+        ) from error
+    return workspace

@@ -1,0 +1,51 @@
+"""Packaging of effnet-quant; the tools' settings are in pyproject.toml."""
+
+import re
+from pathlib import Path
+
+from setuptools import find_packages, setup
+
+root = Path(__file__).parent
+version = re.search(r'__version__ = "(.+)"', (root / "effnet_quant/__init__.py").read_text(encoding="utf-8"))
+assert version is not None
+
+openvino = ["openvino>=2025.0"]
+report = ["matplotlib>=3.8"]
+
+setup(
+    name="effnet-quant",
+    version=version.group(1),
+    description="Train, quantize to 8 bits, export and verify EfficientNet and other image classifiers",
+    long_description=(root / "README.md").read_text(encoding="utf-8"),
+    long_description_content_type="text/markdown",
+    license="Apache-2.0",
+    python_requires=">=3.10",
+    packages=find_packages(include=["effnet_quant", "effnet_quant.*"]),
+    install_requires=[
+        "torch>=2.8",
+        "torchvision>=0.23",
+        "numpy>=1.26",
+        "onnx>=1.17",
+        "onnxruntime>=1.20",
+        "pillow>=10",
+        "safetensors>=0.4.5",
+        "scikit-learn>=1.4",
+        "tqdm>=4.66",
+    ],
+    extras_require={
+        "openvino": openvino,
+        "report": report,
+        "dali": ["nvidia-dali-cuda130"],
+        "tensorrt": ["tensorrt>=10.0"],
+        "dev": [
+            *openvino,
+            *report,
+            "pytest>=8",
+            "hypothesis>=6.100",
+            "ruff>=0.8",
+            "mypy>=1.13",
+            "types-tqdm",
+            "timm>=1.0.15",
+        ],
+    },
+)
