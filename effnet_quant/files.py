@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import tempfile
 from pathlib import Path
@@ -25,11 +26,18 @@ def replace_file(path: Path, content: bytes) -> None:
         os.chmod(temporary, 0o666 & ~_umask())
         os.replace(temporary, path)
     except OSError as error:
-        if temporary is not None and os.path.exists(temporary):
+        raise UserError(f"can't write {path}: {_reason(error, path)}.") from error
+    finally:
+        if temporary is not None and os.path.exists(temporary):  # not renamed: an error, or Ctrl-C
             os.unlink(temporary)
-        raise UserError(
-            f"can't write {path}: {error.strerror or error}; free some space or choose another place."
-        ) from error
+
+
+def _reason(error: OSError, path: Path) -> str:
+    if error.errno == errno.ENOENT:
+        return f"there is no folder {path.parent}; create it first"
+    if error.errno in (errno.ENOSPC, errno.EDQUOT):
+        return "the disk is full; free some space or choose another place"
+    return f"{error.strerror or error}; choose another place"
 
 
 def _umask() -> int:

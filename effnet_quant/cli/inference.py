@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import sys
 from typing import Any
 
 from torch import nn
@@ -40,12 +41,15 @@ def load_model(arguments: argparse.Namespace) -> tuple[nn.Module, dict[str, Any]
             f"{arguments.pretrained_from_file} holds float weights without ranges; calibrate them with "
             f"quant_main.py --epochs 0, or use the float model."
         )
-    size = arguments.image_size
-    preprocessing = weights.metadata.get("preprocessing")
-    if preprocessing is None or size not in (None, preprocessing["image_size"]):
-        size = size or entry.image_size
-        preprocessing = Preprocessing(size, size + CROP_MARGIN).to_json()
-    metadata = {"arch": arguments.arch, "num_classes": num_classes, "preprocessing": preprocessing}
+    if not entry.quantized and any(name.endswith("_amax") for name in weights.tensors):
+        print(f"note: {arguments.arch} is a float model; the ranges in the weights are left out", file=sys.stderr)
+    if "preprocessing" in weights.metadata:
+        preprocessing = Preprocessing.from_json(weights.metadata["preprocessing"])
+    else:
+        preprocessing = Preprocessing(entry.image_size, entry.image_size + CROP_MARGIN)
+    if arguments.image_size is not None:
+        preprocessing = preprocessing.resized(arguments.image_size)
+    metadata = {"arch": arguments.arch, "num_classes": num_classes, "preprocessing": preprocessing.to_json()}
     if "classes" in weights.metadata:
         metadata["classes"] = weights.metadata["classes"]
     return model.eval(), metadata

@@ -39,8 +39,14 @@ def job(arguments: Sequence[str]) -> int:
         raise UserError("quantization starts from trained weights; give them with --pretrained-from-file or --resume.")
     if parsed.calibration_images < 1:
         raise UserError(f"--calibration-images must be at least 1, not {parsed.calibration_images}.")
+    if not 0 < parsed.percentile <= 100:
+        raise UserError(f"--percentile must be above 0 and at most 100, not {parsed.percentile}.")
     ready = prepare(parsed)
     if not ready.has_ranges:
+        if parsed.resume:
+            raise UserError(
+                f"{parsed.resume} holds no ranges; start from it with --pretrained-from-file to calibrate it."
+            )
         if parsed.evaluate:
             raise UserError(
                 f"{parsed.pretrained_from_file} holds float weights without ranges; calibrate them first, "
@@ -49,8 +55,7 @@ def job(arguments: Sequence[str]) -> int:
         _calibrate(ready, parsed)
     elif parsed.pretrained_from_file:
         print("the weights bring their ranges: no calibration", flush=True)
-    status = train_or_evaluate(ready, parsed)
-    return status
+    return train_or_evaluate(ready, parsed)
 
 
 def _calibrate(ready: Job, arguments: argparse.Namespace) -> None:

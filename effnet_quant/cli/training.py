@@ -6,6 +6,7 @@ import argparse
 import os
 import random
 import sys
+from collections.abc import Callable
 from dataclasses import dataclass, fields
 from typing import Any
 
@@ -19,7 +20,7 @@ from effnet_quant.data.sources import DIGITS, ImageSource, SyntheticSource, open
 from effnet_quant.data.transforms import CROP_MARGIN, Preprocessing, evaluation_transform, training_transform
 from effnet_quant.errors import UserError
 from effnet_quant.models.registry import get_entry
-from effnet_quant.models.weights import load_weights, read_weights
+from effnet_quant.models.weights import Weights, load_weights, read_weights
 from effnet_quant.training.checkpoint import load_checkpoint, prepare_workspace
 from effnet_quant.training.config import TrainConfig
 from effnet_quant.training.metrics import Recorder
@@ -70,11 +71,16 @@ def prepare(arguments: argparse.Namespace) -> Job:
     has_ranges = not entry.quantized
     checkpoint: dict[str, Any] | None = None
     if arguments.resume:
-        checkpoint, has_ranges = load_checkpoint(arguments.resume), True
+        if arguments.pretrained_from_file:
+            raise UserError("--resume and --pretrained-from-file both bring weights; give one of them.")
+        checkpoint = load_checkpoint(arguments.resume)
+        has_ranges = load_weights(model, Weights(checkpoint["state_dict"], source=arguments.resume))
     elif arguments.pretrained_from_file:
         has_ranges = load_weights(model, read_weights(arguments.pretrained_from_file))
     workspace = prepare_workspace(arguments.workspace)
     recorder = Recorder(workspace / arguments.raport_file)
+    if "data_backend" not in arguments.explicit:
+        print("data backend: pytorch", flush=True)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     if config.amp and device.type == "cpu":
         print("no GPU: --amp runs in bfloat16, without a loss scale", flush=True)
@@ -122,8 +128,10 @@ def _config(arguments: argparse.Namespace) -> TrainConfig:
     if arguments.seed is None:
         values["seed"] = random.SystemRandom().randrange(2**31)
     config = TrainConfig(**values)
-    if config.batch_size < 1:
-        raise UserError(f"the batch size must be at least 1, not {config.batch_size}; change --batch-size.")
+    for flag, allowed in _ALLOWED.items():
+        value = getattr(arguments, flag.replace("-", "_"))
+        if value is not None and not allowed.contains(value):
+            raise UserError(f"--{flag} must be {allowed.words}, not {value}.")
     if config.optimizer_batch_size >= 0 and (
         config.optimizer_batch_size < config.batch_size or config.optimizer_batch_size % config.batch_size
     ):
@@ -134,6 +142,39 @@ def _config(arguments: argparse.Namespace) -> TrainConfig:
     if config.nesterov and (config.optimizer != "sgd" or config.momentum <= 0):
         raise UserError("--nesterov goes with --optimizer sgd and a momentum above 0.")
     return config
+
+
+@dataclass(frozen=True)
+class _Allowed:
+    """Which numbers a flag takes, as a test and in words."""
+
+    contains: Callable[[float], bool]
+    words: str
+
+
+_AT_LEAST_ONE = _Allowed(lambda value: value >= 1, "at least 1")
+_NOT_NEGATIVE = _Allowed(lambda value: value >= 0, "0 or more")
+_ALLOWED = {
+    "num-classes": _AT_LEAST_ONE,
+    "batch-size": _AT_LEAST_ONE,
+    "image-size": _AT_LEAST_ONE,
+    "print-freq": _AT_LEAST_ONE,
+    "prefetch": _AT_LEAST_ONE,
+    "topk": _AT_LEAST_ONE,
+    "workers": _NOT_NEGATIVE,
+    "epochs": _NOT_NEGATIVE,
+    "warmup": _NOT_NEGATIVE,
+    "lr": _NOT_NEGATIVE,
+    "end-lr": _NOT_NEGATIVE,
+    "momentum": _NOT_NEGATIVE,
+    "weight-decay": _NOT_NEGATIVE,
+    "gather-checkpoints": _NOT_NEGATIVE,
+    "static-loss-scale": _Allowed(lambda value: value > 0, "above 0"),
+    "prof": _Allowed(lambda value: value == -1 or value >= 1, "-1 (all batches) or at least 1"),
+    "label-smoothing": _Allowed(lambda value: 0 <= value <= 1, "between 0 and 1"),
+    "dropout": _Allowed(lambda value: 0 <= value < 1, "at least 0 and below 1"),
+    "survival-prob": _Allowed(lambda value: 0 < value <= 1, "above 0 and at most 1"),
+}
 
 
 def _preprocessing(arguments: argparse.Namespace, default_size: int) -> Preprocessing:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 import torch
@@ -33,6 +33,10 @@ class Preprocessing:
     interpolation: str = "bilinear"
     mean: tuple[float, float, float] = IMAGENET_MEAN
     std: tuple[float, float, float] = IMAGENET_STD
+
+    def resized(self, image_size: int) -> Preprocessing:
+        """The same for another image size, with the same margin around the crop."""
+        return replace(self, image_size=image_size, resize_size=image_size + self.resize_size - self.image_size)
 
     def to_json(self) -> dict[str, Any]:
         """Plain values for a file's metadata."""

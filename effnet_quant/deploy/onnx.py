@@ -16,14 +16,14 @@ from torch import Tensor, fx, nn
 from effnet_quant.deploy.graph import LARGEST_BIAS, GraphWriter
 from effnet_quant.deploy.operators import IDENTITIES, OPERATION_KINDS, OPERATIONS
 from effnet_quant.deploy.ranges import NeededRanges, affine_uint8
-from effnet_quant.deploy.tracing import TracedModel, fake_quantize_node, module_path, trace
+from effnet_quant.deploy.tracing import FAKE_QUANTIZE, TracedModel, module_path, trace
 from effnet_quant.errors import UserError
 from effnet_quant.files import replace_file
+from effnet_quant.models.weights import METADATA_KEY
 from effnet_quant.quantization.targets import get_target
 
 aten = torch.ops.aten
 OPSET = 17
-METADATA_KEY = "effnet_quant"
 
 
 @dataclass
@@ -99,6 +99,7 @@ class _Exporter:
         self.target = writer.target
         self.names: dict[fx.Node, str] = {}
         self.input_scales: dict[str, float] = {}  # of values behind a quantizer
+        self.integer_convolutions: set[str] = set()
 
     def run(self, image_size: int) -> onnx.ModelProto:
         self.names[self.traced.input] = "input"
@@ -112,7 +113,7 @@ class _Exporter:
 
     def _emit(self, node: fx.Node) -> None:
         path = module_path(node)
-        if node.target is fake_quantize_node._opoverload:
+        if node.target is FAKE_QUANTIZE:
             if node.args[0] not in self.traced.constants:  # quantized weights are written with their layer
                 self.names[node] = self._quantized_activation(node)
         elif node.target in (aten.conv2d.default, aten.linear.default):
@@ -156,7 +157,7 @@ class _Exporter:
         stride, padding, dilation, groups = given + [1, 0, 1, 1][len(given) :]
         if isinstance(padding, str):
             raise UserError(f"{path}: padding={padding!r} can't be exported; give the padding as numbers.")
-        return self.writer.node(
+        name = self.writer.node(
             "Conv",
             names,
             path,
@@ -166,6 +167,9 @@ class _Exporter:
             dilations=_pair(dilation),
             group=groups,
         )
+        if layer.scale is not None and x in self.input_scales:
+            self.integer_convolutions.add(name)
+        return name
 
     def _weight_and_bias(self, layer: _Layer, input_scale: float | None, path: str) -> list[str]:
         bias = layer.bias
@@ -208,18 +212,15 @@ class _Exporter:
         """Put QDQ behind integer convolutions whose output is not quantized yet."""
         writer = self.writer
         ranges = NeededRanges(writer.nodes, writer.initializers)
-        integer_layers = [
-            node for node in writer.nodes if node.op_type == "Conv" and node.input[1].endswith("/DequantizeLinear")
-        ]
-        for layer in integer_layers:
+        for layer in [node for node in writer.nodes if node.name in self.integer_convolutions]:
             value = layer.output[0]
             consumers = [node for node in writer.nodes if value in node.input]
             if len(consumers) == 1 and consumers[0].op_type == "QuantizeLinear":
                 continue
-            interval = ranges.of(value)
-            if interval is None:
+            needed = ranges.of(value)
+            if needed is None:
                 continue  # stays a float convolution on dequantized inputs
-            scale, zero_point = affine_uint8(interval)
+            scale, zero_point = affine_uint8(needed.low, needed.high)
             replacement = writer.quantized_activation(value, scale, zero_point, f"{layer.name}.output")
             for node in consumers:
                 node.input[:] = [replacement if name == value else name for name in node.input]

@@ -10,6 +10,7 @@ that could be told apart, for any weights and any data.
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from typing import NamedTuple
 
 import numpy as np
@@ -19,22 +20,23 @@ import onnx
 SILU_MINIMUM_AT = -1.2784645427610738
 
 
-class Interval(NamedTuple):
-    """A closed interval of real numbers."""
+class Needed(NamedTuple):
+    """What matters of a value: a closed interval, and the finest step that a quantizer behind it tells apart."""
 
     low: float
     high: float
+    step: float
 
 
-def affine_uint8(interval: Interval) -> tuple[float, int]:
-    """Scale and zero point of the uint8 grid that covers the interval and zero."""
-    low, high = min(interval.low, 0.0), max(interval.high, 0.0)
+def affine_uint8(low: float, high: float) -> tuple[float, int]:
+    """Scale and zero point of the uint8 grid that covers [low, high] and zero."""
+    low, high = min(low, 0.0), max(high, 0.0)
     scale = float(np.float32((high - low) / 255))
     return scale, min(255, max(0, round(-low / scale)))
 
 
 class NeededRanges:
-    """Answers which interval of a value matters, for the nodes of one graph.
+    """Answers what matters of a value, for the nodes of one graph.
 
     Args:
         nodes: the graph, in any order.
@@ -51,24 +53,21 @@ class NeededRanges:
             for name in dict.fromkeys(node.input):
                 self._consumers.setdefault(name, []).append(node)
 
-    def of(self, value: str) -> Interval | None:
-        """The interval of ``value`` outside of which nothing changes; None if all values matter."""
+    def of(self, value: str) -> Needed | None:
+        """What matters of ``value``; None if everything does, or nothing is known."""
         consumers = self._consumers.get(value, [])
-        if not consumers:
-            return None
-        found: Interval | None = None
-        silu = self._silu_product(value, consumers)
+        sigmoid, product = self._silu(value, consumers)
+        found: Needed | None = None
         for node in consumers:
-            if silu is not None and node.op_type in ("Sigmoid", "Mul"):
-                needed = _through_silu(self.of(silu))
-            else:
-                needed = self._through(node, value)
+            if node is sigmoid:
+                continue  # half of a SiLU; its product counts for both
+            needed = _through_silu(self.of(node.output[0])) if node is product else self._through(node, value)
             if needed is None:
                 return None
-            found = needed if found is None else Interval(min(found.low, needed.low), max(found.high, needed.high))
+            found = needed if found is None else _hull(found, needed)
         return found
 
-    def _through(self, node: onnx.NodeProto, value: str) -> Interval | None:
+    def _through(self, node: onnx.NodeProto, value: str) -> Needed | None:
         if node.op_type == "QuantizeLinear":
             return self._grid(node)
         if node.op_type == "Sigmoid":
@@ -81,37 +80,49 @@ class NeededRanges:
             if total is None or other is None or other.op_type != "DequantizeLinear":
                 return None
             grid = self._grid(other)
-            return Interval(total.low - grid.high, total.high - grid.low)
+            return Needed(total.low - grid.high, total.high - grid.low, total.step)
         return None
 
-    def _grid(self, node: onnx.NodeProto) -> Interval:
-        """Ends of the grid of a Quantize- or DequantizeLinear, half a step further out, where rounding still reaches."""
-        scale, zero_point = float(self._constants[node.input[1]]), int(self._constants[node.input[2]])
+    def _grid(self, node: onnx.NodeProto) -> Needed:
+        """The grid of a Quantize- or DequantizeLinear, and half a step around it, from where rounding still reaches it."""
+        step, zero_point = float(self._constants[node.input[1]]), int(self._constants[node.input[2]])
         bounds = np.iinfo(self._constants[node.input[2]].dtype)
-        return Interval((bounds.min - zero_point - 0.5) * scale, (bounds.max - zero_point + 0.5) * scale)
+        return Needed((bounds.min - zero_point - 0.5) * step, (bounds.max - zero_point + 0.5) * step, step)
 
-    @staticmethod
-    def _silu_product(value: str, consumers: list[onnx.NodeProto]) -> str | None:
-        """The output of value * sigmoid(value), if that is what these consumers compute."""
-        sigmoids = {node.output[0] for node in consumers if node.op_type == "Sigmoid"}
-        for node in consumers:
-            if node.op_type == "Mul" and value in node.input and sigmoids & set(node.input):
-                return node.output[0]
-        return None
+    def _silu(
+        self, value: str, consumers: list[onnx.NodeProto]
+    ) -> tuple[onnx.NodeProto, onnx.NodeProto] | tuple[None, None]:
+        """The Sigmoid and the Mul of value * sigmoid(value), where the sigmoid serves nothing else."""
+        for sigmoid in (node for node in consumers if node.op_type == "Sigmoid"):
+            gates = self._consumers.get(sigmoid.output[0], [])
+            if len(gates) == 1 and gates[0].op_type == "Mul" and value in gates[0].input:
+                return sigmoid, gates[0]
+        return None, None
 
 
-def _through_sigmoid(needed: Interval | None) -> Interval | None:
-    """Interval of x that matters when ``needed`` of sigmoid(x) does; sigmoid is within half a uint8 step of its limits
-    from +-6.25 on, which bounds it where the quantizer behind it does not."""
+def _hull(a: Needed, b: Needed) -> Needed:
+    return Needed(min(a.low, b.low), max(a.high, b.high), min(a.step, b.step))
+
+
+def _through_sigmoid(needed: Needed | None) -> Needed | None:
+    """What matters of x when ``needed`` of sigmoid(x) does.
+
+    Where the grid goes beyond 0 and 1, the sigmoid itself bounds x: within half a step of its limits it is as good as
+    there.
+    """
     if needed is None:
         return None
-    low = -math.inf if needed.low <= 0 else math.log(needed.low / (1 - needed.low))
-    high = math.inf if needed.high >= 1 else math.log(needed.high / (1 - needed.high))
-    return Interval(max(low, -8.0), min(high, 8.0))
+    half_step = min(_almost_half(needed.step), 0.25)
+
+    def logit(y: float) -> float:
+        y = min(max(y, half_step), 1 - half_step)
+        return math.log(y / (1 - y))
+
+    return Needed(logit(needed.low), logit(needed.high), needed.step)
 
 
-def _through_silu(needed: Interval | None) -> Interval | None:
-    """Interval of x that matters when ``needed`` of SiLU(x) does.
+def _through_silu(needed: Needed | None) -> Needed | None:
+    """What matters of x when ``needed`` of SiLU(x) does.
 
     To the left of its minimum SiLU climbs back to zero: values whose SiLU is above minus half a step round to the same
     integer, zero.
@@ -119,17 +130,22 @@ def _through_silu(needed: Interval | None) -> Interval | None:
     if needed is None:
         return None
     high = _bisect(_silu, needed.high, 0.0, max(needed.high, 0.0) + 1.0)
-    half_step = (needed.high - needed.low) / 512
+    half_step = _almost_half(needed.step)
     if _silu(SILU_MINIMUM_AT) >= -half_step:
-        return Interval(0.0, high)
-    return Interval(_bisect(lambda x: -_silu(x), half_step, -100.0, SILU_MINIMUM_AT), high)
+        return Needed(0.0, high, needed.step)
+    return Needed(_bisect(lambda x: -_silu(x), half_step, -100.0, SILU_MINIMUM_AT), high, needed.step)
+
+
+def _almost_half(step: float) -> float:
+    """Half a step, to the near side of the tie."""
+    return step / 2 * (1 - 1e-6)
 
 
 def _silu(x: float) -> float:
     return x / (1 + math.exp(-x))
 
 
-def _bisect(function, level: float, low: float, high: float) -> float:  # type: ignore[no-untyped-def]
+def _bisect(function: Callable[[float], float], level: float, low: float, high: float) -> float:
     """Where a function that rises from ``low`` to ``high`` reaches ``level``."""
     for _ in range(100):
         middle = (low + high) / 2

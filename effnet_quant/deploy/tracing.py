@@ -23,6 +23,9 @@ def _(x: Tensor, scale: Tensor, low: int, high: int) -> Tensor:
     return torch.empty_like(x)
 
 
+FAKE_QUANTIZE = torch.ops.effnet_quant.fake_quantize.default
+
+
 class _MarkedQuantizer(nn.Module):
     """Stands in for a TensorQuantizer while the model is traced."""
 
@@ -42,7 +45,7 @@ class TracedModel:
     """The operations of a model in eval mode, in order, with its parameters and buffers as constants.
 
     Attributes:
-        nodes: the graph's nodes; each ``call_function`` node has an ATen overload or ``fake_quantize_node`` as target.
+        nodes: the graph's nodes; each ``call_function`` node has an ATen overload or ``FAKE_QUANTIZE`` as target.
         constants: the value of every placeholder node but the input's, as float32 (or integer) CPU tensors.
         input: the placeholder of the images.
         output: the node that computes the logits.

@@ -37,12 +37,13 @@ def compare(
     simulation: nn.Module,
     batches: Iterable[tuple[Tensor, Tensor]],
 ) -> Comparison:
-    """Run both on batches of normalised float images (N, C, H, W) and labels (N,), on the CPU.
+    """Run both on batches of normalised float images (N, C, H, W) and labels (N,).
+
+    The simulation must be in eval mode and on the CPU; it is left as it is.
 
     Raises:
         UserError: there are no images.
     """
-    simulation = simulation.cpu().eval()
     engine_logits, simulation_logits, all_labels = [], [], []
     for images, labels in batches:
         engine_logits.append(torch.from_numpy(engine(images.numpy())))

@@ -6,6 +6,8 @@ functions compute in float32 with plain elementwise operations, so that torch.co
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -35,8 +37,8 @@ def dequantize(integers: Tensor, scale: Tensor) -> Tensor:
 def fake_quantize(x: Tensor, amax: Tensor, spec: TensorSpec) -> Tensor:
     """Quantize and dequantize ``x``, with a straight-through gradient (Bengio et al. 2013).
 
-    The gradient passes unchanged inside the range and is zero where ``x`` saturates. ``amax`` gets none. The result lies
-    on the grid to the last bit: rounding is added in the integer domain, where the sum is exact.
+    The gradient passes unchanged where rounding alone decides, and is zero where ``x`` saturates (more than half a step
+    beyond the grid). ``amax`` gets none. The result lies on the grid to the last bit.
 
     Args:
         x: any shape, any floating dtype; the arithmetic is float32.
@@ -47,7 +49,22 @@ def fake_quantize(x: Tensor, amax: Tensor, spec: TensorSpec) -> Tensor:
         A tensor of the shape and dtype of ``x``.
     """
     low, high = spec.bounds
-    scale = scale_from_amax(amax.detach(), spec)
-    ratio = torch.clamp(x.float() / scale, low, high)
-    integers = ratio + (torch.round(ratio) - ratio).detach()
-    return (integers * scale).to(x.dtype)
+    result: Tensor = _StraightThrough.apply(x.float(), scale_from_amax(amax.detach(), spec), low, high)
+    return result.to(x.dtype)
+
+
+class _StraightThrough(torch.autograd.Function):
+    """One tensor saved, four passes forward and one backward: eager QAT lives on memory bandwidth."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, scale: Tensor, low: int, high: int) -> Tensor:
+        ratio = x / scale
+        ctx.save_for_backward(ratio)
+        ctx.bounds = (low, high)
+        return torch.round(ratio).clamp_(low, high).mul_(scale)
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None, None, None]:  # type: ignore[override]
+        (ratio,) = ctx.saved_tensors
+        low, high = ctx.bounds
+        return torch.ops.aten.hardtanh_backward(gradient, ratio, low - 0.5, high + 0.5), None, None, None

@@ -71,7 +71,7 @@ class Trainer:
         self._recorder = recorder
         self._metadata = metadata
         self._amp_dtype = torch.float16 if device.type == "cuda" else torch.bfloat16
-        # a static scale, as in NVIDIA's recipes: the scaler skips steps that overflow but never changes the scale much
+        # a static scale, as in NVIDIA's recipes: it never grows; a step that overflows is skipped and halves it
         self._scaler = torch.amp.GradScaler(
             device.type,
             init_scale=config.static_loss_scale,
@@ -137,13 +137,16 @@ class Trainer:
                 break
         return accuracy.metrics(prefix) | stopwatch.metrics(prefix)
 
-    def resume(self, checkpoint: dict[str, Any], source: str) -> None:
+    def resume(self, checkpoint: dict[str, Any], source: str) -> bool:
         """Take up model, optimizer, position and random state from a checkpoint (``load_checkpoint``'s).
+
+        Returns:
+            Whether every quantizer of the model has a range now (True for a float model).
 
         Raises:
             UserError: it does not fit the model or the configuration.
         """
-        load_weights(self.model, Weights(checkpoint["state_dict"], source=source))
+        has_ranges = load_weights(self.model, Weights(checkpoint["state_dict"], source=source))
         try:
             if checkpoint.get("optimizer"):
                 self.optimizer.load_state_dict(checkpoint["optimizer"])
@@ -160,6 +163,9 @@ class Trainer:
         self._epochs_since_best = int(checkpoint.get("epochs_since_best", 0))
         if isinstance(random_state := checkpoint.get("rng"), Tensor):
             torch.set_rng_state(random_state)
+        if isinstance(random_state := checkpoint.get("cuda_rng"), Tensor) and self.device.type == "cuda":
+            torch.cuda.set_rng_state(random_state)
+        return has_ranges
 
     def save(self, *, is_best: bool = False) -> None:
         """Write the checkpoint of this moment, unless checkpoints are off."""
@@ -176,6 +182,7 @@ class Trainer:
                 "optimizer": self.optimizer.state_dict(),
                 "scaler": self._scaler.state_dict(),
                 "rng": torch.get_rng_state(),
+                "cuda_rng": torch.cuda.get_rng_state() if self.device.type == "cuda" else None,
                 "config": dataclasses.asdict(self.config),
                 "metadata": self._metadata,
             },

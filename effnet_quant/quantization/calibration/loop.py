@@ -65,8 +65,7 @@ def calibrate(
     for name, amax in ranges.items():
         if not torch.isfinite(amax).all():
             raise UserError(
-                f"calibration found no finite range for {name}: it saw "
-                f"{'no data' if name in observers and torch.isnan(amax).all() else 'NaN or infinite values'}; "
+                f"calibration found no finite range for {name}, which saw NaN, infinite values or nothing at all; "
                 "check the weights and the calibration images."
             )
     for name, amax in ranges.items():

@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 BINS = 4096
+SMALLEST_EXPONENT = -100  # of the upper edge; magnitudes far below 2**-100 share its first bin
 
 
 class PercentileObserver:
@@ -31,12 +32,13 @@ class PercentileObserver:
         largest = magnitudes.amax()
         if self._counts is None:
             self._counts = torch.zeros(BINS, dtype=torch.int64, device=x.device)
-            self._exponent = torch.full((), -126, dtype=torch.int64, device=x.device)
+            self._exponent = torch.full((), SMALLEST_EXPONENT, dtype=torch.int64, device=x.device)
             self._max = torch.zeros((), device=x.device)
         self._max = torch.maximum(self._max, largest)
         # frexp: |x| < 2**exponent; a NaN or inf batch is left out of the histogram and told by _max
-        finite = torch.where(torch.isfinite(largest), largest, 0)
-        needed = torch.maximum(self._exponent, torch.frexp(finite)[1].to(torch.int64))
+        countable = torch.isfinite(largest) & (largest > 0)
+        exponent = torch.where(countable, torch.frexp(largest.nan_to_num(0, 0))[1], SMALLEST_EXPONENT)
+        needed = torch.maximum(self._exponent, exponent.to(torch.int64))
         merged = torch.arange(BINS, device=x.device) >> (needed - self._exponent).clamp(max=62)
         self._counts = torch.zeros_like(self._counts).index_add_(0, merged, self._counts)
         self._exponent = needed

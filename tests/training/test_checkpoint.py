@@ -1,0 +1,100 @@
+"""Checkpoints: whole or not at all, and nothing in them is executed."""
+
+from __future__ import annotations
+
+import errno
+import os
+
+import numpy as np
+import pytest
+import torch
+
+from effnet_quant.errors import UserError
+from effnet_quant.training.checkpoint import load_checkpoint, prepare_workspace, save_checkpoint
+
+
+def state(epoch):
+    return {"epoch": epoch, "state_dict": {"w": torch.full((3,), float(epoch))}}
+
+
+def full_disk(*args, **kwargs):
+    raise OSError(errno.ENOSPC, "No space left on device")
+
+
+def names(folder):
+    return sorted(path.name for path in folder.iterdir())
+
+
+def test_round_trip(tmp_path):
+    save_checkpoint(state(4), tmp_path, "last.pth.tar")
+    loaded = load_checkpoint(tmp_path / "last.pth.tar")
+    assert loaded["epoch"] == 4
+    assert loaded["state_dict"]["w"].tolist() == [4.0, 4.0, 4.0]
+    assert loaded["versions"]["torch"] == torch.__version__
+    assert names(tmp_path) == ["last.pth.tar"]
+
+
+def test_best_is_a_copy(tmp_path):
+    save_checkpoint(state(1), tmp_path, "last.pth.tar", is_best=True)
+    save_checkpoint(state(2), tmp_path, "last.pth.tar")
+    assert load_checkpoint(tmp_path / "last.pth.tar")["epoch"] == 2
+    assert load_checkpoint(tmp_path / "model_best.pth.tar")["epoch"] == 1
+
+
+def test_gathering_keeps_the_latest_epochs(tmp_path):
+    for epoch in range(8, 13):
+        save_checkpoint(state(epoch), tmp_path, "last.pth.tar", gather=3)
+    kept = [load_checkpoint(path)["epoch"] for path in sorted(tmp_path.glob("checkpoint-*"))]
+    assert kept == [10, 11, 12]
+
+
+@pytest.mark.parametrize("step", ["fsync", "replace"])
+def test_full_disk_leaves_the_previous_checkpoint(tmp_path, monkeypatch, step):
+    save_checkpoint(state(1), tmp_path, "last.pth.tar")
+    with monkeypatch.context() as patch:
+        patch.setattr(os, step, full_disk)
+        with pytest.raises(UserError, match=r"last\.pth\.tar: the disk is full"):
+            save_checkpoint(state(2), tmp_path, "last.pth.tar", is_best=True)
+    assert load_checkpoint(tmp_path / "last.pth.tar")["epoch"] == 1
+    assert names(tmp_path) == ["last.pth.tar"]
+
+
+def test_missing_folder_is_named(tmp_path):
+    with pytest.raises(UserError, match="gone"):
+        save_checkpoint(state(1), tmp_path / "gone", "last.pth.tar")
+
+
+def test_permissions_follow_the_umask(tmp_path):
+    before = os.umask(0o027)
+    try:
+        save_checkpoint(state(1), tmp_path, "last.pth.tar")
+    finally:
+        os.umask(before)
+    assert (tmp_path / "last.pth.tar").stat().st_mode & 0o777 == 0o640
+
+
+def test_plain_weights_are_no_checkpoint(tmp_path):
+    torch.save({"w": torch.ones(2)}, tmp_path / "weights.pth")
+    with pytest.raises(UserError, match=r"weights\.pth is no checkpoint.*--pretrained-from-file"):
+        load_checkpoint(tmp_path / "weights.pth")
+
+
+def test_checkpoint_of_nvidias_scripts_with_a_numpy_learning_rate_loads(tmp_path):
+    # their cosine schedule computes with numpy, so the optimizer's state in their checkpoints holds a numpy scalar
+    optimizer = {"state": {}, "param_groups": [{"lr": np.float64(0.08), "params": [0]}]}
+    torch.save({**state(7), "best_prec1": 71.5, "optimizer": optimizer}, tmp_path / "nvidia.pth.tar")
+    loaded = load_checkpoint(tmp_path / "nvidia.pth.tar")
+    assert loaded["epoch"] == 7
+    assert float(loaded["optimizer"]["param_groups"][0]["lr"]) == 0.08
+
+
+def test_workspace_is_created_with_its_parents(tmp_path):
+    workspace = prepare_workspace(tmp_path / "a" / "b")
+    assert workspace.is_dir()
+    assert names(workspace) == []
+
+
+def test_workspace_below_a_file_is_refused(tmp_path):
+    (tmp_path / "file").touch()
+    with pytest.raises(UserError, match=r"workspace .*file/inside: Not a directory.*--workspace"):
+        prepare_workspace(tmp_path / "file" / "inside")

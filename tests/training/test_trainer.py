@@ -1,0 +1,354 @@
+"""The loop: what it computes, how it stops, and that it goes on as if it had never stopped."""
+
+from __future__ import annotations
+
+import errno
+import json
+import os
+import signal
+
+import pytest
+import torch
+from torch.nn import functional as F
+
+from effnet_quant.data.transforms import normalize
+from effnet_quant.errors import UserError
+from effnet_quant.training.checkpoint import load_checkpoint
+from effnet_quant.training.metrics import Recorder
+from effnet_quant.training.schedules import learning_rate
+from effnet_quant.training.trainer import Interrupted
+
+CHECKPOINT = "checkpoint.pth.tar"
+
+
+@pytest.fixture
+def straight(tiny_network, make_trainer, make_loaders, tmp_path):
+    """The model after two epochs without interruption."""
+    model = tiny_network()
+    make_trainer(model, tmp_path / "straight", save_checkpoints=False).fit(*make_loaders())
+    return model
+
+
+def go_on(model, trainer, path, loaders):
+    """Resume in a new trainer whose random state is another."""
+    torch.manual_seed(999)
+    trainer.resume(load_checkpoint(path), str(path))
+    trainer.fit(*loaders)
+    return model
+
+
+def fit_until(trainer, train, val):
+    with pytest.raises(Interrupted) as stop:
+        trainer.fit(train, val)
+    assert stop.value.signal_number == signal.SIGUSR1
+
+
+def test_training_is_the_plain_loop(tiny_network, make_trainer, make_loaders, preprocessing, tmp_path, same_weights):
+    ours, reference = tiny_network(), tiny_network()
+    trainer = make_trainer(ours, tmp_path, label_smoothing=0.1, weight_decay=0.01, momentum=0.8)
+    torch.manual_seed(3)
+    trainer.fit(*make_loaders())
+
+    norm = list(reference[1].parameters())
+    others = [reference[0].weight, *reference[5].parameters()]
+    optimizer = torch.optim.SGD(
+        [{"params": norm, "weight_decay": 0.0}, {"params": others, "weight_decay": 0.01}], lr=1.0, momentum=0.8
+    )
+    train, _ = make_loaders()
+    batches = [list(train.epoch(epoch)) for epoch in range(2)]
+    torch.manual_seed(3)
+    for epoch in range(2):
+        for group in optimizer.param_groups:
+            group["lr"] = learning_rate("cosine", epoch, base_lr=0.05, epochs=2)
+        for images, labels in batches[epoch]:
+            optimizer.zero_grad()
+            F.cross_entropy(reference(normalize(images, preprocessing)), labels, label_smoothing=0.1).backward()
+            optimizer.step()
+    assert same_weights(ours, reference)
+
+
+def test_same_seed_gives_the_same_bits(straight, tiny_network, make_trainer, make_loaders, tmp_path, same_weights):
+    again = tiny_network()
+    make_trainer(again, tmp_path).fit(*make_loaders())
+    assert same_weights(again, straight)
+    other = tiny_network()
+    torch.manual_seed(1)  # another dropout
+    make_trainer(other, tmp_path).fit(*make_loaders())
+    assert not same_weights(other, straight)
+
+
+def test_resuming_between_epochs_is_bit_exact(
+    straight, tiny_network, make_trainer, make_loaders, tmp_path, same_weights
+):
+    make_trainer(tiny_network(), tmp_path, run_epochs=1).fit(*make_loaders())
+    state = load_checkpoint(tmp_path / CHECKPOINT)
+    assert (state["epoch"], state["batch"]) == (1, 0)
+    model = tiny_network(seed=7)
+    go_on(model, make_trainer(model, tmp_path), tmp_path / CHECKPOINT, make_loaders())
+    assert same_weights(model, straight)
+
+
+@pytest.mark.parametrize("steps", [1, 3, 5, 7])
+def test_resuming_within_an_epoch_is_bit_exact(
+    straight, tiny_network, make_trainer, make_loaders, watch, tmp_path, same_weights, steps
+):
+    trainer = make_trainer(tiny_network(), tmp_path)
+    train, val = make_loaders()
+    fit_until(trainer, watch(train, steps, lambda: trainer.note_signal(signal.SIGUSR1, None)), val)
+    state = load_checkpoint(tmp_path / CHECKPOINT)
+    # behind the last batch there is still the validation of its epoch to do
+    assert (state["epoch"], state["batch"]) == {1: (0, 1), 3: (0, 3), 5: (0, 5), 7: (1, 2)}[steps]
+    model = tiny_network(seed=7)
+    go_on(model, make_trainer(model, tmp_path), tmp_path / CHECKPOINT, make_loaders())
+    assert same_weights(model, straight)
+
+
+def test_resuming_within_validation_is_bit_exact_and_validates_again(
+    straight, tiny_network, make_trainer, make_loaders, watch, tmp_path, same_weights
+):
+    trainer = make_trainer(tiny_network(), tmp_path)
+    train, val = make_loaders()
+    fit_until(trainer, train, watch(val, 2, lambda: trainer.note_signal(signal.SIGUSR1, None)))
+    model = tiny_network(seed=7)
+    validation = watch(val)
+    go_on(model, make_trainer(model, tmp_path), tmp_path / CHECKPOINT, (train, validation))
+    assert validation.count == 6
+    assert same_weights(model, straight)
+
+
+def test_resuming_a_profiled_run_behind_its_last_batch_trains_no_further(
+    tiny_network, make_trainer, make_loaders, watch, tmp_path, same_weights
+):
+    stopped = tiny_network()
+    trainer = make_trainer(stopped, tmp_path, prof=2, epochs=1)
+    train, val = make_loaders()
+    fit_until(trainer, train, watch(val, 1, lambda: trainer.note_signal(signal.SIGUSR1, None)))
+    model = tiny_network(seed=7)
+    go_on(model, make_trainer(model, tmp_path, prof=2, epochs=1), tmp_path / CHECKPOINT, (train, val))
+    assert same_weights(model, stopped)
+
+
+def test_interruption_waits_for_the_optimizers_step(tiny_network, make_trainer, make_loaders, watch, tmp_path):
+    trainer = make_trainer(tiny_network(), tmp_path, optimizer_batch_size=12)
+    train, val = make_loaders()
+    fit_until(trainer, watch(train, 1, lambda: trainer.note_signal(signal.SIGUSR1, None)), val)
+    assert load_checkpoint(tmp_path / CHECKPOINT)["batch"] == 3
+
+
+def test_real_sigterm_stops_after_the_step_and_gives_the_handler_back(
+    tiny_network, make_trainer, make_loaders, watch, tmp_path
+):
+    before = signal.getsignal(signal.SIGTERM)
+    trainer = make_trainer(tiny_network(), tmp_path)
+    train, val = make_loaders()
+    with pytest.raises(Interrupted, match="SIGTERM"):
+        trainer.fit(watch(train, 2, lambda: os.kill(os.getpid(), signal.SIGTERM)), val)
+    assert load_checkpoint(tmp_path / CHECKPOINT)["batch"] == 2
+    assert signal.getsignal(signal.SIGTERM) is before
+
+
+@pytest.mark.parametrize("count", [16, 22])
+def test_gradient_accumulation_equals_the_big_batch(tiny_network, make_trainer, make_loaders, tmp_path, count):
+    models = {}
+    for batch_size, optimizer_batch_size in ((8, -1), (4, 8)):
+        model = tiny_network(batch_norm=False, dropout=0.0)
+        trainer = make_trainer(
+            model, tmp_path, batch_size=batch_size, optimizer_batch_size=optimizer_batch_size, prof=16 // batch_size
+        )
+        trainer.fit(*make_loaders(batch_size, count=count))
+        models[batch_size] = model.state_dict()
+    start = tiny_network(batch_norm=False, dropout=0.0).state_dict()
+    for name, tensor in models[8].items():
+        torch.testing.assert_close(models[4][name], tensor, rtol=1e-5, atol=1e-6)
+        assert not torch.equal(tensor, start[name])
+
+
+def test_an_incomplete_accumulation_at_the_end_is_the_mean_of_what_there_is(
+    tiny_network, make_trainer, make_loaders, preprocessing, tmp_path
+):
+    model, reference = (tiny_network(batch_norm=False, dropout=0.0) for _ in range(2))
+    # five batches of four: three make the first step, two the second
+    make_trainer(model, tmp_path, epochs=1, optimizer_batch_size=12, momentum=0.0, weight_decay=0.0).fit(
+        *make_loaders()
+    )
+    optimizer = torch.optim.SGD(reference.parameters(), lr=0.05)
+    batches = list(make_loaders()[0].epoch(0))
+    for joined in (batches[:3], batches[3:]):
+        images, labels = (torch.cat(parts) for parts in zip(*joined, strict=True))
+        optimizer.zero_grad()
+        F.cross_entropy(reference(normalize(images, preprocessing)), labels).backward()
+        optimizer.step()
+    for ours, theirs in zip(model.parameters(), reference.parameters(), strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=1e-5, atol=1e-6)
+
+
+def test_evaluation_counts_every_image_and_changes_nothing(
+    tiny_network, make_trainer, make_loaders, preprocessing, tmp_path, same_weights
+):
+    model, before = tiny_network(), tiny_network()
+    _, val = make_loaders()
+    metrics = make_trainer(model, tmp_path).evaluate(val)
+    with torch.no_grad():
+        logits = before.eval()(normalize(val.source.images, preprocessing)).double()
+    truth = val.source.labels
+    assert metrics["val.loss"] == pytest.approx(F.cross_entropy(logits, truth).item(), rel=1e-5)
+    assert metrics["val.top1"] == pytest.approx(100 * (logits.argmax(1) == truth).double().mean().item())
+    assert metrics["val.top5"] == 100
+    assert same_weights(model, before)
+
+
+def test_prof_limits_training_and_validation(tiny_network, make_trainer, make_loaders, watch, tmp_path):
+    model = tiny_network()
+    train, val = (watch(loader) for loader in make_loaders())
+    make_trainer(model, tmp_path, prof=2, epochs=1).fit(train, val)
+    assert (train.count, val.count) == (2, 2)
+    assert int(model[1].num_batches_tracked) == 2
+
+
+def test_prof_of_zero_is_no_limit(tiny_network, make_trainer, make_loaders, tmp_path, same_weights):
+    zero, unlimited = tiny_network(), tiny_network()
+    for model, prof in ((zero, 0), (unlimited, -1)):
+        torch.manual_seed(0)
+        make_trainer(model, tmp_path, epochs=1, prof=prof).fit(*make_loaders())
+    assert same_weights(zero, unlimited)
+
+
+def test_run_epochs_limits_this_run_and_not_the_schedule(tiny_network, make_trainer, make_loaders, tmp_path):
+    raport = tmp_path / "raport.json"
+    model = tiny_network()
+    make_trainer(model, tmp_path, Recorder(raport), epochs=4, run_epochs=2).fit(*make_loaders())
+    lines = [json.loads(line) for line in raport.read_text().splitlines()]
+    assert [line["step"] for line in lines] == [[0], [1]]
+    # 0.05 * 0.5 (1 + cos(pi e / 4))
+    assert [line["data"]["train.lr"] for line in lines] == pytest.approx([0.05, 0.0426776695])
+
+
+def test_each_epoch_is_recorded_under_nvidias_names(tiny_network, make_trainer, make_loaders, tmp_path):
+    raport = tmp_path / "raport.json"
+    make_trainer(tiny_network(), tmp_path, Recorder(raport), epochs=1).fit(*make_loaders())
+    data = json.loads(raport.read_text())["data"]
+    speeds = {f"{part}.{name}" for part in ("train", "val") for name in ("total_ips", "compute_ips")}
+    times = {f"{part}.{name}" for part in ("train", "val") for name in ("data_time", "compute_time")}
+    assert set(data) == {"train.loss", "train.lr", "val.loss", "val.top1", "val.top5"} | speeds | times
+    assert all(data[name] > 0 for name in speeds | times)
+
+
+def test_training_only_validates_nothing(tiny_network, make_trainer, make_loaders, watch, tmp_path):
+    train, val = make_loaders()
+    validation = watch(val)
+    make_trainer(tiny_network(), tmp_path, training_only=True).fit(train, validation)
+    assert validation.count == 0
+    assert sorted(path.name for path in tmp_path.iterdir()) == [CHECKPOINT]
+
+
+def test_no_checkpoints_writes_nothing(tiny_network, make_trainer, make_loaders, tmp_path):
+    make_trainer(tiny_network(), tmp_path, save_checkpoints=False).fit(*make_loaders())
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("patience", [1, 2])
+def test_early_stopping_after_so_many_epochs_without_a_better_top1(
+    tiny_network, make_trainer, make_loaders, tmp_path, patience
+):
+    raport = tmp_path / "raport.json"
+    model = tiny_network(batch_norm=False)  # which at a learning rate of 0 never changes: only epoch 1 is a new best
+    trainer = make_trainer(model, tmp_path, Recorder(raport), epochs=6, lr=0.0, early_stopping_patience=patience)
+    trainer.fit(*make_loaders())
+    assert len(raport.read_text().splitlines()) == 1 + patience
+
+
+def test_best_checkpoint_is_that_of_the_best_epoch(tiny_network, make_trainer, make_loaders, tmp_path):
+    raport = tmp_path / "raport.json"
+    make_trainer(tiny_network(), tmp_path, Recorder(raport), epochs=6).fit(*make_loaders())
+    top1 = [json.loads(line)["data"]["val.top1"] for line in raport.read_text().splitlines()]
+    best = load_checkpoint(tmp_path / "model_best.pth.tar")
+    assert best["epoch"] == 1 + top1.index(max(top1))
+    assert best["best_prec1"] == max(top1)
+    assert load_checkpoint(tmp_path / CHECKPOINT)["epoch"] == 6
+
+
+def test_divergence_is_reported_and_keeps_the_last_checkpoint(tiny_network, make_trainer, make_loaders, tmp_path):
+    make_trainer(tiny_network(), tmp_path, epochs=1).fit(*make_loaders())
+    before = (tmp_path / CHECKPOINT).read_bytes()
+    model = tiny_network()
+    with torch.no_grad():
+        model[5].weight.fill_(torch.nan)
+    with pytest.raises(UserError, match="loss is nan in epoch 1.*--lr"):
+        make_trainer(model, tmp_path).fit(*make_loaders())
+    assert (tmp_path / CHECKPOINT).read_bytes() == before
+
+
+def test_full_disk_ends_the_run_with_the_previous_checkpoint(
+    tiny_network, make_trainer, make_loaders, tmp_path, monkeypatch
+):
+    make_trainer(tiny_network(), tmp_path, run_epochs=1).fit(*make_loaders())
+    before = (tmp_path / CHECKPOINT).read_bytes()
+    model = tiny_network()
+    trainer = make_trainer(model, tmp_path)
+    trainer.resume(load_checkpoint(tmp_path / CHECKPOINT), CHECKPOINT)
+
+    def full_disk(*args):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(os, "fsync", full_disk)
+    with pytest.raises(UserError, match="disk is full"):
+        trainer.fit(*make_loaders())
+    assert (tmp_path / CHECKPOINT).read_bytes() == before
+    assert not list(tmp_path.glob(".*"))
+
+
+def test_resuming_with_another_optimizer_is_refused(tiny_network, make_trainer, make_loaders, tmp_path):
+    make_trainer(tiny_network(), tmp_path, epochs=1).fit(*make_loaders())
+    trainer = make_trainer(tiny_network(), tmp_path, optimizer="rmsprop")
+    with pytest.raises(UserError, match="--optimizer"):
+        trainer.resume(load_checkpoint(tmp_path / CHECKPOINT), CHECKPOINT)
+
+
+def test_resuming_with_an_optimizer_state_of_other_shapes_is_refused(
+    tiny_network, make_trainer, make_loaders, tmp_path
+):
+    make_trainer(tiny_network(), tmp_path, epochs=1).fit(*make_loaders())
+    state = load_checkpoint(tmp_path / CHECKPOINT)
+    for entry in state["optimizer"]["state"].values():
+        entry["momentum_buffer"] = entry["momentum_buffer"].reshape(-1)
+    with pytest.raises(UserError, match="optimizer"):
+        make_trainer(tiny_network(), tmp_path).resume(state, CHECKPOINT)
+
+
+def test_checkpoint_of_nvidias_scripts_resumes(tiny_network, make_trainer, make_loaders, tmp_path):
+    donor = tiny_network(seed=3)
+    state = {f"module.{name}": tensor for name, tensor in donor.state_dict().items()}
+    trainer = make_trainer(model := tiny_network(), tmp_path, epochs=3)
+    trainer.resume({"epoch": 2, "state_dict": state, "best_prec1": 100.0, "optimizer": {}}, "nvidia.pth.tar")
+    assert torch.equal(model[5].weight, donor[5].weight)
+    trainer.fit(*make_loaders())
+    resumed = load_checkpoint(tmp_path / CHECKPOINT)
+    assert (resumed["epoch"], resumed["best_prec1"]) == (3, 100.0)
+    assert not (tmp_path / "model_best.pth.tar").exists()
+
+
+def test_amp_trains_on_the_cpu_in_bfloat16(tiny_network, make_trainer, make_loaders, tmp_path):
+    dtypes = []
+    model = tiny_network()
+    model[5].register_forward_hook(lambda module, inputs, output: dtypes.append(output.dtype))
+    make_trainer(model, tmp_path, epochs=1, amp=True).fit(*make_loaders())
+    assert set(dtypes) == {torch.bfloat16}
+    assert all(parameter.dtype == torch.float32 for parameter in model.parameters())
+
+
+def test_channels_last_reaches_the_network(tiny_network, make_trainer, make_loaders, tmp_path):
+    layouts = []
+    model = tiny_network()
+    model[0].register_forward_pre_hook(
+        lambda module, inputs: layouts.append(inputs[0].is_contiguous(memory_format=torch.channels_last))
+    )
+    make_trainer(model, tmp_path, epochs=1, channels_last=True).fit(*make_loaders())
+    assert all(layouts)
+    assert model[0].weight.is_contiguous(memory_format=torch.channels_last)
+
+
+def test_progress_is_plain_lines_up_to_the_last_batch(tiny_network, make_trainer, make_loaders, tmp_path, capsys):
+    make_trainer(tiny_network(), tmp_path, epochs=1, print_freq=2).fit(*make_loaders())
+    lines = capsys.readouterr().err.splitlines()
+    done = [line.split(",")[0] for line in lines if "train" in line]
+    assert done == ["epoch 1/1 train: 2/5", "epoch 1/1 train: 4/5", "epoch 1/1 train: 5/5"]
