@@ -25,6 +25,7 @@ Step = Callable[[], object]
 
 
 def main() -> None:
+    """Measure and print."""
     parser = argparse.ArgumentParser(description="QAT against float: seconds a step, eager and compiled.")
     parser.add_argument("--batch-size", "-b", type=int, default=32)
     parser.add_argument("--image-size", type=int, default=128)

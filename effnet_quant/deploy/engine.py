@@ -55,7 +55,7 @@ def load_engine(path: str | Path, backend: str = "onnxruntime") -> Engine:
         backend: "onnxruntime" or "openvino".
 
     Raises:
-        UserError: the file is missing or damaged, the backend is unknown or refuses the file, or its package is not installed.
+        UserError: the file is missing or damaged, the backend is unknown, refuses the file or is not installed.
     """
     path = Path(path)
     if backend not in _BACKENDS:

@@ -64,7 +64,7 @@ class _StraightThrough(torch.autograd.Function):
         return torch.round(ratio).clamp_(low, high).mul_(scale)
 
     @staticmethod
-    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None, None, None]:  # type: ignore[override]
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None, None, None]:
         (ratio,) = ctx.saved_tensors
         low, high = ctx.bounds
         return torch.ops.aten.hardtanh_backward(gradient, ratio, low - 0.5, high + 0.5), None, None, None
