@@ -152,11 +152,9 @@ def refuse_unavailable(arguments: argparse.Namespace) -> None:
 
 
 def model_options(arguments: argparse.Namespace) -> dict[str, Any]:
-    """The architecture's options as ``create_model`` takes them."""
-    options: dict[str, Any] = {
-        name: getattr(arguments, name)
-        for name in ("conv_init", "bn_momentum", "bn_epsilon", "survival_prob", "dropout")
-    }
-    if arguments.trt:
-        options["se_as_conv"] = True
+    """The architecture's options that the user gave, as ``create_model`` takes them; the others are the model's own."""
+    names = ("conv_init", "bn_momentum", "bn_epsilon", "survival_prob", "dropout")
+    options: dict[str, Any] = {name: getattr(arguments, name) for name in names if name in arguments.explicit}
+    if "trt" in arguments.explicit and not get_entry(arguments.arch).quantized:
+        options["se_as_conv"] = arguments.trt
     return options

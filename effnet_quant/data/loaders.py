@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import signal
 from collections.abc import Iterator
 from contextlib import contextmanager
 
@@ -79,6 +80,7 @@ class Loader:
             num_workers=self._workers,
             prefetch_factor=self._prefetch if self._workers else None,
             collate_fn=_collate,
+            worker_init_fn=_ignore_signals,
             pin_memory=torch.cuda.is_available(),
         )
         for batch in loader:
@@ -112,6 +114,12 @@ def _collate(items: list[tuple[Tensor, Tensor] | UserError]) -> tuple[Tensor, Te
         images.append(item[0])
         labels.append(item[1])
     return torch.stack(images), torch.stack(labels)
+
+
+def _ignore_signals(worker: int) -> None:
+    """Ctrl-C and SIGTERM reach the whole process group; the main process decides when its workers end."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
 
 
 @contextmanager

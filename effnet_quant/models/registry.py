@@ -6,7 +6,7 @@ import difflib
 import fnmatch
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
+from functools import partial
 
 from torch import nn
 
@@ -35,31 +35,57 @@ class ModelEntry:
     weights_url: str | None = None
 
 
-def _efficientnet(quantized: bool) -> Callable[..., nn.Module]:
-    def build(**options: Any) -> nn.Module:
-        # TensorRT fuses 1x1 convolutions best, and NVIDIA's quantized weights have that form
-        return EfficientNet(**{**({"se_as_conv": True} if quantized else {}), **options})
+@dataclass(frozen=True)
+class _Scaling:
+    """Compound scaling of one member of the family (Tan & Le 2019): width, depth, image size, dropout."""
 
-    return build
+    width: float
+    depth: float
+    image_size: int
+    dropout: float
+
+
+_SCALINGS = {
+    "b0": _Scaling(1.0, 1.0, 224, 0.2),
+    "b1": _Scaling(1.0, 1.1, 240, 0.2),
+    "b2": _Scaling(1.1, 1.2, 260, 0.3),
+    "b3": _Scaling(1.2, 1.4, 300, 0.3),
+    "b4": _Scaling(1.4, 1.8, 380, 0.4),
+    "b5": _Scaling(1.6, 2.2, 456, 0.4),
+    "b6": _Scaling(1.8, 2.6, 528, 0.5),
+    "b7": _Scaling(2.0, 3.1, 600, 0.5),
+}
+_NGC_WEIGHTS = {
+    "efficientnet-b0": "efficientnet_b0_pyt_amp/versions/20.12.0/files/nvidia_efficientnet-b0_210412.pth",
+    "efficientnet-b4": "efficientnet_b4_pyt_amp/versions/20.12.0/files/nvidia_efficientnet-b4_210412.pth",
+    "efficientnet-widese-b0": "efficientnet_widese_b0_pyt_amp/versions/20.12.0/files/nvidia_efficientnet-widese-b0_210412.pth",
+    "efficientnet-widese-b4": "efficientnet_widese_b4_pyt_amp/versions/20.12.0/files/nvidia_efficientnet-widese-b4_210412.pth",
+    "efficientnet-quant-b0": "efficientnet_b0_pyt_qat_ckpt_fp32/versions/21.03.0/files/nvidia-efficientnet-quant-b0-130421.pth",
+    "efficientnet-quant-b4": "efficientnet_b4_pyt_qat_ckpt_fp32/versions/21.03.0/files/nvidia-efficientnet-quant-b4-130421.pth",
+}
+
+
+def _entry(member: str, *, wide_se: bool, quantized: bool) -> ModelEntry:
+    name = "-".join(["efficientnet", *["quant"] * quantized, *["widese"] * wide_se, member])
+    scaling = _SCALINGS[member]
+    build = partial(
+        EfficientNet,
+        width=scaling.width,
+        depth=scaling.depth,
+        dropout=scaling.dropout,
+        wide_se=wide_se,
+        # TensorRT fuses 1x1 convolutions best, and NVIDIA's quantized weights have that form
+        se_as_conv=quantized,
+    )
+    url = f"{_NGC}/{_NGC_WEIGHTS[name]}" if name in _NGC_WEIGHTS else None
+    return ModelEntry(name, build, scaling.image_size, quantized, url)
 
 
 _ENTRIES = {
     entry.name: entry
-    for entry in (
-        ModelEntry(
-            "efficientnet-b0",
-            _efficientnet(quantized=False),
-            image_size=224,
-            weights_url=f"{_NGC}/efficientnet_b0_pyt_amp/versions/20.12.0/files/nvidia_efficientnet-b0_210412.pth",
-        ),
-        ModelEntry(
-            "efficientnet-quant-b0",
-            _efficientnet(quantized=True),
-            image_size=224,
-            quantized=True,
-            weights_url=f"{_NGC}/efficientnet_b0_pyt_qat_ckpt_fp32/versions/21.03.0/files/nvidia-efficientnet-quant-b0-130421.pth",
-        ),
-    )
+    for quantized in (False, True)
+    for wide_se in (False, True)
+    for entry in (_entry(member, wide_se=wide_se, quantized=quantized) for member in _SCALINGS)
 }
 
 

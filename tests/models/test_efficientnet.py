@@ -7,6 +7,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import timm
 import torch
 
 from effnet_quant import UserError, calibrate, create_model, list_models
@@ -103,6 +104,28 @@ def test_round_channels(channels: float, rounded: int) -> None:
     assert rounded >= 0.9 * channels
 
 
+# Parameters of the published networks, in millions (Table 2 of the paper).
+PUBLISHED_MILLIONS = {"b0": 5.3, "b1": 7.8, "b2": 9.2, "b3": 12, "b4": 19, "b5": 30, "b6": 43, "b7": 66}
+
+
+@pytest.mark.parametrize("member", PUBLISHED_MILLIONS)
+def test_the_family_has_the_sizes_of_timms_and_the_papers(member: str) -> None:
+    def size(model: torch.nn.Module) -> int:
+        return sum(parameter.numel() for parameter in model.parameters())
+
+    with torch.device("meta"):
+        own = size(create_model(f"efficientnet-{member}"))
+        assert own == size(timm.create_model(f"efficientnet_{member}"))
+        assert own / 1e6 == pytest.approx(PUBLISHED_MILLIONS[member], rel=0.03)
+        assert size(create_model(f"efficientnet-widese-{member}")) > own
+
+
+def test_wide_squeeze_excitation_has_nvidias_size() -> None:
+    with torch.device("meta"):
+        parameters = create_model("efficientnet-widese-b0").parameters()
+        assert sum(parameter.numel() for parameter in parameters) == 8_423_848
+
+
 def test_stochastic_depth_grows_with_depth_and_only_acts_in_training() -> None:
     model = create_model("efficientnet-b0", num_classes=10, survival_prob=0.8)
     drops = [module.p for module in model.modules() if type(module).__name__ == "StochasticDepth"]
@@ -123,8 +146,8 @@ def test_options_reach_the_layers() -> None:
 
 
 def test_list_models_takes_wildcards() -> None:
-    assert list_models("*quant*") == ["efficientnet-quant-b0"]
-    assert set(list_models("*quant*")) < set(list_models())
+    assert list_models("efficientnet-quant-b?") == [f"efficientnet-quant-b{index}" for index in range(8)]
+    assert len(list_models()) == 32
 
 
 def test_an_unknown_name_gets_the_nearest_ones() -> None:

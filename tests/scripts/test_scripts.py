@@ -1,0 +1,233 @@
+"""The main job on a folder of images, script after script, as a user types them."""
+
+from __future__ import annotations
+
+import json
+
+import numpy as np
+import onnx
+import onnxruntime
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from effnet_quant import create_model
+
+SMALL = "--num-classes 3 --image-size 32 --prof 2 -b 4 --data-backend pytorch -j 1 --seed 1 -p 1".split()
+FLOAT = ["--arch", "efficientnet-b0", "--bn-momentum", "0.1", "--lr", "0.01", *SMALL]
+QUANTIZED = ["--arch", "efficientnet-quant-b0", "--lr", "0.001", *SMALL]
+CLASSES = ["apple", "bear", "cat"]
+TARGETS = ["onnxruntime", "openvino", "tensorrt"]
+SPEEDS = ("total_ips", "compute_ips", "data_time", "compute_time")
+TRAINING_METRICS = {f"train.{name}" for name in ("loss", "lr", *SPEEDS)}
+VALIDATION_METRICS = {f"val.{name}" for name in ("loss", "top1", "top5", *SPEEDS)}
+
+
+def succeeded(result):
+    assert result.code == 0, result.err
+    return result
+
+
+def names(folder):
+    return sorted(path.name for path in folder.iterdir())
+
+
+def raport(folder):
+    return [json.loads(line) for line in (folder / "experiment_raport.json").read_text().splitlines()]
+
+
+def state_of(path):
+    return torch.load(path, weights_only=True)
+
+
+@pytest.fixture(scope="module")
+def trained(run_script, image_folder, tmp_path_factory):
+    """The workspace of one epoch of main.py."""
+    workspace = tmp_path_factory.mktemp("float")
+    succeeded(run_script("main.py", image_folder, *FLOAT, "--epochs", 1, "--workspace", workspace))
+    return workspace
+
+
+@pytest.fixture(scope="module")
+def weights(run_script, trained):
+    """The weights that checkpoint2model.py extracts, by extension."""
+    paths = {suffix: trained.parent / f"{trained.name}_weights{suffix}" for suffix in (".safetensors", ".pth")}
+    for path in paths.values():
+        result = run_script(
+            "checkpoint2model.py", "--checkpoint-path", trained / "model_best.pth.tar", "--weight-path", path
+        )
+        assert str(path) in succeeded(result).out
+    return paths
+
+
+@pytest.fixture(scope="module")
+def calibrated(run_script, image_folder, weights, tmp_path_factory):
+    """The workspace of quant_main.py --epochs 0."""
+    workspace = tmp_path_factory.mktemp("ptq")
+    start = ["--pretrained-from-file", weights[".safetensors"]]
+    succeeded(run_script("quant_main.py", image_folder, *QUANTIZED, *start, "--epochs", 0, "--workspace", workspace))
+    return workspace
+
+
+@pytest.fixture(scope="module")
+def tuned(run_script, image_folder, calibrated, tmp_path_factory):
+    """The workspace of quant_main.py --epochs 1, from calibrated weights."""
+    workspace = tmp_path_factory.mktemp("qat")
+    start = ["--pretrained-from-file", calibrated / "checkpoint.pth.tar"]
+    result = run_script("quant_main.py", image_folder, *QUANTIZED, *start, "--epochs", 1, "--workspace", workspace)
+    assert "no calibration" in succeeded(result).out
+    return workspace
+
+
+@pytest.fixture(scope="module")
+def exported(run_script, tuned, tmp_path_factory):
+    """The ONNX file of each target."""
+    folder = tmp_path_factory.mktemp("onnx")
+    model = ["--arch", "efficientnet-quant-b0", "--pretrained-from-file", tuned / "model_best.pth.tar"]
+    paths = {target: folder / f"{target}.onnx" for target in TARGETS}
+    for target, path in paths.items():
+        succeeded(run_script("model2onnx.py", *model, "--target", target, "-b", 8, "--output", path))
+    return paths
+
+
+def test_main_writes_checkpoints_and_a_raport(trained):
+    assert names(trained) == ["checkpoint.pth.tar", "experiment_raport.json", "model_best.pth.tar"]
+    (line,) = raport(trained)[:1]
+    assert line["step"] == [0]
+    assert set(line["data"]) == TRAINING_METRICS | VALIDATION_METRICS
+
+
+def test_checkpoint_says_what_it_holds(trained):
+    state = state_of(trained / "checkpoint.pth.tar")
+    assert (state["epoch"], state["arch"]) == (1, "efficientnet-b0")
+    assert state["metadata"]["classes"] == CLASSES
+    assert state["metadata"]["preprocessing"]["image_size"] == 32
+    assert state["state_dict"]["classifier.fc.weight"].shape == (3, 1280)
+    assert state["optimizer"]["state"]
+
+
+def test_evaluate_gives_the_figures_of_the_training(run_script, image_folder, trained, tmp_path):
+    checkpoint = trained / "checkpoint.pth.tar"
+    result = succeeded(
+        run_script("main.py", image_folder, *FLOAT, "--evaluate", "--resume", checkpoint, "--workspace", tmp_path)
+    )
+    (line,) = raport(tmp_path)
+    assert set(line["data"]) == VALIDATION_METRICS
+    assert f"val.top1 {line['data']['val.top1']:.4g}" in result.out
+    before = raport(trained)[0]["data"]
+    assert line["data"]["val.loss"] == pytest.approx(before["val.loss"], rel=1e-6)
+    assert line["data"]["val.top1"] == before["val.top1"]
+    assert names(tmp_path) == ["experiment_raport.json"]
+
+
+def test_extracted_weights_are_the_checkpoints(trained, weights):
+    expected = state_of(trained / "model_best.pth.tar")["state_dict"]
+    for tensors in (load_file(weights[".safetensors"]), state_of(weights[".pth"])):
+        assert tensors.keys() == expected.keys()
+        assert all(torch.equal(tensors[name], expected[name]) for name in expected)
+
+
+def test_calibration_records_its_metrics_and_a_checkpoint(calibrated):
+    assert names(calibrated) == ["checkpoint.pth.tar", "experiment_raport.json"]
+    (line,) = raport(calibrated)
+    assert line["step"] == []
+    assert set(line["data"]) == {f"calib.{name}" for name in ("images", "loss", "top1", "top5", *SPEEDS)}
+    assert line["data"]["calib.images"] == 18
+
+
+def test_calibration_sets_every_range_and_keeps_the_weights(calibrated, weights):
+    state = state_of(calibrated / "checkpoint.pth.tar")["state_dict"]
+    ranges = {name: tensor for name, tensor in state.items() if name.endswith("_amax")}
+    assert set(ranges) == {name for name in create_model("efficientnet-quant-b0", 3).state_dict() if "_amax" in name}
+    assert all(bool((tensor.isfinite() & (tensor >= 0)).all()) for tensor in ranges.values())
+    for name, tensor in state_of(weights[".pth"]).items():
+        assert torch.equal(state[name].reshape(tensor.shape), tensor), name
+
+
+def test_fine_tuning_trains_the_weights_and_keeps_the_ranges(calibrated, tuned):
+    assert names(tuned) == ["checkpoint.pth.tar", "experiment_raport.json", "model_best.pth.tar"]
+    before, after = (state_of(folder / "checkpoint.pth.tar")["state_dict"] for folder in (calibrated, tuned))
+    for name in before:
+        if name.endswith("_amax"):
+            assert torch.equal(before[name], after[name])
+    assert not torch.equal(before["stem.conv.weight"], after["stem.conv.weight"])
+    assert set(raport(tuned)[0]["data"]) == TRAINING_METRICS | VALIDATION_METRICS
+
+
+def test_fine_tuning_resumes(run_script, image_folder, tuned, tmp_path):
+    resume = ["--resume", tuned / "checkpoint.pth.tar", "--workspace", tmp_path]
+    result = run_script("quant_main.py", image_folder, *QUANTIZED, "--epochs", 2, *resume)
+    assert "epoch 2/2" in succeeded(result).out
+    assert [line["step"] for line in raport(tmp_path)] == [[1]]
+
+
+@pytest.mark.parametrize("target", TARGETS)
+def test_export_is_valid_and_quantized_for_its_target(exported, target):
+    model = onnx.load(exported[target])
+    onnx.checker.check_model(model, full_check=True)
+    operators = [node.op_type for node in model.graph.node]
+    assert operators.count("Conv") == 81  # of EfficientNet-B0, squeeze-and-excitation included
+    assert operators.count("QuantizeLinear") > 50
+    assert "BatchNormalization" not in operators
+    tensors = {tensor.name: onnx.numpy_helper.to_array(tensor) for tensor in model.graph.initializer}
+    zero_points = {
+        (str(tensors[node.input[2]].dtype), int(np.unique(tensors[node.input[2]])[0]))
+        for node in model.graph.node
+        if node.op_type == "QuantizeLinear"
+    }
+    if target == "tensorrt":
+        assert zero_points == {("int8", 0)}
+    if target == "onnxruntime":
+        assert {dtype for dtype, _ in zero_points} == {"uint8"}
+        assert ("uint8", 128) in zero_points
+
+
+def test_exported_batch_is_dynamic_whatever_b_says(exported):
+    session = onnxruntime.InferenceSession(str(exported["onnxruntime"]), providers=["CPUExecutionProvider"])
+    for batch in (1, 3):
+        (logits,) = session.run(None, {"input": np.zeros((batch, 3, 32, 32), np.float32)})
+        assert logits.shape == (batch, 3)
+
+
+def test_default_output_is_named_after_the_model(run_script, weights, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    model = ["--arch", "efficientnet-b0", "--pretrained-from-file", weights[".safetensors"]]
+    result = run_script("model2onnx.py", *model, "--trt", "False", "-b", 1)
+    assert "efficientnet-b0.onnx" in succeeded(result).out
+    assert names(tmp_path) == ["efficientnet-b0.onnx"]
+
+
+def top_of(output, image):
+    """{class name: percent} as classify.py prints it."""
+    first, *rest = output.splitlines()
+    assert first == str(image)
+    return {line.split("%")[1].strip(): float(line.split("%")[0]) for line in rest}
+
+
+def test_classify_names_the_classes(run_script, image_folder, weights):
+    image = image_folder / "val/bear/00.jpg"
+    model = ["--arch", "efficientnet-b0", "--pretrained-from-file", weights[".safetensors"]]
+    top = top_of(succeeded(run_script("classify.py", *model, "--image", image)).out, image)
+    assert sorted(top) == CLASSES
+    assert list(top.values()) == sorted(top.values(), reverse=True)
+    assert sum(top.values()) == pytest.approx(100, abs=0.05)
+
+
+def test_classify_numbers_the_classes_of_a_plain_state_dict(run_script, image_folder, weights):
+    image = image_folder / "val/bear/00.jpg"
+    model = ["--arch", "efficientnet-b0", "--pretrained-from-file", weights[".pth"], "--image-size", 32]
+    top = top_of(succeeded(run_script("classify.py", *model, "--image", image)).out, image)
+    assert sorted(top) == ["class 0", "class 1", "class 2"]
+
+
+@pytest.mark.parametrize("precision", ["FP32", "AMP"])
+@pytest.mark.parametrize("runtime", ["onnxruntime", "openvino"])
+def test_classify_agrees_between_pytorch_and_engine(run_script, image_folder, tuned, exported, runtime, precision):
+    image = image_folder / "val/cat/01.png"
+    model = ["--arch", "efficientnet-quant-b0", "--pretrained-from-file", tuned / "model_best.pth.tar"]
+    simulated = run_script("classify.py", *model, "--image", image, "--precision", precision)
+    engine = ["--pretrained-from-file", exported[runtime], "--backend", runtime]
+    run = run_script("classify.py", *engine, "--image", image)
+    ours, theirs = (top_of(succeeded(result).out, image) for result in (simulated, run))
+    assert ours.keys() == theirs.keys() == set(CLASSES)
+    assert theirs == pytest.approx(ours, abs=1.0)  # percent, of a network that hardly prefers any class
