@@ -42,7 +42,7 @@ def job(arguments: Sequence[str]) -> int:
     """Run the demo; returns the exit status."""
     parser = Parser("Train, calibrate, fine-tune, export and run EfficientNet-B0 on handwritten digits.")
     parser.add_argument("--workspace", default="runs/demo", help="folder for everything the demo writes")
-    parser.add_argument("--epochs", type=int, default=8, help="epochs of float training")
+    parser.add_argument("--epochs", type=int, default=6, help="epochs of float training")
     parser.add_argument("--qat-epochs", type=int, default=2, help="epochs of quantization-aware training")
     parsed = parser.parse(arguments)
     start = time.monotonic()

@@ -57,7 +57,8 @@ def prepare(arguments: argparse.Namespace) -> Job:
     """
     refuse_unavailable(arguments)
     entry = get_entry(arguments.arch)
-    config = _config(arguments)
+    checkpoint = load_checkpoint(arguments.resume) if arguments.resume else None
+    config = _config(arguments, checkpoint)
     preprocessing = _preprocessing(arguments, entry.image_size)
     train_source, val_source = _open_sources(arguments, preprocessing)
     classes = val_source.classes
@@ -69,11 +70,9 @@ def prepare(arguments: argparse.Namespace) -> Job:
     torch.manual_seed(config.seed)
     model = create_model(arguments.arch, arguments.num_classes, **model_options(arguments))
     has_ranges = not entry.quantized
-    checkpoint: dict[str, Any] | None = None
-    if arguments.resume:
+    if checkpoint is not None:
         if arguments.pretrained_from_file:
             raise UserError("--resume and --pretrained-from-file both bring weights; give one of them.")
-        checkpoint = load_checkpoint(arguments.resume)
         has_ranges = load_weights(model, Weights(checkpoint["state_dict"], source=arguments.resume))
     elif arguments.pretrained_from_file:
         has_ranges = load_weights(model, read_weights(arguments.pretrained_from_file))
@@ -122,11 +121,12 @@ def train_or_evaluate(job: Job, arguments: argparse.Namespace) -> int:
     return 0
 
 
-def _config(arguments: argparse.Namespace) -> TrainConfig:
+def _config(arguments: argparse.Namespace, checkpoint: dict[str, Any] | None) -> TrainConfig:
     values = {field.name: getattr(arguments, field.name) for field in fields(TrainConfig) if field.name in arguments}
     values["channels_last"] = arguments.memory_format == "nhwc"
     if arguments.seed is None:
-        values["seed"] = random.SystemRandom().randrange(2**31)
+        resumed: int | None = None if checkpoint is None else (checkpoint.get("config") or {}).get("seed")
+        values["seed"] = random.SystemRandom().randrange(2**31) if resumed is None else resumed
     config = TrainConfig(**values)
     for flag, allowed in _ALLOWED.items():
         value = getattr(arguments, flag.replace("-", "_"))
@@ -169,6 +169,11 @@ _ALLOWED = {
     "momentum": _NOT_NEGATIVE,
     "weight-decay": _NOT_NEGATIVE,
     "gather-checkpoints": _NOT_NEGATIVE,
+    "rmsprop-alpha": _NOT_NEGATIVE,
+    "rmsprop-eps": _NOT_NEGATIVE,
+    "seed": _Allowed(lambda value: 0 <= value < 2**63, "between 0 and 2**63 - 1"),
+    "bn-momentum": _Allowed(lambda value: 0 <= value <= 1, "between 0 and 1"),
+    "bn-epsilon": _Allowed(lambda value: value > 0, "above 0"),
     "static-loss-scale": _Allowed(lambda value: value > 0, "above 0"),
     "prof": _Allowed(lambda value: value == -1 or value >= 1, "-1 (all batches) or at least 1"),
     "label-smoothing": _Allowed(lambda value: 0 <= value <= 1, "between 0 and 1"),

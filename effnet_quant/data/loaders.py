@@ -81,6 +81,8 @@ class Loader:
             prefetch_factor=self._prefetch if self._workers else None,
             collate_fn=_collate,
             worker_init_fn=_ignore_signals,
+            # its workers' base seed; drawn from the global generator, it would shift the dropout of a resumed epoch
+            generator=torch.Generator(),
             pin_memory=torch.cuda.is_available(),
         )
         for batch in loader:

@@ -182,7 +182,10 @@ def read_image(path: str | Path) -> Tensor:
     """
     try:
         with Image.open(path) as image:
-            return F.pil_to_tensor(ImageOps.exif_transpose(image).convert("RGB"))
+            upright = ImageOps.exif_transpose(image)
+            if upright.mode.startswith("I;16"):  # conversion would clip at 255 instead of scaling
+                upright = Image.fromarray((np.asarray(upright) >> 8).astype(np.uint8))
+            return F.pil_to_tensor(upright.convert("RGB"))
     except FileNotFoundError as error:
         raise UserError(f"there is no file {path}; check the path.") from error
     except (UnidentifiedImageError, OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:

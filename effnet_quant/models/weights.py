@@ -10,6 +10,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import safetensors
 import safetensors.torch
 import torch
@@ -20,6 +21,15 @@ from effnet_quant.files import replace_file
 
 METADATA_KEY = "effnet_quant"
 _RANGE_SUFFIX = "_quantizer._amax"
+
+# NVIDIA's checkpoints hold the learning rate of their cosine schedule as a NumPy number; these only build numbers.
+_scalar = np.float64(0).__reduce__()[0]
+_NUMPY_SCALARS: list[Any] = [
+    _scalar,
+    (_scalar, "numpy.core.multiarray.scalar"),  # its name in files of NumPy 1
+    np.dtype,
+    *(type(np.dtype(name)) for name in ("float32", "float64", "int32", "int64")),
+]
 
 
 @dataclass
@@ -51,7 +61,8 @@ def read_torch_file(path: str | Path) -> Any:
     """
     path = _existing_file(path)
     try:
-        return torch.load(path, map_location="cpu", weights_only=True)
+        with torch.serialization.safe_globals(_NUMPY_SCALARS):
+            return torch.load(path, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError as error:
         wanted = re.search(r"(?:GLOBAL|global|class) `?([\w.]+)", str(error))
         if wanted is None:
@@ -62,16 +73,7 @@ def read_torch_file(path: str | Path) -> Any:
             f"{path} is refused: reading it would run code ('{wanted.group(1)}'), which weights never need; "
             "save a plain state_dict or convert it to .safetensors where it was made."
         ) from error
-    except (
-        RuntimeError,
-        EOFError,
-        OSError,
-        ValueError,
-        KeyError,
-        TypeError,
-        AttributeError,
-        UnicodeDecodeError,
-    ) as error:
+    except Exception as error:  # a damaged file can break the reader anywhere: IndexError, struct.error, AssertionError …
         raise UserError(
             f"{path} is truncated, damaged or no PyTorch file; get it again from where it came from."
         ) from error
@@ -93,7 +95,7 @@ def read_weights(path: str | Path) -> Weights:
             raise UserError(
                 f"{path} is truncated, damaged or no safetensors file; get it again from where it came from."
             ) from error
-        return Weights(tensors, metadata, str(path))
+        return Weights(tensors, metadata if isinstance(metadata, dict) else {}, str(path))
     content = read_torch_file(path)
     metadata = {}
     if isinstance(content, dict) and isinstance(content.get("state_dict"), dict):

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 
 import effnet_quant
 from effnet_quant.errors import UserError
@@ -56,6 +57,9 @@ def load_checkpoint(path: str | Path) -> dict[str, Any]:
             f"{path} is no checkpoint (it has no 'state_dict' and 'epoch'); "
             "start from plain weights with --pretrained-from-file instead of --resume."
         )
+    weights = state["state_dict"]
+    if not isinstance(weights, dict) or not all(isinstance(value, Tensor) for value in weights.values()):
+        raise UserError(f"{path} is no checkpoint (its 'state_dict' holds other things than tensors); get it again.")
     return state
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import time
 from pathlib import Path
 from typing import Any
@@ -17,7 +18,7 @@ class Recorder:
     """Appends metrics to the raport file, one JSON object a line.
 
     Each line holds ``timestamp`` (seconds since 1970), ``step`` ([] for the run, [epoch] for an epoch) and ``data`` (the
-    metrics by name).
+    metrics by name; a number that is not finite is written as null).
 
     Args:
         path: the raport file, None to write nothing.
@@ -40,9 +41,13 @@ class Recorder:
         """Write one line."""
         if self._path is None:
             return
-        line = {"timestamp": time.time(), "step": [] if epoch is None else [epoch], "data": data}
-        with self._path.open("a", encoding="utf-8") as file:
-            file.write(json.dumps(line) + "\n")
+        finite = {name: None if isinstance(v, float) and not math.isfinite(v) else v for name, v in data.items()}
+        line = {"timestamp": time.time(), "step": [] if epoch is None else [epoch], "data": finite}
+        try:
+            with self._path.open("a", encoding="utf-8") as file:
+                file.write(json.dumps(line) + "\n")
+        except OSError as error:
+            raise UserError(f"can't write the raport file {self._path}: {error.strerror}.") from error
 
 
 class Stopwatch:

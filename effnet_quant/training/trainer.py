@@ -6,6 +6,7 @@ import dataclasses
 import math
 import signal
 import threading
+from itertools import islice
 from pathlib import Path
 from types import FrameType
 from typing import Any
@@ -112,7 +113,7 @@ class Trainer:
                 self._epoch, self._batch = self._epoch + 1, 0
                 self.save(is_best=is_best)
                 self._stop_if_signalled()
-                if 0 <= config.early_stopping_patience <= self._epochs_since_best - 1:
+                if 0 < config.early_stopping_patience <= self._epochs_since_best:
                     print(f"stopped early: {self._epochs_since_best} epochs without a better top-1", flush=True)
                     break
 
@@ -123,7 +124,7 @@ class Trainer:
         accuracy = Accuracy(self.config.topk, self.device)
         total = len(loader) if self.config.prof < 0 else min(self.config.prof, len(loader))
         stopwatch = Stopwatch()
-        for index, (images, labels) in enumerate(progress(loader.epoch(), total, title, self.config.print_freq)):
+        for images, labels in progress(islice(loader.epoch(), total), total, title, self.config.print_freq):
             stopwatch.data_ready()
             with self._autocast():
                 logits = self.model(self._inputs(images))
@@ -133,8 +134,6 @@ class Trainer:
             self._synchronize()
             stopwatch.batch_done(len(labels))
             self._stop_if_signalled(save=True)
-            if index + 1 == total:
-                break
         return accuracy.metrics(prefix) | stopwatch.metrics(prefix)
 
     def resume(self, checkpoint: dict[str, Any], source: str) -> bool:
@@ -150,9 +149,10 @@ class Trainer:
         try:
             if checkpoint.get("optimizer"):
                 self.optimizer.load_state_dict(checkpoint["optimizer"])
+                _check_shapes(self.optimizer)
             if checkpoint.get("scaler"):
                 self._scaler.load_state_dict(checkpoint["scaler"])
-        except (ValueError, KeyError) as error:
+        except (ValueError, KeyError, TypeError, AttributeError) as error:
             raise UserError(
                 f"the optimizer state in {source} does not fit: {error}; resume with the --optimizer it was made with."
             ) from error
@@ -213,10 +213,10 @@ class Trainer:
         total = len(loader) if config.prof < 0 else min(config.prof, len(loader))
         losses = torch.zeros((), dtype=torch.float64, device=self.device)
         title = f"epoch {self._epoch + 1}/{config.epochs} train"
-        batches = progress(loader.epoch(self._epoch, self._batch), total - self._batch, title, config.print_freq)
         first = self._batch
+        batches = islice(loader.epoch(self._epoch, first), max(0, total - first))
         stopwatch = Stopwatch()
-        for images, labels in batches:
+        for images, labels in progress(batches, total - first, title, config.print_freq):
             stopwatch.data_ready()
             losses += self._step(images, labels, total)
             self._synchronize()
@@ -224,8 +224,6 @@ class Trainer:
             self._batch += 1
             if self._batch % config.batches_per_step == 0 and self._batch < total:
                 self._stop_if_signalled(save=True)
-            if self._batch == total:
-                break
         if self._batch == first:  # resumed behind the last batch
             return {}
         mean_loss = (losses / (self._batch - first)).item()
@@ -269,6 +267,13 @@ class Trainer:
             if save:
                 self.save()
             raise Interrupted(self._signal)
+
+
+def _check_shapes(optimizer: torch.optim.Optimizer) -> None:
+    for parameter, state in optimizer.state.items():
+        for name, value in state.items():
+            if isinstance(value, Tensor) and value.dim() > 0 and value.shape != parameter.shape:
+                raise ValueError(f"{name} of shape {tuple(value.shape)} for a parameter of {tuple(parameter.shape)}")
 
 
 class _signals_noted:

@@ -3,16 +3,17 @@
 from __future__ import annotations
 
 import json
+import shlex
 import signal
 import threading
 
 import pytest
 import torch
 
-RUN = (
+RUN = shlex.split(
     "digits --arch efficientnet-b0 --num-classes 10 --image-size 32 --data-backend pytorch -b 4 -p 1 --epochs 1 "
     "--lr 0.01 --seed 3"
-).split()
+)
 
 
 @pytest.fixture(scope="module")

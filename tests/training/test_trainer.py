@@ -205,14 +205,6 @@ def test_prof_limits_training_and_validation(tiny_network, make_trainer, make_lo
     assert int(model[1].num_batches_tracked) == 2
 
 
-def test_prof_of_zero_is_no_limit(tiny_network, make_trainer, make_loaders, tmp_path, same_weights):
-    zero, unlimited = tiny_network(), tiny_network()
-    for model, prof in ((zero, 0), (unlimited, -1)):
-        torch.manual_seed(0)
-        make_trainer(model, tmp_path, epochs=1, prof=prof).fit(*make_loaders())
-    assert same_weights(zero, unlimited)
-
-
 def test_run_epochs_limits_this_run_and_not_the_schedule(tiny_network, make_trainer, make_loaders, tmp_path):
     raport = tmp_path / "raport.json"
     model = tiny_network()
@@ -273,7 +265,7 @@ def test_divergence_is_reported_and_keeps_the_last_checkpoint(tiny_network, make
     model = tiny_network()
     with torch.no_grad():
         model[5].weight.fill_(torch.nan)
-    with pytest.raises(UserError, match="loss is nan in epoch 1.*--lr"):
+    with pytest.raises(UserError, match=r"loss is nan in epoch 1.*--lr"):
         make_trainer(model, tmp_path).fit(*make_loaders())
     assert (tmp_path / CHECKPOINT).read_bytes() == before
 
@@ -310,7 +302,7 @@ def test_resuming_with_an_optimizer_state_of_other_shapes_is_refused(
     make_trainer(tiny_network(), tmp_path, epochs=1).fit(*make_loaders())
     state = load_checkpoint(tmp_path / CHECKPOINT)
     for entry in state["optimizer"]["state"].values():
-        entry["momentum_buffer"] = entry["momentum_buffer"].reshape(-1)
+        entry["momentum_buffer"] = torch.zeros(7)
     with pytest.raises(UserError, match="optimizer"):
         make_trainer(tiny_network(), tmp_path).resume(state, CHECKPOINT)
 
