@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 from collections.abc import Iterator, Sequence
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -15,7 +16,7 @@ from effnet_quant.data.loaders import Loader
 from effnet_quant.data.transforms import evaluation_transform, normalize
 from effnet_quant.errors import UserError
 from effnet_quant.models.registry import get_entry
-from effnet_quant.quantization.calibration import METHODS, calibrate
+from effnet_quant.quantization.calibration import METHODS, calibrate, track_outputs
 from effnet_quant.training.metrics import Stopwatch
 from effnet_quant.training.progress import progress
 from effnet_quant.training.trainer import describe
@@ -55,22 +56,15 @@ def job(arguments: Sequence[str]) -> int:
         _calibrate(ready, parsed)
     elif parsed.pretrained_from_file:
         print("the weights bring their ranges: no calibration", flush=True)
-    return train_or_evaluate(ready, parsed)
+    after_epoch = None
+    if not parsed.evaluate:
+        after_epoch = partial(_track_outputs, ready, parsed)
+    return train_or_evaluate(ready, parsed, after_epoch)
 
 
 def _calibrate(ready: Job, arguments: argparse.Namespace) -> None:
-    """Ranges from training images spread evenly over the set, through the evaluation transform; then a checkpoint."""
-    assert ready.train_source is not None
-    available = len(ready.train_source)
-    count = min(arguments.calibration_images, available)
-    loader = Loader(
-        ready.train_source,
-        evaluation_transform(ready.preprocessing),
-        ready.config.batch_size,
-        workers=arguments.workers,
-        prefetch=arguments.prefetch,
-        indices=torch.arange(count) * available // count,
-    )
+    """Ranges from training images through the evaluation transform; then a checkpoint."""
+    loader = _calibration_images(ready, arguments)
     stopwatch = Stopwatch()
 
     def batches() -> Iterator[Tensor]:
@@ -80,12 +74,34 @@ def _calibrate(ready: Job, arguments: argparse.Namespace) -> None:
             stopwatch.batch_done(len(images))
 
     calibrate(ready.model, batches(), arguments.calibration_method, arguments.percentile)
-    metrics: dict[str, float] = {"calib.images": count, **stopwatch.metrics("calib")}
+    metrics: dict[str, float] = {"calib.images": loader.num_images, **stopwatch.metrics("calib")}
     if not arguments.training_only:
         metrics |= ready.trainer.evaluate(ready.val, "calib", "evaluate the calibrated model")
     ready.recorder.record(metrics)
-    print(f"calibrated on {count} images: {describe(metrics)}", flush=True)
+    print(f"calibrated on {loader.num_images} images: {describe(metrics)}", flush=True)
     ready.trainer.save()
+
+
+def _track_outputs(ready: Job, arguments: argparse.Namespace) -> None:
+    """Bring what is known of the convolutions' outputs up to date with the trained weights."""
+    loader = _calibration_images(ready, arguments)
+    batches = progress(loader.epoch(), len(loader), "track output ranges", arguments.print_freq)
+    track_outputs(ready.model, (normalize(images.to(ready.device), ready.preprocessing) for images, _ in batches))
+
+
+def _calibration_images(ready: Job, arguments: argparse.Namespace) -> Loader:
+    """Training images spread evenly over the set, through the evaluation transform."""
+    assert ready.train_source is not None
+    available = len(ready.train_source)
+    count = min(arguments.calibration_images, available)
+    return Loader(
+        ready.train_source,
+        evaluation_transform(ready.preprocessing),
+        ready.config.batch_size,
+        workers=arguments.workers,
+        prefetch=arguments.prefetch,
+        indices=torch.arange(count) * available // count,
+    )
 
 
 def main() -> None:

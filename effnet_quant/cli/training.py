@@ -103,7 +103,7 @@ def prepare(arguments: argparse.Namespace) -> Job:
     return Job(model, trainer, config, recorder, preprocessing, device, train, train_source, val, has_ranges)
 
 
-def train_or_evaluate(job: Job, arguments: argparse.Namespace) -> int:
+def train_or_evaluate(job: Job, arguments: argparse.Namespace, after_epoch: Callable[[], None] | None = None) -> int:
     """The part after everything is prepared: ``--evaluate``, or training; returns the process's exit status."""
     if arguments.evaluate:
         metrics = job.trainer.evaluate(job.val)
@@ -112,7 +112,7 @@ def train_or_evaluate(job: Job, arguments: argparse.Namespace) -> int:
         return 0
     assert job.train is not None
     try:
-        job.trainer.fit(job.train, job.val)
+        job.trainer.fit(job.train, job.val, after_epoch)
     except Interrupted as interruption:
         path = os.path.join(arguments.workspace, arguments.checkpoint_filename)
         kept = f"; go on with --resume {path}" if job.config.save_checkpoints else ", without a checkpoint"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -16,7 +17,7 @@ from torch import Tensor, fx, nn
 from effnet_quant.deploy.graph import LARGEST_BIAS, GraphWriter
 from effnet_quant.deploy.operators import IDENTITIES, OPERATION_KINDS, OPERATIONS
 from effnet_quant.deploy.ranges import NeededRanges, affine_uint8
-from effnet_quant.deploy.tracing import FAKE_QUANTIZE, TracedModel, module_path, trace
+from effnet_quant.deploy.tracing import FAKE_QUANTIZE, TRACKED_RANGE, TracedModel, module_path, trace
 from effnet_quant.errors import UserError
 from effnet_quant.files import replace_file
 from effnet_quant.models.weights import METADATA_KEY
@@ -60,8 +61,8 @@ def export_onnx(
     """Write ``model`` as ONNX (opset 17): "input" (batch, 3, image_size, image_size) float32 -> "logits", any batch.
 
     BatchNorm is folded into the convolutions. A quantized model gets int8 weights and QDQ nodes where ``target`` wants
-    them; its ranges serve every target. For ONNX Runtime, outputs of convolutions get ranges that clip nothing which
-    the next quantizer could tell apart (see ``ranges.py``), so that they run as integer kernels.
+    them; its ranges serve every target. For ONNX Runtime, outputs of convolutions get ranges too, so that they run as
+    integer kernels: what calibration saw there, less what the next quantizer could not tell apart (see ``ranges.py``).
 
     Args:
         model: a float or calibrated quantized model; left untouched.
@@ -100,6 +101,7 @@ class _Exporter:
         self.names: dict[fx.Node, str] = {}
         self.input_scales: dict[str, float] = {}  # of values behind a quantizer
         self.integer_convolutions: set[str] = set()
+        self.tracked: dict[str, tuple[float, float]] = {}  # extremes of values that calibration has seen
 
     def run(self, image_size: int) -> onnx.ModelProto:
         self.names[self.traced.input] = "input"
@@ -123,6 +125,9 @@ class _Exporter:
             if source is None:
                 raise UserError(f"{path}: a BatchNorm that does not follow a convolution can't be exported.")
             self.names[node] = self.names[source]
+        elif node.target is TRACKED_RANGE:
+            self.names[node] = self.names[node.args[0]]  # type: ignore[index]
+            self.tracked[self.names[node]] = node.args[1:]  # type: ignore[assignment]
         elif node.target in IDENTITIES:
             self.names[node] = self.names[node.args[0]]  # type: ignore[index]
         elif node.target in OPERATIONS:
@@ -217,10 +222,13 @@ class _Exporter:
             consumers = [node for node in writer.nodes if value in node.input]
             if len(consumers) == 1 and consumers[0].op_type == "QuantizeLinear":
                 continue
-            needed = ranges.of(value)
-            if needed is None:
+            needed, tracked = ranges.of(value), self.tracked.get(value)
+            if needed is None and tracked is None:
                 continue  # stays a float convolution on dequantized inputs
-            scale, zero_point = affine_uint8(needed.low, needed.high)
+            low, high = tracked or (-math.inf, math.inf)
+            if needed is not None:
+                low, high = max(low, needed.low), min(high, needed.high)
+            scale, zero_point = affine_uint8(low, high)
             replacement = writer.quantized_activation(value, scale, zero_point, f"{layer.name}.output")
             for node in consumers:
                 node.input[:] = [replacement if name == value else name for name in node.input]

@@ -10,6 +10,7 @@ from torch import Tensor, fx, nn
 from effnet_quant.errors import UserError
 from effnet_quant.quantization.insertion import quantizers
 from effnet_quant.quantization.quantizer import TensorQuantizer
+from effnet_quant.quantization.range_tracker import RangeTracker
 
 
 @torch.library.custom_op("effnet_quant::fake_quantize", mutates_args=())
@@ -23,6 +24,18 @@ def _(x: Tensor, scale: Tensor, low: int, high: int) -> Tensor:
     return torch.empty_like(x)
 
 
+@torch.library.custom_op("effnet_quant::tracked_range", mutates_args=())
+def tracked_range_node(x: Tensor, low: float, high: float) -> Tensor:
+    """Marks a value whose range is known in a traced graph."""
+    return x.clone()
+
+
+@tracked_range_node.register_fake
+def _(x: Tensor, low: float, high: float) -> Tensor:
+    return torch.empty_like(x)
+
+
+TRACKED_RANGE = torch.ops.effnet_quant.tracked_range.default
 FAKE_QUANTIZE = torch.ops.effnet_quant.fake_quantize.default
 
 
@@ -41,11 +54,23 @@ class _MarkedQuantizer(nn.Module):
         return fake_quantize_node(x, self.scale, low, high)
 
 
+class _MarkedRange(nn.Module):
+    """Stands in for a RangeTracker that has seen something."""
+
+    def __init__(self, low: float, high: float) -> None:
+        super().__init__()
+        self.low, self.high = low, high
+
+    def forward(self, x: Tensor) -> Tensor:
+        return tracked_range_node(x, self.low, self.high)
+
+
 class TracedModel:
     """The operations of a model in eval mode, in order, with its parameters and buffers as constants.
 
     Attributes:
-        nodes: the graph's nodes; each ``call_function`` node has an ATen overload or ``FAKE_QUANTIZE`` as target.
+        nodes: the graph's nodes; each ``call_function`` node has an ATen overload or ``FAKE_QUANTIZE``
+            or ``TRACKED_RANGE`` as target.
         constants: the value of every placeholder node but the input's, as float32 (or integer) CPU tensors.
         input: the placeholder of the images.
         output: the node that computes the logits.
@@ -82,9 +107,11 @@ def trace(model: nn.Module, image_size: int, in_channels: int = 3) -> TracedMode
             "calibrate the model or load quantized weights before exporting it."
         )
     marked = copy.deepcopy(model).cpu().float().eval().to(memory_format=torch.contiguous_format)
-    for name, quantizer in list(quantizers(marked)):
-        replacement: nn.Module = _MarkedQuantizer(quantizer) if quantizer.enabled else nn.Identity()
-        marked.set_submodule(name, replacement)
+    for name, module in list(marked.named_modules()):
+        if isinstance(module, TensorQuantizer):
+            marked.set_submodule(name, _MarkedQuantizer(module) if module.enabled else nn.Identity())
+        elif isinstance(module, RangeTracker):
+            marked.set_submodule(name, nn.Identity() if module.range is None else _MarkedRange(*module.range))
     images = torch.zeros(2, in_channels, image_size, image_size)
     batch = torch.export.Dim("batch", min=1)
     try:

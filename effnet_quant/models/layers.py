@@ -14,8 +14,15 @@ class QuantPoint(nn.Identity):
     """
 
 
+class OutputPoint(nn.Identity):
+    """Marks what a convolution (with its BatchNorm) puts out, before the activation; the identity.
+
+    NVIDIA's placement has no quantizer there, but some runtimes need the range of it for an integer convolution.
+    """
+
+
 class ConvBNAct(nn.Sequential):
-    """Convolution without bias, BatchNorm, and (unless ``activation`` is False) SiLU; children conv, bn, act.
+    """Convolution without bias, BatchNorm, and (unless ``activation`` is False) SiLU; children conv, bn, output, act.
 
     Padding is ``(kernel_size - 1) // 2`` on every side, as in NVIDIA's definition, so an even input of size n gives
     n / stride.
@@ -37,6 +44,7 @@ class ConvBNAct(nn.Sequential):
         padding = (kernel_size - 1) // 2
         self.conv = nn.Conv2d(in_channels, out_channels, kernel_size, stride, padding, groups=groups, bias=False)
         self.bn = nn.BatchNorm2d(out_channels, eps=bn_epsilon, momentum=bn_momentum)
+        self.output = OutputPoint()
         if activation:
             self.act = nn.SiLU(inplace=True)
 
@@ -63,6 +71,8 @@ class SqueezeExcitation(nn.Module):
         else:
             self.squeeze = nn.Linear(channels, squeezed)
             self.expand = nn.Linear(squeezed, channels)
+        self.squeeze_output = OutputPoint()
+        self.expand_output = OutputPoint()
         self.act = nn.SiLU(inplace=True)
         self.mul_a_quantizer = QuantPoint()
         self.mul_b_quantizer = QuantPoint()
@@ -71,7 +81,8 @@ class SqueezeExcitation(nn.Module):
         gate = self.pooling(x)
         if not self.as_conv:
             gate = gate.flatten(1)
-        gate = torch.sigmoid(self.expand(self.act(self.squeeze(gate))))
+        gate = self.act(self.squeeze_output(self.squeeze(gate)))
+        gate = torch.sigmoid(self.expand_output(self.expand(gate)))
         if not self.as_conv:
             gate = gate.unsqueeze(2).unsqueeze(3)
         return self.mul_a_quantizer(gate) * self.mul_b_quantizer(x)

@@ -21,6 +21,7 @@ from effnet_quant.files import replace_file
 
 METADATA_KEY = "effnet_quant"
 _RANGE_SUFFIX = "_quantizer._amax"
+_TRACKED_SUFFIXES = ("output._low", "output._high")
 
 # NVIDIA's checkpoints hold the learning rate of their cosine schedule as a NumPy number; these only build numbers.
 _scalar = np.float64(0).__reduce__()[0]
@@ -73,7 +74,9 @@ def read_torch_file(path: str | Path) -> Any:
             f"{path} is refused: reading it would run code ('{wanted.group(1)}'), which weights never need; "
             "save a plain state_dict or convert it to .safetensors where it was made."
         ) from error
-    except Exception as error:  # a damaged file can break the reader anywhere: IndexError, struct.error, AssertionError …
+    except (
+        Exception
+    ) as error:  # a damaged file can break the reader anywhere: IndexError, struct.error, AssertionError …
         raise UserError(
             f"{path} is truncated, damaged or no PyTorch file; get it again from where it came from."
         ) from error
@@ -156,7 +159,7 @@ def load_weights(model: nn.Module, weights: Weights) -> bool:
     missing = [name for name in own if name not in given and name not in ranges]
     if given_ranges:  # half a set of ranges is a mistake, none at all is a float file
         missing += [name for name in own if name in ranges and name not in given]
-    unexpected = [name for name in given if name not in own]
+    unexpected = [name for name in given if name not in own and not name.endswith(_TRACKED_SUFFIXES)]
     reshaped = [name for name in given if name in own and given[name].shape != own[name].shape]
     if missing or unexpected or reshaped:
         raise UserError(

@@ -7,15 +7,16 @@ from collections.abc import Iterator
 from torch import nn
 
 from effnet_quant.errors import UserError
-from effnet_quant.models.layers import QuantPoint
+from effnet_quant.models.layers import OutputPoint, QuantPoint
 from effnet_quant.quantization.modules import QuantAdaptiveAvgPool2d, QuantConv2d, QuantLinear
 from effnet_quant.quantization.quantizer import TensorQuantizer
+from effnet_quant.quantization.range_tracker import RangeTracker
 from effnet_quant.quantization.spec import QuantSpec, resolve_spec
 
 
 def quantize(model: nn.Module, spec: str | QuantSpec = "w8a8") -> nn.Module:
     """Place quantizers in ``model``, in place: on the inputs and weights of convolutions and linear layers, on the inputs
-    of average pooling and on every QuantPoint.
+    of average pooling and on every QuantPoint. OutputPoints get range trackers, for the engines that need them.
 
     The quantizers start without ranges, and a network without ranges computes what the float network does; ``calibrate``
     or loaded weights give it ranges. Parameters are shared with the float model and keep their names.
@@ -50,6 +51,8 @@ def _place(module: nn.Module, spec: QuantSpec) -> None:
     for name, child in module.named_children():
         if isinstance(child, QuantPoint):
             twin: nn.Module = TensorQuantizer(spec.activation)
+        elif isinstance(child, OutputPoint):
+            twin = RangeTracker()
         elif type(child) is nn.Conv2d:
             twin = QuantConv2d.from_float(child, spec)
         elif type(child) is nn.Linear:

@@ -6,6 +6,7 @@ import dataclasses
 import math
 import signal
 import threading
+from collections.abc import Callable
 from itertools import islice
 from pathlib import Path
 from types import FrameType
@@ -85,8 +86,10 @@ class Trainer:
         self._epochs_since_best = 0
         self._signal: int | None = None
 
-    def fit(self, train: Loader, val: Loader) -> None:
+    def fit(self, train: Loader, val: Loader, after_epoch: Callable[[], None] | None = None) -> None:
         """Train to the end of the configured epochs, validating and writing checkpoints after each.
+
+        ``after_epoch`` is called when an epoch's training is done, before its validation and its checkpoint.
 
         SIGINT and SIGTERM end the run after the current step with a checkpoint from which it resumes there.
 
@@ -101,6 +104,8 @@ class Trainer:
         with _signals_noted(self):
             while self._epoch < last:
                 metrics = self._train_epoch(train)
+                if after_epoch is not None:
+                    after_epoch()
                 if not config.training_only:
                     metrics |= self.evaluate(val, "val", f"epoch {self._epoch + 1}/{config.epochs} val")
                 self._recorder.record(metrics, epoch=self._epoch)

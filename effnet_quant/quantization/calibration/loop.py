@@ -12,7 +12,7 @@ from effnet_quant.quantization.calibration.maximum import MaxObserver
 from effnet_quant.quantization.calibration.percentile import PercentileObserver
 from effnet_quant.quantization.insertion import quantizers
 from effnet_quant.quantization.modules import QuantConv2d, QuantLinear
-from effnet_quant.quantization.quantizer import TensorQuantizer
+from effnet_quant.quantization.range_tracker import RangeTracker
 
 METHODS = ("max", "percentile")
 
@@ -56,7 +56,16 @@ def calibrate(
         for name in places
         if name not in weights
     }
-    _observe(model, places, observers, batches, progress)
+    enabled = {name: quantizer.enabled for name, quantizer in places.items()}
+    try:
+        for name, quantizer in places.items():
+            quantizer.enabled = False
+            quantizer.observer = observers.get(name)
+        track_outputs(model, batches, progress)
+    finally:
+        for name, quantizer in places.items():
+            quantizer.enabled = enabled[name]
+            quantizer.observer = None
 
     ranges = {name: observer.amax() for name, observer in observers.items()}
     for name, weight in weights.items():
@@ -74,31 +83,31 @@ def calibrate(
 
 
 @torch.no_grad()
-def _observe(
-    model: nn.Module,
-    places: dict[str, TensorQuantizer],
-    observers: dict[str, MaxObserver] | dict[str, PercentileObserver] | dict[str, MaxObserver | PercentileObserver],
-    batches: Iterable[Tensor],
-    progress: Callable[[int], None] | None,
-) -> None:
+def track_outputs(model: nn.Module, batches: Iterable[Tensor], progress: Callable[[int], None] | None = None) -> None:
+    """Renew the range trackers of ``model`` in one pass over ``batches``; its quantizers stay as they are.
+
+    ``calibrate`` does this too; after training has moved the weights, this alone brings the trackers up to date. The
+    model runs in eval mode and is returned to the mode it was in.
+
+    Raises:
+        UserError: there are no images.
+    """
     modes = {module: module.training for module in model.modules()}
-    enabled = {name: quantizer.enabled for name, quantizer in places.items()}
-    parameter = next(model.parameters())
+    trackers = [module for module in model.modules() if isinstance(module, RangeTracker)]
+    device = next(model.parameters()).device
     images = 0
     try:
         model.eval()
-        for name, quantizer in places.items():
-            quantizer.enabled = False
-            quantizer.observer = observers.get(name)
+        for tracker in trackers:
+            tracker.start()
         for batch in batches:
-            model(batch.to(parameter.device))
+            model(batch.to(device))
             images += len(batch)
             if progress is not None:
                 progress(len(batch))
     finally:
-        for name, quantizer in places.items():
-            quantizer.enabled = enabled[name]
-            quantizer.observer = None
+        for tracker in trackers:
+            tracker.tracking = False
         for module, training in modes.items():
             module.training = training
     if images == 0:

@@ -42,8 +42,8 @@ class PercentileObserver:
         merged = torch.arange(BINS, device=x.device) >> (needed - self._exponent).clamp(max=62)
         self._counts = torch.zeros_like(self._counts).index_add_(0, merged, self._counts)
         self._exponent = needed
-        bins = torch.ldexp(magnitudes.nan_to_num(0, 0), torch.log2(torch.tensor(float(BINS))) - needed).to(torch.int64)
-        self._counts += torch.bincount(bins.clamp_(max=BINS - 1), minlength=BINS)
+        scaled = torch.ldexp(magnitudes.nan_to_num(0, 0), BINS.bit_length() - 1 - needed)
+        self._counts += torch.bincount(scaled.clamp_(max=BINS - 1).to(torch.int64), minlength=BINS)
 
     def amax(self) -> Tensor:
         """The range, of shape (): the upper edge of the bin that reaches the percentile, at most the largest value seen.
