@@ -90,6 +90,8 @@ def draw_summary(rows: Sequence[Row], path: Path, title: str) -> None:
         axis.bar_label(bars, [style.format(value) for value in values], padding=3, fontsize=9)
         axis.set_xlabel(label)
         axis.set_xlim(0, max(values) * 1.22)
+        if axis is axes[0]:
+            axis.set_xticks(range(0, 101, 25))
         axis.spines[["top", "right"]].set_visible(False)
     axes[0].invert_yaxis()
     figure.suptitle(title, x=0.01, ha="left")
