@@ -10,6 +10,20 @@ from pathlib import Path
 from effnet_quant.errors import UserError
 
 
+def check_writable(path: Path) -> None:
+    """Find out before long work whether ``replace_file`` will have a place to write to.
+
+    Raises:
+        UserError: the folder is missing or not writable, or ``path`` is a folder.
+    """
+    if path.is_dir():
+        raise UserError(f"can't write {path}: it is a folder; name a file in it.")
+    if not path.parent.is_dir():
+        raise UserError(f"can't write {path}: there is no folder {path.parent}; create it first.")
+    if not os.access(path.parent, os.W_OK):
+        raise UserError(f"can't write {path}: no permission to write in {path.parent}; choose another place.")
+
+
 def replace_file(path: Path, content: bytes) -> None:
     """Write ``content`` to a temporary file beside ``path``, fsync it and rename it over ``path``.
 

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import os
 from collections.abc import Sequence
+from pathlib import Path
 
 from effnet_quant.cli.arguments import Parser, add_model_arguments
 from effnet_quant.cli.inference import load_model
 from effnet_quant.cli.process import run
 from effnet_quant.deploy.onnx import export_onnx
+from effnet_quant.files import check_writable
 from effnet_quant.quantization.targets import TARGETS
 
 
@@ -23,8 +25,9 @@ def job(arguments: Sequence[str]) -> int:
     parser.add_argument("--target", choices=tuple(TARGETS), default="onnxruntime", help="the runtime to export for")
     parser.add_argument("--output", metavar="FILE", help="file to write (default: <arch>.onnx)")
     parsed = parser.parse(arguments)
-    model, metadata = load_model(parsed)
     output = parsed.output or f"{parsed.arch}.onnx"
+    check_writable(Path(output))
+    model, metadata = load_model(parsed)
     export_onnx(model, output, metadata["preprocessing"]["image_size"], target=parsed.target, metadata=metadata)
     print(f"{output}: {os.path.getsize(output):,} bytes, for {parsed.target}, any batch size")
     return 0

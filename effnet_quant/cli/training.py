@@ -132,6 +132,11 @@ def _config(arguments: argparse.Namespace, checkpoint: dict[str, Any] | None) ->
         value = getattr(arguments, flag.replace("-", "_"))
         if value is not None and not allowed.contains(value):
             raise UserError(f"--{flag} must be {allowed.words}, not {value}.")
+    if not config.checkpoint_filename or os.path.basename(config.checkpoint_filename) != config.checkpoint_filename:
+        raise UserError(
+            f"--checkpoint-filename names a file in the workspace, without a folder; '{config.checkpoint_filename}' "
+            "does not."
+        )
     if config.optimizer_batch_size >= 0 and (
         config.optimizer_batch_size < config.batch_size or config.optimizer_batch_size % config.batch_size
     ):

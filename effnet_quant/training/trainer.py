@@ -150,6 +150,11 @@ class Trainer:
         Raises:
             UserError: it does not fit the model or the configuration.
         """
+        batch, made_with = int(checkpoint.get("batch", 0)), (checkpoint.get("config") or {}).get("batch_size")
+        if batch > 0 and made_with != self.config.batch_size:
+            raise UserError(
+                f"{source} stands in the middle of an epoch of batches of {made_with}; resume it with -b {made_with}."
+            )
         has_ranges = load_weights(self.model, Weights(checkpoint["state_dict"], source=source))
         try:
             if checkpoint.get("optimizer"):
@@ -162,7 +167,7 @@ class Trainer:
                 f"the optimizer state in {source} does not fit: {error}; resume with the --optimizer it was made with."
             ) from error
         self._epoch = int(checkpoint["epoch"])
-        self._batch = int(checkpoint.get("batch", 0))
+        self._batch = batch
         best = checkpoint.get("best_prec1")
         self._best_top1 = -math.inf if best is None else float(best)
         self._epochs_since_best = int(checkpoint.get("epochs_since_best", 0))
@@ -227,17 +232,21 @@ class Trainer:
             self._synchronize()
             stopwatch.batch_done(len(labels))
             self._batch += 1
-            if self._batch % config.batches_per_step == 0 and self._batch < total:
+            if self._signal is not None and self._batch % config.batches_per_step == 0 and self._batch < total:
+                self._check_finite(losses)
                 self._stop_if_signalled(save=True)
         if self._batch == first:  # resumed behind the last batch
             return {}
+        self._check_finite(losses)
         mean_loss = (losses / (self._batch - first)).item()
-        if not math.isfinite(mean_loss):
+        return {"train.loss": mean_loss, "train.lr": lr, **stopwatch.metrics("train")}
+
+    def _check_finite(self, losses: Tensor) -> None:
+        if not torch.isfinite(losses):
             raise UserError(
-                f"the loss is {mean_loss} in epoch {self._epoch + 1}: training has diverged; lower --lr, "
+                f"the loss is {losses.item()} in epoch {self._epoch + 1}: training has diverged; lower --lr, "
                 "and resume from the last checkpoint."
             )
-        return {"train.loss": mean_loss, "train.lr": lr, **stopwatch.metrics("train")}
 
     def _step(self, images: Tensor, labels: Tensor, total: int) -> Tensor:
         config = self.config

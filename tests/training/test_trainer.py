@@ -344,3 +344,10 @@ def test_progress_is_plain_lines_up_to_the_last_batch(tiny_network, make_trainer
     lines = capsys.readouterr().err.splitlines()
     done = [line.split(",")[0] for line in lines if "train" in line]
     assert done == ["epoch 1/1 train: 2/5", "epoch 1/1 train: 4/5", "epoch 1/1 train: 5/5"]
+
+
+def test_resuming_within_an_epoch_needs_the_same_batch_size(make_trainer, tiny_network, tmp_path):
+    trainer = make_trainer(tiny_network(), tmp_path)
+    state = {"state_dict": trainer.model.state_dict(), "epoch": 0, "batch": 2, "config": {"batch_size": 3}}
+    with pytest.raises(UserError, match=r"middle of an epoch of batches of 3; resume it with -b 3"):
+        trainer.resume(state, "checkpoint.pth.tar")
