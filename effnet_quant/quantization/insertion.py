@@ -2,27 +2,41 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Iterator
 
 from torch import nn
 
 from effnet_quant.errors import UserError
 from effnet_quant.models.layers import OutputPoint, QuantPoint
-from effnet_quant.quantization.modules import QuantAdaptiveAvgPool2d, QuantConv2d, QuantLinear
+from effnet_quant.quantization.modules import (
+    QuantAdaptiveAvgPool2d,
+    QuantAvgPool2d,
+    QuantConv2d,
+    QuantConvSubclass,
+    QuantLinear,
+)
+from effnet_quant.quantization.placement import place_between_modules
 from effnet_quant.quantization.quantizer import TensorQuantizer
 from effnet_quant.quantization.range_tracker import RangeTracker
 from effnet_quant.quantization.spec import QuantSpec, resolve_spec
+from effnet_quant.quantization.tracing import replace_forward, trace_operations
 
 
 def quantize(model: nn.Module, spec: str | QuantSpec = "w8a8") -> nn.Module:
     """Place quantizers in ``model``, in place: on the inputs and weights of convolutions and linear layers, on the inputs
     of average pooling and on every QuantPoint. OutputPoints get range trackers, for the engines that need them.
 
+    A model without such marks is traced (torch.fx), and the same places are found in its graph: the shortcut of an
+    addition, both operands of a product, the inputs of a concatenation (with one range) and of functional pooling. It
+    then computes the traced graph, so Python branches on ``self.training`` outside of modules are fixed. A warning names
+    what could not be traced.
+
     The quantizers start without ranges, and a network without ranges computes what the float network does; ``calibrate``
     or loaded weights give it ranges. Parameters are shared with the float model and keep their names.
 
     Args:
-        model: any module made of Conv2d, Linear, AdaptiveAvgPool2d and QuantPoint modules; others stay in float.
+        model: any module with Conv2d, Linear or average pooling modules.
         spec: a preset's name or a QuantSpec.
 
     Returns:
@@ -34,10 +48,32 @@ def quantize(model: nn.Module, spec: str | QuantSpec = "w8a8") -> nn.Module:
     resolved = resolve_spec(spec)
     if any(True for _ in quantizers(model)):
         raise UserError("the model is quantized already; create a float model to quantize it another way.")
+    marked = any(isinstance(module, (QuantPoint, OutputPoint)) for module in model.modules())
     _place(model, resolved)
     if not any(True for _ in quantizers(model)):
         raise UserError("the model has no convolution, linear layer or pooling that could be quantized.")
+    if not marked:
+        _place_on_graph(model, resolved)
     return model
+
+
+def _place_on_graph(model: nn.Module, spec: QuantSpec) -> None:
+    graph, opaque = trace_operations(model)
+    if graph is None:
+        warnings.warn(
+            f"{type(model).__name__} can't be traced: its convolutions, linear and pooling layers are quantized, the "
+            "additions, products and concatenations between them stay in float.",
+            stacklevel=3,
+        )
+        return
+    if opaque:
+        warnings.warn(
+            f"{', '.join(opaque)} can't be traced: the layers inside are quantized, the operations between them there "
+            "stay in float.",
+            stacklevel=3,
+        )
+    place_between_modules(model, graph, spec)
+    replace_forward(model, graph)
 
 
 def quantizers(model: nn.Module) -> Iterator[tuple[str, TensorQuantizer]]:
@@ -59,6 +95,11 @@ def _place(module: nn.Module, spec: QuantSpec) -> None:
             twin = QuantLinear.from_float(child, spec)
         elif type(child) is nn.AdaptiveAvgPool2d:
             twin = QuantAdaptiveAvgPool2d.from_float(child, spec)
+        elif type(child) is nn.AvgPool2d:
+            twin = QuantAvgPool2d.from_float(child, spec)
+        elif isinstance(child, nn.Conv2d):
+            QuantConvSubclass.convert(child, spec)
+            continue
         else:
             _place(child, spec)
             continue

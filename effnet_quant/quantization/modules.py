@@ -7,6 +7,8 @@ marks their operands (``mul_a_quantizer``, ``mul_b_quantizer``, ``residual_quant
 
 from __future__ import annotations
 
+import types
+
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -42,6 +44,29 @@ class QuantConv2d(nn.Conv2d):
         return self._conv_forward(self._input_quantizer(input), self._weight_quantizer(self.weight), self.bias)
 
 
+class QuantConvSubclass(nn.Conv2d):
+    """Put before a subclass of Conv2d that has a forward of its own (timm's padded and standardised convolutions): it
+    quantizes the input, and ``weight``, wherever that forward reads it."""
+
+    _input_quantizer: TensorQuantizer
+    _weight_quantizer: TensorQuantizer
+
+    @staticmethod
+    def convert(conv: nn.Conv2d, spec: QuantSpec) -> None:
+        """Turn ``conv`` into its twin, in place."""
+        own = conv.__class__
+        conv.__class__ = types.new_class(f"Quant{own.__name__}", (QuantConvSubclass, own))
+        _add_quantizers(conv, float_weight(conv), spec)
+
+    @property
+    def weight(self) -> Tensor:  # type: ignore[override]
+        """The quantized weights."""
+        return self._weight_quantizer(self._parameters["weight"])
+
+    def forward(self, input: Tensor) -> Tensor:
+        return super().forward(self._input_quantizer(input))
+
+
 class QuantLinear(nn.Linear):
     """Linear over the quantized input and the quantized weights; the bias and the result stay float."""
 
@@ -75,10 +100,43 @@ class QuantAdaptiveAvgPool2d(nn.AdaptiveAvgPool2d):
         return super().forward(self._input_quantizer(input))
 
 
+class QuantAvgPool2d(nn.AvgPool2d):
+    """AvgPool2d over the quantized input."""
+
+    _input_quantizer: TensorQuantizer
+
+    @staticmethod
+    def from_float(pooling: nn.AvgPool2d, spec: QuantSpec) -> QuantAvgPool2d:
+        """The twin of ``pooling``."""
+        twin = QuantAvgPool2d(
+            pooling.kernel_size,
+            pooling.stride,
+            pooling.padding,
+            pooling.ceil_mode,
+            pooling.count_include_pad,
+            pooling.divisor_override,
+        )
+        twin._input_quantizer = TensorQuantizer(spec.activation)
+        return twin
+
+    def forward(self, input: Tensor) -> Tensor:
+        return super().forward(self._input_quantizer(input))
+
+
+def float_weight(layer: nn.Module) -> nn.Parameter:
+    """The layer's own weights, whatever its attribute ``weight`` gives."""
+    weight = layer._parameters["weight"]
+    assert weight is not None
+    return weight
+
+
 def _adopt_weight(twin: QuantConv2d | QuantLinear, layer: nn.Conv2d | nn.Linear, spec: QuantSpec) -> None:
     twin.weight, twin.bias = layer.weight, layer.bias
     twin.training = layer.training
-    twin._input_quantizer = TensorQuantizer(spec.activation).to(layer.weight.device)
-    twin._weight_quantizer = TensorQuantizer(spec.weight, spec.weight.amax_shape(tuple(layer.weight.shape))).to(
-        layer.weight.device
-    )
+    _add_quantizers(twin, layer.weight, spec)
+
+
+def _add_quantizers(layer: nn.Module, weight: Tensor, spec: QuantSpec) -> None:
+    layer._input_quantizer = TensorQuantizer(spec.activation).to(weight.device)
+    amax_shape = spec.weight.amax_shape(tuple(weight.shape))
+    layer._weight_quantizer = TensorQuantizer(spec.weight, amax_shape).to(weight.device)

@@ -11,7 +11,8 @@ from effnet_quant.errors import UserError
 from effnet_quant.quantization.calibration.maximum import MaxObserver
 from effnet_quant.quantization.calibration.percentile import PercentileObserver
 from effnet_quant.quantization.insertion import quantizers
-from effnet_quant.quantization.modules import QuantConv2d, QuantLinear
+from effnet_quant.quantization.modules import float_weight
+from effnet_quant.quantization.quantizer import TensorQuantizer
 from effnet_quant.quantization.range_tracker import RangeTracker
 
 METHODS = ("max", "percentile")
@@ -50,7 +51,7 @@ def calibrate(
     places = dict(quantizers(model))
     if not places:
         raise UserError("the model has no quantizers to calibrate; call quantize(model) first.")
-    weights = {f"{name}._weight_quantizer": module.weight for name, module in _weighted(model)}
+    weights = _weights(model)
     observers = {
         name: MaxObserver() if method == "max" else PercentileObserver(percentile)
         for name in places
@@ -114,5 +115,10 @@ def track_outputs(model: nn.Module, batches: Iterable[Tensor], progress: Callabl
         raise UserError("there are no images to calibrate with.")
 
 
-def _weighted(model: nn.Module) -> list[tuple[str, QuantConv2d | QuantLinear]]:
-    return [(name, module) for name, module in model.named_modules() if isinstance(module, (QuantConv2d, QuantLinear))]
+def _weights(model: nn.Module) -> dict[str, nn.Parameter]:
+    """The float weights by the name of their quantizer."""
+    return {
+        f"{name}._weight_quantizer": float_weight(module)
+        for name, module in model.named_modules()
+        if isinstance(getattr(module, "_weight_quantizer", None), TensorQuantizer)
+    }
