@@ -11,6 +11,7 @@ assert version is not None
 
 openvino = ["openvino>=2025.0"]
 report = ["matplotlib>=3.8"]
+timm = ["timm>=1.0.15"]
 
 setup(
     name="effnet-quant",
@@ -35,6 +36,7 @@ setup(
     extras_require={
         "openvino": openvino,
         "report": report,
+        "timm": timm,
         "dali": ["nvidia-dali-cuda130"],
         "tensorrt": ["tensorrt>=10.0"],
         "dev": [
@@ -45,7 +47,7 @@ setup(
             "ruff>=0.8",
             "mypy>=1.13",
             "types-tqdm",
-            "timm>=1.0.15",
+            *timm,
         ],
     },
 )

@@ -18,7 +18,7 @@ def job(arguments: Sequence[str]) -> int:
     parsed = parser.parse(arguments)
     if get_entry(parsed.arch).quantized:
         raise UserError(f"{parsed.arch} is a quantized model; use quant_main.py for it.")
-    return train_or_evaluate(prepare(parsed), parsed)
+    return train_or_evaluate(prepare(parsed, quantized=False), parsed)
 
 
 def main() -> None:
