@@ -27,15 +27,14 @@ class BasicBlock(nn.Module):
         self.padding = (channels - in_channels) // 2
         self.conv1 = nn.Conv2d(in_channels, channels, 3, stride, padding=1, bias=False)
         self.bn1 = nn.BatchNorm2d(channels, eps=bn_epsilon, momentum=bn_momentum)
-        self.output1 = OutputPoint()
         self.conv2 = nn.Conv2d(channels, channels, 3, padding=1, bias=False)
         self.bn2 = nn.BatchNorm2d(channels, eps=bn_epsilon, momentum=bn_momentum)
-        self.output2 = OutputPoint()
+        self.output = OutputPoint()
         self.residual_quantizer = QuantPoint()
 
     def forward(self, x: Tensor) -> Tensor:
-        out = F.relu(self.output1(self.bn1(self.conv1(x))), inplace=True)
-        out = self.output2(self.bn2(self.conv2(out)))
+        out = F.relu(self.bn1(self.conv1(x)), inplace=True)
+        out = self.output(self.bn2(self.conv2(out)))
         if self.stride != 1:
             x = x[:, :, :: self.stride, :: self.stride]
         if self.padding:
@@ -67,7 +66,6 @@ class CifarResNet(nn.Module):
         super().__init__()
         self.conv1 = nn.Conv2d(in_channels, WIDTHS[0], 3, padding=1, bias=False)
         self.bn1 = nn.BatchNorm2d(WIDTHS[0], eps=bn_epsilon, momentum=bn_momentum)
-        self.output = OutputPoint()
         channels = WIDTHS[0]
         for index, width in enumerate(WIDTHS):
             stage = nn.Sequential()
@@ -83,7 +81,7 @@ class CifarResNet(nn.Module):
                 nn.init.kaiming_normal_(module.weight, mode=conv_init, nonlinearity="relu")  # type: ignore[arg-type]
 
     def forward(self, x: Tensor) -> Tensor:
-        x = F.relu(self.output(self.bn1(self.conv1(x))), inplace=True)
+        x = F.relu(self.bn1(self.conv1(x)), inplace=True)
         for index in range(len(WIDTHS)):
             x = self.get_submodule(f"layer{index + 1}")(x)
         return self.linear(self.pooling(x).flatten(1))
