@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import signal
 from collections.abc import Iterator
-from contextlib import contextmanager
 
 import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
+from effnet_quant.data.seeding import mix, seeded
 from effnet_quant.data.sources import ImageSource
 from effnet_quant.data.transforms import Transform
 from effnet_quant.errors import UserError
@@ -71,11 +71,11 @@ class Loader:
         """
         order = self._indices
         if self.shuffle:
-            generator = torch.Generator().manual_seed(_mix(self._seed, epoch, -1))
+            generator = torch.Generator().manual_seed(mix(self._seed, epoch, -1))
             order = order[torch.randperm(len(order), generator=generator)]
         batches = [order[i * self.batch_size : (i + 1) * self.batch_size].tolist() for i in range(len(self))]
         loader = DataLoader(
-            _TransformedImages(self.source, self._transform, _mix(self._seed, epoch, -2)),
+            _TransformedImages(self.source, self._transform, mix(self._seed, epoch, -2)),
             batch_sampler=batches[first_batch:],
             num_workers=self._workers,
             prefetch_factor=self._prefetch if self._workers else None,
@@ -104,7 +104,7 @@ class _TransformedImages(Dataset[tuple[Tensor, Tensor] | UserError]):
             image = self._source.read(index)
         except UserError as error:
             return error
-        with _random_state(_mix(self._seed, index, 0)):
+        with seeded(mix(self._seed, index, 0)):
             return self._transform(image), self._source.labels[index]
 
 
@@ -122,26 +122,3 @@ def _ignore_signals(worker: int) -> None:
     """Ctrl-C and SIGTERM reach the whole process group; the main process decides when its workers end."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, signal.SIG_IGN)
-
-
-@contextmanager
-def _random_state(seed: int) -> Iterator[None]:
-    """Torch's CPU generator seeded for a moment."""
-    generator = torch.default_generator
-    state = generator.get_state()
-    generator.manual_seed(seed)
-    try:
-        yield
-    finally:
-        generator.set_state(state)
-
-
-def _mix(a: int, b: int, c: int) -> int:
-    """One 63-bit seed from three numbers (the finaliser of splitmix64, applied once for each)."""
-    value = 0
-    for number in (a, b, c):
-        value = (value + (number + 1) * 0x9E3779B97F4A7C15) & (2**64 - 1)
-        value = ((value ^ (value >> 30)) * 0xBF58476D1CE4E5B9) & (2**64 - 1)
-        value = ((value ^ (value >> 27)) * 0x94D049BB133111EB) & (2**64 - 1)
-        value ^= value >> 31
-    return value >> 1
