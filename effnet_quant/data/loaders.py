@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import signal
 from collections.abc import Iterator
 
@@ -30,6 +31,13 @@ class Loader:
         workers: processes that read and transform; none for sources in memory.
         prefetch: batches that each worker prepares ahead.
         indices: the images to use, in this order; all by default.
+        rank: which of the processes that share the work this one is.
+        ranks: how many there are. A shuffled epoch's batches are cut from batches of ``ranks * batch_size`` images, so
+            that together the processes see what one process with the larger batch sees; without shuffling each takes
+            every ``ranks``-th image, so that each image is seen once.
+
+    Raises:
+        UserError: there are fewer images to shuffle than processes.
     """
 
     def __init__(
@@ -43,6 +51,8 @@ class Loader:
         workers: int = 0,
         prefetch: int = 2,
         indices: Tensor | None = None,
+        rank: int = 0,
+        ranks: int = 1,
     ) -> None:
         self.source = source
         self.batch_size = batch_size
@@ -52,15 +62,21 @@ class Loader:
         self._prefetch = prefetch
         self._transform = transform
         self._indices = torch.arange(len(source)) if indices is None else indices
+        self._rank = rank
+        self._ranks = ranks
+        if shuffle and len(self._indices) < ranks:
+            raise UserError(f"{len(self._indices)} training images are too few for {ranks} processes; start fewer.")
 
     def __len__(self) -> int:
-        """Batches in an epoch."""
+        """Batches in an epoch of this process."""
         images = self.num_images
-        return max(1, images // self.batch_size) if self.shuffle else -(-images // self.batch_size)
+        if self.shuffle:
+            return max(1, images // (self.batch_size * self._ranks))
+        return math.ceil(len(range(self._rank, images, self._ranks)) / self.batch_size)
 
     @property
     def num_images(self) -> int:
-        """Images in the source, the ones that shuffling leaves out included."""
+        """Images of all processes, the ones that shuffling leaves out included."""
         return len(self._indices)
 
     def epoch(self, epoch: int = 0, first_batch: int = 0) -> Iterator[tuple[Tensor, Tensor]]:
@@ -69,11 +85,7 @@ class Loader:
         Raises:
             UserError: an image can't be read; the sentence names the file.
         """
-        order = self._indices
-        if self.shuffle:
-            generator = torch.Generator().manual_seed(mix(self._seed, epoch, -1))
-            order = order[torch.randperm(len(order), generator=generator)]
-        batches = [order[i * self.batch_size : (i + 1) * self.batch_size].tolist() for i in range(len(self))]
+        batches = self._batches(epoch)
         loader = DataLoader(
             _TransformedImages(self.source, self._transform, mix(self._seed, epoch, -2)),
             batch_sampler=batches[first_batch:],
@@ -89,6 +101,27 @@ class Loader:
             if isinstance(batch, UserError):
                 raise batch
             yield batch
+
+    def names(self, epoch: int, batch: int) -> list[str]:
+        """What the images of one batch of this process are called, for messages."""
+        return [self.source.name(index) for index in self._batches(epoch)[batch]]
+
+    def _batches(self, epoch: int) -> list[list[int]]:
+        order = self._indices
+        if not self.shuffle:
+            return _split(order[self._rank :: self._ranks], self.batch_size)
+        generator = torch.Generator().manual_seed(mix(self._seed, epoch, -1))
+        order = order[torch.randperm(len(order), generator=generator)]
+        together = min(self.batch_size * self._ranks, len(order) // self._ranks * self._ranks)
+        share = together // self._ranks
+        first = self._rank * share
+        return [
+            order[start + first : start + first + share].tolist() for start in range(0, len(self) * together, together)
+        ]
+
+
+def _split(order: Tensor, size: int) -> list[list[int]]:
+    return [part.tolist() for part in order.split(size)] if len(order) else []
 
 
 class _TransformedImages(Dataset[tuple[Tensor, Tensor] | UserError]):

@@ -40,6 +40,10 @@ class ImageSource(Protocol):
         """The image as uint8 (3, H, W)."""
         ...
 
+    def name(self, index: int) -> str:
+        """What the image is called in messages: its file, if it has one."""
+        ...
+
 
 class FolderSource:
     """Images in ``<root>/<class>/``, at any depth below the class, in sorted order.
@@ -92,6 +96,10 @@ class FolderSource:
         """
         return read_image(self._paths[index])
 
+    def name(self, index: int) -> str:
+        """The image's file."""
+        return self._paths[index]
+
 
 class DigitsSource:
     """scikit-learn's 1,797 handwritten digits (8x8 pixels), 80 % "train" and 20 % "val" by a fixed permutation."""
@@ -122,6 +130,10 @@ class DigitsSource:
         """The image as uint8 (3, 8, 8), white on black."""
         return self._images[index]
 
+    def name(self, index: int) -> str:
+        """Its number in the split."""
+        return f"digit {index}"
+
 
 class SyntheticSource:
     """Noise images of the final size: for measuring everything but the data."""
@@ -141,6 +153,10 @@ class SyntheticSource:
     def read(self, index: int) -> Tensor:
         """The image as uint8 (3, image_size, image_size)."""
         return self._pool[index % len(self._pool)]
+
+    def name(self, index: int) -> str:
+        """Its number."""
+        return f"synthetic image {index}"
 
 
 def open_sources(data: str) -> tuple[ImageSource, ImageSource]:
