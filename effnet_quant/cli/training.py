@@ -70,6 +70,7 @@ def prepared(arguments: argparse.Namespace) -> Iterator[Job]:
 
 def _prepare(arguments: argparse.Namespace, world: World) -> Job:
     entry = get_entry(arguments.arch)
+    arguments.resume = _checkpoint_to_resume(arguments)
     checkpoint = load_checkpoint(arguments.resume) if arguments.resume else None
     config = _config(arguments, checkpoint, world)
     preprocessing = _preprocessing(arguments, entry.image_size)
@@ -140,6 +141,15 @@ def train_or_evaluate(job: Job, arguments: argparse.Namespace) -> int:
         print(f"{interruption}{kept}", file=sys.stderr)
         return 128 + interruption.signal_number
     return 0
+
+
+def _checkpoint_to_resume(arguments: argparse.Namespace) -> str | None:
+    """The file of ``--resume``, or the job's own latest checkpoint where torchrun has started its processes again."""
+    latest = os.path.join(arguments.workspace, arguments.checkpoint_filename)
+    if int(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")) > 0 and os.path.isfile(latest):
+        print(f"started again: going on from {latest}", flush=True)
+        return latest
+    return arguments.resume
 
 
 def _device(arguments: argparse.Namespace, config: TrainConfig, world: World) -> torch.device:

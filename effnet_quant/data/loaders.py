@@ -152,6 +152,6 @@ def _collate(items: list[tuple[Tensor, Tensor] | UserError]) -> tuple[Tensor, Te
 
 
 def _ignore_signals(worker: int) -> None:
-    """Ctrl-C and SIGTERM reach the whole process group; the main process decides when its workers end."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-    signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    """What asks a run to stop reaches the whole process group; the main process decides when its workers end."""
+    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1):
+        signal.signal(number, signal.SIG_IGN)
