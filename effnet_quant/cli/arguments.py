@@ -8,19 +8,12 @@ from typing import Any
 
 from effnet_quant.errors import UserError
 from effnet_quant.models.registry import get_entry
+from effnet_quant.training import affinity
 from effnet_quant.training.optimizers import OPTIMIZERS
 from effnet_quant.training.precision import AMP_DTYPES
 from effnet_quant.training.schedules import SCHEDULES
 
 DATA_BACKENDS = ("pytorch", "synthetic", "dali-gpu", "dali-cpu")
-AFFINITIES = (
-    "none",
-    "socket",
-    "socket_single",
-    "socket_single_unique",
-    "socket_unique_interleaved",
-    "socket_unique_contiguous",
-)
 
 
 class Parser(argparse.ArgumentParser):
@@ -133,7 +126,7 @@ def _add_compute_arguments(parser: argparse.ArgumentParser) -> None:
     add("--compile", action="store_true", help="torch.compile")
     add("--jit", choices=("no", "script"), default="no", help="script means --compile")
     add("--memory-format", choices=("nchw", "nhwc"), default="nchw", help="memory layout of images and activations")
-    add("--gpu-affinity", choices=AFFINITIES, default="none", help="bind processes to the GPU's CPU cores")
+    add("--gpu-affinity", choices=affinity.MODES, default="none", help="bind processes to the GPU's CPU cores")
 
 
 def _add_run_arguments(parser: argparse.ArgumentParser) -> None:
@@ -165,7 +158,6 @@ def refuse_unavailable(arguments: argparse.Namespace) -> None:
         where = f"download {entry.weights_url} and pass it" if entry.weights_url else "pass a weights file"
         raise UserError(f"--pretrained can't download weights yet; {where} with --pretrained-from-file.")
     refused: list[tuple[str, bool, str]] = [
-        ("--gpu-affinity", given.get("gpu_affinity", "none") != "none", "bind the process with numactl instead"),
         (
             f"--data-backend {given.get('data_backend')}",
             str(given.get("data_backend")).startswith("dali") and "data_backend" in arguments.explicit,

@@ -22,8 +22,8 @@ from effnet_quant.training.progress import progress
 from effnet_quant.training.trainer import describe
 
 
-def job(arguments: Sequence[str]) -> int:
-    """Calibrate and train, or evaluate, as the command line says; returns the exit status."""
+def build_parser() -> Parser:
+    """The script's flags."""
     parser = Parser(
         "Quantize an image classifier: calibrate float weights (--epochs 0 stops there), then fine-tune with fake "
         "quantization."
@@ -32,7 +32,12 @@ def job(arguments: Sequence[str]) -> int:
     parser.add_argument("--calibration-method", choices=METHODS, default="percentile", help="how ranges are chosen")
     parser.add_argument("--percentile", type=float, default=99.99, help="share of magnitudes covered, in percent")
     parser.add_argument("--calibration-images", type=int, default=512, help="training images to calibrate with")
-    parsed = parser.parse(arguments)
+    return parser
+
+
+def job(arguments: Sequence[str]) -> int:
+    """Calibrate and train, or evaluate, as the command line says; returns the exit status."""
+    parsed = build_parser().parse(arguments)
     if not get_entry(parsed.arch).quantized:
         quantized = parsed.arch.replace("efficientnet-", "efficientnet-quant-", 1)
         raise UserError(f"{parsed.arch} is a float model; quant_main.py wants its quantized twin, --arch {quantized}.")

@@ -24,9 +24,11 @@ from effnet_quant.data.transforms import CROP_MARGIN, Preprocessing, evaluation_
 from effnet_quant.errors import UserError
 from effnet_quant.models.registry import get_entry
 from effnet_quant.models.weights import Weights, load_weights, read_weights
+from effnet_quant.training.affinity import bind_to_gpu
 from effnet_quant.training.checkpoint import load_checkpoint, prepare_workspace
 from effnet_quant.training.config import TrainConfig
 from effnet_quant.training.distributed import World, joined_world
+from effnet_quant.training.machine import describe_machine
 from effnet_quant.training.metrics import Recorder
 from effnet_quant.training.signals import Interrupted
 from effnet_quant.training.trainer import Trainer
@@ -93,7 +95,8 @@ def _prepare(arguments: argparse.Namespace, world: World) -> Job:
     workspace = Path(arguments.workspace)
     if world.is_main:
         prepare_workspace(workspace)
-    recorder = Recorder(workspace / arguments.raport_file if world.is_main else None)
+    machine = describe_machine(world.size) if config.prof > 0 and world.is_main else None
+    recorder = Recorder(workspace / arguments.raport_file if world.is_main else None, machine)
     world.wait()
     if "data_backend" not in arguments.explicit:
         print("data backend: pytorch", flush=True)
@@ -154,6 +157,8 @@ def _checkpoint_to_resume(arguments: argparse.Namespace) -> str | None:
 
 def _device(arguments: argparse.Namespace, config: TrainConfig, world: World) -> torch.device:
     """This process's device, set up; says in a line what the CPU does instead of what was asked for."""
+    if arguments.gpu_affinity != "none":
+        print(f"--gpu-affinity: {bind_to_gpu(arguments.gpu_affinity, world.local_rank)}", flush=True)
     if torch.cuda.is_available():
         torch.backends.cuda.matmul.allow_tf32 = arguments.tf32
         torch.backends.cudnn.allow_tf32 = arguments.tf32
