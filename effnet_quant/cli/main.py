@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 from effnet_quant.cli.arguments import Parser, add_training_arguments
 from effnet_quant.cli.process import run
-from effnet_quant.cli.training import prepare, train_or_evaluate
+from effnet_quant.cli.training import prepared, train_or_evaluate
 from effnet_quant.errors import UserError
 from effnet_quant.models.registry import get_entry
 
@@ -18,7 +18,8 @@ def job(arguments: Sequence[str]) -> int:
     parsed = parser.parse(arguments)
     if get_entry(parsed.arch).quantized:
         raise UserError(f"{parsed.arch} is a quantized model; use quant_main.py for it.")
-    return train_or_evaluate(prepare(parsed), parsed)
+    with prepared(parsed) as run_of_this_process:
+        return train_or_evaluate(run_of_this_process, parsed)
 
 
 def main() -> None:

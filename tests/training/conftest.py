@@ -33,6 +33,9 @@ class RandomImages:
     def read(self, index):
         return self.images[index]
 
+    def name(self, index):
+        return f"image {index}"
+
 
 class WatchedLoader:
     """Passes a loader's batches on, counts them, and calls ``action`` before batch number ``at`` (counted from 1)."""
@@ -43,6 +46,9 @@ class WatchedLoader:
 
     def __len__(self):
         return len(self.loader)
+
+    def names(self, epoch, batch):
+        return self.loader.names(epoch, batch)
 
     def epoch(self, epoch=0, first_batch=0):
         for batch in self.loader.epoch(epoch, first_batch):

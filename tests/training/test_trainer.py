@@ -16,9 +16,10 @@ from effnet_quant.errors import UserError
 from effnet_quant.training.checkpoint import load_checkpoint
 from effnet_quant.training.metrics import Recorder
 from effnet_quant.training.schedules import learning_rate
-from effnet_quant.training.trainer import Interrupted
+from effnet_quant.training.signals import Interrupted
 
 CHECKPOINT = "checkpoint.pth.tar"
+LATENCIES = ("", "_at50", "_at95", "_at99", "_at100")
 
 
 @pytest.fixture
@@ -94,7 +95,7 @@ def test_resuming_within_an_epoch_is_bit_exact(
 ):
     trainer = make_trainer(tiny_network(), tmp_path)
     train, val = make_loaders()
-    fit_until(trainer, watch(train, steps, lambda: trainer.note_signal(signal.SIGUSR1, None)), val)
+    fit_until(trainer, watch(train, steps, lambda: trainer.note_signal(signal.SIGUSR1)), val)
     state = load_checkpoint(tmp_path / CHECKPOINT)
     # behind the last batch there is still the validation of its epoch to do
     assert (state["epoch"], state["batch"]) == {1: (0, 1), 3: (0, 3), 5: (0, 5), 7: (1, 2)}[steps]
@@ -108,7 +109,7 @@ def test_resuming_within_validation_is_bit_exact_and_validates_again(
 ):
     trainer = make_trainer(tiny_network(), tmp_path)
     train, val = make_loaders()
-    fit_until(trainer, train, watch(val, 2, lambda: trainer.note_signal(signal.SIGUSR1, None)))
+    fit_until(trainer, train, watch(val, 2, lambda: trainer.note_signal(signal.SIGUSR1)))
     model = tiny_network(seed=7)
     validation = watch(val)
     go_on(model, make_trainer(model, tmp_path), tmp_path / CHECKPOINT, (train, validation))
@@ -122,7 +123,7 @@ def test_resuming_a_profiled_run_behind_its_last_batch_trains_no_further(
     stopped = tiny_network()
     trainer = make_trainer(stopped, tmp_path, prof=2, epochs=1)
     train, val = make_loaders()
-    fit_until(trainer, train, watch(val, 1, lambda: trainer.note_signal(signal.SIGUSR1, None)))
+    fit_until(trainer, train, watch(val, 1, lambda: trainer.note_signal(signal.SIGUSR1)))
     model = tiny_network(seed=7)
     go_on(model, make_trainer(model, tmp_path, prof=2, epochs=1), tmp_path / CHECKPOINT, (train, val))
     assert same_weights(model, stopped)
@@ -131,7 +132,7 @@ def test_resuming_a_profiled_run_behind_its_last_batch_trains_no_further(
 def test_interruption_waits_for_the_optimizers_step(tiny_network, make_trainer, make_loaders, watch, tmp_path):
     trainer = make_trainer(tiny_network(), tmp_path, optimizer_batch_size=12)
     train, val = make_loaders()
-    fit_until(trainer, watch(train, 1, lambda: trainer.note_signal(signal.SIGUSR1, None)), val)
+    fit_until(trainer, watch(train, 1, lambda: trainer.note_signal(signal.SIGUSR1)), val)
     assert load_checkpoint(tmp_path / CHECKPOINT)["batch"] == 3
 
 
@@ -221,7 +222,8 @@ def test_each_epoch_is_recorded_under_nvidias_names(tiny_network, make_trainer, 
     data = json.loads(raport.read_text())["data"]
     speeds = {f"{part}.{name}" for part in ("train", "val") for name in ("total_ips", "compute_ips")}
     times = {f"{part}.{name}" for part in ("train", "val") for name in ("data_time", "compute_time")}
-    assert set(data) == {"train.loss", "train.lr", "val.loss", "val.top1", "val.top5"} | speeds | times
+    latencies = {f"{part}.compute_latency{at}" for part in ("train", "val") for at in LATENCIES}
+    assert set(data) == {"train.loss", "train.lr", "val.loss", "val.top1", "val.top5"} | speeds | times | latencies
     assert all(data[name] > 0 for name in speeds | times)
 
 
@@ -265,8 +267,11 @@ def test_divergence_is_reported_and_keeps_the_last_checkpoint(tiny_network, make
     model = tiny_network()
     with torch.no_grad():
         model[5].weight.fill_(torch.nan)
-    with pytest.raises(UserError, match=r"loss is nan in epoch 1.*--lr"):
-        make_trainer(model, tmp_path).fit(*make_loaders())
+    train, val = make_loaders()
+    with pytest.raises(UserError, match=r"not finite in epoch 1, batch 1:.*--lr") as error:
+        make_trainer(model, tmp_path).fit(train, val)
+    assert f": {', '.join(train.names(0, 0))};" in str(error.value)
+    assert (tmp_path / "nonfinite_loss.txt").read_text().splitlines() == train.names(0, 0)
     assert (tmp_path / CHECKPOINT).read_bytes() == before
 
 
