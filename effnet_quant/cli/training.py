@@ -17,9 +17,11 @@ from torch import nn
 
 from effnet_quant.api import create_model
 from effnet_quant.cli.arguments import model_options, refuse_unavailable
+from effnet_quant.data.arrays import SyntheticSource
 from effnet_quant.data.loaders import Loader
+from effnet_quant.data.opening import DIGITS, open_sources, open_validation
 from effnet_quant.data.seeding import mix
-from effnet_quant.data.sources import DIGITS, ImageSource, SyntheticSource, open_sources, open_validation
+from effnet_quant.data.sources import ImageSource
 from effnet_quant.data.transforms import CROP_MARGIN, Preprocessing, evaluation_transform, training_transform
 from effnet_quant.errors import UserError
 from effnet_quant.models.registry import get_entry
@@ -121,7 +123,7 @@ def _prepare(arguments: argparse.Namespace, world: World) -> Job:
     evaluation = evaluation_transform(preprocessing)
     train = None
     if train_source is not None:
-        augmented = training_transform(preprocessing, autoaugment=arguments.augmentation == "autoaugment")
+        augmented = training_transform(preprocessing, arguments.augmentation)
         transform = augmented if train_source.augmentable else evaluation
         train = Loader(train_source, transform, config.batch_size, shuffle=True, seed=config.seed, **loading)
     val = Loader(val_source, evaluation, config.batch_size, **loading)
