@@ -11,6 +11,7 @@ assert version is not None
 
 openvino = ["openvino>=2025.0"]
 report = ["matplotlib>=3.8"]
+timm = ["timm>=1.0.15"]
 
 setup(
     name="effnet-quant",
@@ -37,6 +38,7 @@ setup(
     extras_require={
         "openvino": openvino,
         "report": report,
+        "timm": timm,
         "dali": ["nvidia-dali-cuda130"],
         "tensorrt": ["tensorrt>=10.0"],
         "dev": [
@@ -48,7 +50,7 @@ setup(
             "mypy>=1.13",
             "types-pyyaml",
             "types-tqdm",
-            "timm>=1.0.15",
+            *timm,
         ],
     },
 )

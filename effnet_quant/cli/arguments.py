@@ -7,7 +7,6 @@ from collections.abc import Sequence
 from typing import Any
 
 from effnet_quant.errors import UserError
-from effnet_quant.models.registry import get_entry
 from effnet_quant.training import affinity
 from effnet_quant.training.optimizers import OPTIMIZERS
 from effnet_quant.training.precision import AMP_DTYPES
@@ -46,8 +45,10 @@ def boolean(text: str) -> bool:
 
 def add_model_arguments(parser: argparse.ArgumentParser, default_arch: str | None) -> None:
     """The architecture, its options and its weights."""
-    parser.add_argument("--arch", "-a", default=default_arch, help="model name, e.g. efficientnet-b0")
-    parser.add_argument("--num-classes", "--num_classes", type=int, default=1000, help="number of classes")
+    parser.add_argument("--arch", "-a", default=default_arch, help="model name, e.g. efficientnet-b0, timm:resnet50")
+    parser.add_argument(
+        "--num-classes", "--num_classes", type=int, default=1000, help="number of classes (cifar-resnet*: 10)"
+    )
     parser.add_argument(
         "--conv-init", "--conv_init", choices=("fan_in", "fan_out"), default="fan_in", help="convolution initialisation"
     )
@@ -63,10 +64,11 @@ def add_model_arguments(parser: argparse.ArgumentParser, default_arch: str | Non
         "--trt",
         type=boolean,
         default=False,
-        help="squeeze-and-excitation as 1x1 convolutions (always so when quantized)",
+        help="EfficientNet's squeeze-and-excitation as 1x1 convolutions (efficientnet-quant-*: unless False)",
     )
     parser.add_argument("--pretrained-from-file", metavar="FILE", help="weights: .safetensors, .pth or .pth.tar")
-    parser.add_argument("--pretrained", action="store_true", help="NVIDIA's published weights")
+    parser.add_argument("--pretrained", action="store_true", help="the model's published weights (downloaded once)")
+    parser.add_argument("--ema", action="store_true", help="of a checkpoint's weights, take their moving average")
 
 
 def add_training_arguments(parser: argparse.ArgumentParser) -> None:
@@ -152,11 +154,7 @@ def refuse_unavailable(arguments: argparse.Namespace) -> None:
     Raises:
         UserError: one of them is used.
     """
-    entry = get_entry(arguments.arch)
     given = vars(arguments)
-    if given.get("pretrained"):
-        where = f"download {entry.weights_url} and pass it" if entry.weights_url else "pass a weights file"
-        raise UserError(f"--pretrained can't download weights yet; {where} with --pretrained-from-file.")
     refused: list[tuple[str, bool, str]] = [
         (
             f"--data-backend {given.get('data_backend')}",
@@ -173,6 +171,6 @@ def model_options(arguments: argparse.Namespace) -> dict[str, Any]:
     """The architecture's options that the user gave, as ``create_model`` takes them; the others are the model's own."""
     names = ("conv_init", "bn_momentum", "bn_epsilon", "survival_prob", "dropout")
     options: dict[str, Any] = {name: getattr(arguments, name) for name in names if name in arguments.explicit}
-    if "trt" in arguments.explicit and not get_entry(arguments.arch).quantized:
+    if "trt" in arguments.explicit:
         options["se_as_conv"] = arguments.trt
     return options

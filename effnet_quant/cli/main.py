@@ -23,7 +23,7 @@ def job(arguments: Sequence[str]) -> int:
     parsed = build_parser().parse(arguments)
     if get_entry(parsed.arch).quantized:
         raise UserError(f"{parsed.arch} is a quantized model; use quant_main.py for it.")
-    with prepared(parsed) as run_of_this_process:
+    with prepared(parsed, quantized=False) as run_of_this_process:
         return train_or_evaluate(run_of_this_process, parsed)
 
 
