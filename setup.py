@@ -22,6 +22,7 @@ setup(
     license="Apache-2.0",
     python_requires=">=3.10",
     packages=find_packages(include=["effnet_quant", "effnet_quant.*"]),
+    package_data={"effnet_quant.recipes": ["*.yml"]},
     install_requires=[
         "torch>=2.8",
         "torchvision>=0.23",
@@ -29,6 +30,7 @@ setup(
         "onnx>=1.17",
         "onnxruntime>=1.20",
         "pillow>=10",
+        "pyyaml>=6",
         "safetensors>=0.4.5",
         "scikit-learn>=1.4",
         "tqdm>=4.66",
@@ -46,6 +48,7 @@ setup(
             "hypothesis>=6.100",
             "ruff>=0.8",
             "mypy>=1.13",
+            "types-pyyaml",
             "types-tqdm",
             *timm,
         ],
