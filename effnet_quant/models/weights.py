@@ -20,7 +20,7 @@ from effnet_quant.errors import UserError
 from effnet_quant.files import replace_file
 
 METADATA_KEY = "effnet_quant"
-_RANGE_SUFFIX = "_quantizer._amax"
+_RANGE_SUFFIXES = ("_quantizer._amax", "_quantizer._amin")
 _TRACKED_SUFFIXES = ("output._low", "output._high")
 
 # NVIDIA's checkpoints hold the learning rate of their cosine schedule as a NumPy number; these only build numbers.
@@ -143,8 +143,10 @@ def load_weights(model: nn.Module, weights: Weights) -> bool:
     """
     own = model.state_dict()
     given = {_canonical_name(name): tensor for name, tensor in weights.tensors.items()}
-    ranges = {name for name in own if name.endswith(_RANGE_SUFFIX)}
-    given = {name: tensor for name, tensor in given.items() if name in own or not name.endswith(_RANGE_SUFFIX)}
+    ranges = {name for name in own if name.endswith(_RANGE_SUFFIXES)}
+    given = {name: tensor for name, tensor in given.items() if name in own or not name.endswith(_RANGE_SUFFIXES[0])}
+    if not ranges:  # to a symmetric grid an affine range would mean something else: there it is unexpected
+        given = {name: tensor for name, tensor in given.items() if not name.endswith(_RANGE_SUFFIXES[1])}
     for name, tensor in given.items():
         if name in own and tensor.shape != own[name].shape and _same_matrix(tensor, own[name]):
             given[name] = tensor.reshape(own[name].shape)

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
+from typing import Any
 
 from torch import nn
 
@@ -15,6 +16,7 @@ from effnet_quant.quantization.modules import (
     QuantConv2d,
     QuantConvSubclass,
     QuantLinear,
+    float_weight,
 )
 from effnet_quant.quantization.placement import place_between_modules
 from effnet_quant.quantization.quantizer import TensorQuantizer
@@ -23,7 +25,7 @@ from effnet_quant.quantization.spec import QuantSpec, resolve_spec
 from effnet_quant.quantization.tracing import replace_forward, trace_operations
 
 
-def quantize(model: nn.Module, spec: str | QuantSpec = "w8a8") -> nn.Module:
+def quantize(model: nn.Module, spec: str | QuantSpec | Mapping[str, Any] = "w8a8") -> nn.Module:
     """Place quantizers in ``model``, in place: on the inputs and weights of convolutions and linear layers, on the inputs
     of average pooling and on every QuantPoint. OutputPoints get range trackers, for the engines that need them.
 
@@ -37,13 +39,14 @@ def quantize(model: nn.Module, spec: str | QuantSpec = "w8a8") -> nn.Module:
 
     Args:
         model: any module with Conv2d, Linear or average pooling modules.
-        spec: a preset's name or a QuantSpec.
+        spec: a preset's name, a QuantSpec, or a mapping as ``resolve_spec`` takes it.
 
     Returns:
         The same model.
 
     Raises:
-        UserError: unknown preset, a model that is quantized already, or one with nothing to quantize.
+        UserError: unknown preset, a model that is quantized already, one with nothing to quantize, or an override that
+            matches nothing.
     """
     resolved = resolve_spec(spec)
     if any(True for _ in quantizers(model)):
@@ -54,6 +57,7 @@ def quantize(model: nn.Module, spec: str | QuantSpec = "w8a8") -> nn.Module:
         raise UserError("the model has no convolution, linear layer or pooling that could be quantized.")
     if not marked:
         _place_on_graph(model, resolved)
+    _apply_overrides(model, resolved)
     return model
 
 
@@ -81,6 +85,28 @@ def quantizers(model: nn.Module) -> Iterator[tuple[str, TensorQuantizer]]:
     for name, module in model.named_modules():
         if isinstance(module, TensorQuantizer):
             yield name, module
+
+
+def _apply_overrides(model: nn.Module, spec: QuantSpec) -> None:
+    """Exchange the quantizers that ``spec.overrides`` speaks of, for others or for nothing."""
+    places = dict(quantizers(model))
+    unmatched = spec.unmatched(list(places))
+    if unmatched:
+        raise UserError(f"the override '{unmatched[0]}' matches no quantizer of the model; check the name.")
+    for name, quantizer in places.items():
+        override = spec.override(name)
+        if override == "base":
+            continue
+        if override is None:
+            model.set_submodule(name, nn.Identity())
+            continue
+        owner = model.get_submodule(name.rpartition(".")[0])
+        if name.rpartition(".")[2] == "_weight_quantizer":
+            weight = float_weight(owner)
+            twin = TensorQuantizer(override.weight, override.weight.amax_shape(tuple(weight.shape))).to(weight.device)
+        else:
+            twin = TensorQuantizer(override.activation).to(quantizer.amax.device)
+        model.set_submodule(name, twin)
 
 
 def _place(module: nn.Module, spec: QuantSpec) -> None:
