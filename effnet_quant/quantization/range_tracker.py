@@ -7,6 +7,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from effnet_quant.quantization.extremes import extremes
+
 
 class RangeTracker(nn.Module):
     """Remembers the smallest and the largest value that passed while ``tracking``; never changes what passes.
@@ -37,7 +39,7 @@ class RangeTracker(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         if self.tracking:
-            low, high = torch.aminmax(x.detach().float())
+            low, high = extremes(x)
             self._low.copy_(torch.minimum(self._low, low))
             self._high.copy_(torch.maximum(self._high, high))
         return x

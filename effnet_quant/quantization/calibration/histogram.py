@@ -8,6 +8,8 @@ import weakref
 import torch
 from torch import Tensor
 
+from effnet_quant.quantization.extremes import in_memory_order
+
 BINS = 4096  # on either side of zero
 SMALLEST_EXPONENT = -100  # of the outer edge; magnitudes far below 2**-100 share the bin of zero
 # Values counted at a time: what fits a core's cache on a CPU, what hides a kernel's launch on a GPU.
@@ -45,7 +47,7 @@ class Histogram:
 
     def add(self, x: Tensor) -> None:
         """Count the values of a tensor of any shape."""
-        values = _in_memory_order(x.detach())
+        values = in_memory_order(x.detach())
         for chunk in values.split(_GPU_CHUNK if x.is_cuda else _CPU_CHUNK):
             low, high = torch.stack(torch.aminmax(chunk)).tolist()
             self._widen(low, high)
@@ -92,13 +94,6 @@ def _coarser(counts: Tensor, doublings: int) -> Tensor:
     index = torch.arange(-(BINS - 1), BINS, device=counts.device)
     merged = torch.div(index, 2 ** min(doublings, 20), rounding_mode="trunc") + BINS - 1
     return torch.zeros_like(counts).index_add_(0, merged, counts)
-
-
-def _in_memory_order(x: Tensor) -> Tensor:
-    """All values in one dimension, without a copy where the memory has no gaps."""
-    if x.dim() == 4 and x.is_contiguous(memory_format=torch.channels_last):
-        x = x.permute(0, 2, 3, 1)
-    return x.reshape(-1)
 
 
 class SeenTensors:

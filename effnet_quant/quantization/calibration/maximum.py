@@ -5,6 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from effnet_quant.quantization.extremes import extremes
+
 
 class MaxObserver:
     """Smallest and largest value of all batches, kept on the tensor's device."""
@@ -14,9 +16,9 @@ class MaxObserver:
 
     def observe(self, x: Tensor) -> None:
         """Take one batch of any shape into account; NaN stays."""
-        low, high = torch.aminmax(x.detach())
+        low, high = extremes(x)
         ends = self._ends.to(x.device)
-        self._ends = torch.stack((torch.minimum(ends[0], low.float()), torch.maximum(ends[1], high.float())))
+        self._ends = torch.stack((torch.minimum(ends[0], low), torch.maximum(ends[1], high)))
 
     @property
     def seen(self) -> tuple[float, float]:

@@ -5,6 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from effnet_quant.quantization.extremes import extremes
+
 DECAY = 0.99  # an image's share fades by this factor with every image after it
 
 
@@ -27,8 +29,7 @@ class MovingAverageObserver:
 
     def observe(self, x: Tensor) -> None:
         """Take a batch of shape (N, …) into account, image by image."""
-        extremes = torch.stack(torch.aminmax(x.detach().reshape(len(x), -1), dim=1)).double()
-        for low, high in extremes.T.tolist():
+        for low, high in torch.stack([torch.stack(extremes(image)) for image in x]).tolist():
             self._append([low, high], 1.0, 1)
 
     @property
