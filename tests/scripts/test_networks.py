@@ -16,7 +16,7 @@ from effnet_quant import create_model
 from effnet_quant.models import registry
 from effnet_quant.models.weights import read_weights, write_weights
 
-TRAIN = shlex.split("--num-classes 3 --prof 2 -b 6 --data-backend pytorch -j 1 --seed 1 --lr 0.001 -p 1")
+TRAIN = shlex.split("--num-classes 3 --prof 2 -b 6 --data-backend pytorch -j 0 --seed 1 --lr 0.001 -p 1")
 NETWORKS = {
     "cifar-resnet20": [],
     "timm:test_efficientnet": ["--image-size", "64"],
