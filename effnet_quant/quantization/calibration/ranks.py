@@ -13,7 +13,7 @@ from effnet_quant.quantization.calibration.histogram import Histogram, Histogram
 from effnet_quant.quantization.calibration.maximum import MaxObserver
 from effnet_quant.quantization.calibration.methods import CalibrationObserver
 from effnet_quant.quantization.calibration.moving_average import MovingAverageObserver
-from effnet_quant.quantization.range_tracker import RangeTracker
+from effnet_quant.quantization.output_quantizer import OutputQuantizer
 
 
 def merge_ranks(observers: Sequence[CalibrationObserver], device: torch.device) -> None:
@@ -27,12 +27,13 @@ def merge_ranks(observers: Sequence[CalibrationObserver], device: torch.device) 
     _merge_averages([item for item in observers if isinstance(item, MovingAverageObserver)], device)
 
 
-def merge_tracked_ranges(trackers: Sequence[RangeTracker]) -> None:
-    """Let every process's trackers hold the extremes that all of them saw."""
+def merge_tracked_ranges(trackers: Sequence[OutputQuantizer]) -> None:
+    """Let every process's output quantizers hold the extremes that all of them saw."""
     if _in_group():
         for tracker in trackers:
             distributed.all_reduce(tracker._low, ReduceOp.MIN)
             distributed.all_reduce(tracker._high, ReduceOp.MAX)
+            tracker.stop_tracking()  # a process without images has a range only now
 
 
 def total_over_ranks(count: int, device: torch.device) -> int:
