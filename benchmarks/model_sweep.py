@@ -24,7 +24,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from effnet_quant import calibrate, export_onnx, load_engine, quantize
+from effnet_quant import calibrate, create_model, export_onnx, load_engine, quantize
 from effnet_quant.quantization.insertion import quantizers
 
 NETWORKS = {
@@ -85,24 +85,11 @@ class Row:
     warnings: list[str] = field(default_factory=list)
 
 
-def create(name: str) -> nn.Module:
-    """The float network with random weights, for 100 classes."""
-    library, _, own_name = name.partition(":")
-    torch.manual_seed(0)
-    if library == "timm":
-        import timm
-
-        return timm.create_model(own_name, num_classes=100).eval()
-    import torchvision
-
-    options = {"init_weights": False, "aux_logits": False} if own_name in ("inception_v3", "googlenet") else {}
-    return torchvision.models.get_model(own_name, weights=None, num_classes=100, **options).eval()
-
-
 @torch.no_grad()
 def examine(name: str, image_size: int) -> Row:
     """Take one network through quantization and export, and compare."""
-    model = create(name)
+    torch.manual_seed(0)
+    model = create_model(name, num_classes=100).eval()
     images = torch.randn(32, 3, image_size, image_size, generator=torch.Generator().manual_seed(1))
     with tempfile.TemporaryDirectory() as folder, warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
@@ -196,14 +183,15 @@ def main() -> None:
     page = Path(__file__).parents[1] / "docs" / "models.md"
     reasons = "\n".join(f"- {operation}: {WHY_FLOAT[operation]}." for operation in used)
     notes = "\n".join(f"- {row.name}: {warning}" for row in rows for warning in row.warnings)
-    page.write_text(
-        HEADER + table(rows) + "\n\nWhy these are left in float:\n\n" + reasons + "\n\nWarnings:\n\n" + notes + "\n"
-    )
+    text = page.read_text()
+    text = text[: text.index(HEADING)] + HEADING + INTRODUCTION + table(rows)
+    page.write_text(f"{text}\n\nLeft in float:\n\n{reasons}\n\nWarnings:\n\n{notes}\n")
 
 
-HEADER = """# Networks of other libraries, quantized
+HEADING = "## Networks of other libraries, quantized"
+INTRODUCTION = """
 
-Made by `python benchmarks/model_sweep.py`; do not edit. Random weights, 32 noise images of 64 px (inception_v3: 128 px),
+`python benchmarks/model_sweep.py` writes this section. Random weights, 32 noise images of 64 px (inception_v3: 128 px),
 calibration with `max`, ONNX Runtime on a CPU. Errors are relative L2 distances of the logits.
 
 "rounding alone" compares the simulation with itself, convolutions summed in float64 instead of float32: where a network

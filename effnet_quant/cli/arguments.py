@@ -7,19 +7,12 @@ from collections.abc import Sequence
 from typing import Any
 
 from effnet_quant.errors import UserError
-from effnet_quant.models.registry import get_entry
+from effnet_quant.training import affinity
 from effnet_quant.training.optimizers import OPTIMIZERS
+from effnet_quant.training.precision import AMP_DTYPES
 from effnet_quant.training.schedules import SCHEDULES
 
 DATA_BACKENDS = ("pytorch", "synthetic", "dali-gpu", "dali-cpu")
-AFFINITIES = (
-    "none",
-    "socket",
-    "socket_single",
-    "socket_single_unique",
-    "socket_unique_interleaved",
-    "socket_unique_contiguous",
-)
 
 
 class Parser(argparse.ArgumentParser):
@@ -52,8 +45,10 @@ def boolean(text: str) -> bool:
 
 def add_model_arguments(parser: argparse.ArgumentParser, default_arch: str | None) -> None:
     """The architecture, its options and its weights."""
-    parser.add_argument("--arch", "-a", default=default_arch, help="model name, e.g. efficientnet-b0")
-    parser.add_argument("--num-classes", "--num_classes", type=int, default=1000, help="number of classes")
+    parser.add_argument("--arch", "-a", default=default_arch, help="model name, e.g. efficientnet-b0, timm:resnet50")
+    parser.add_argument(
+        "--num-classes", "--num_classes", type=int, default=1000, help="number of classes (cifar-resnet*: 10)"
+    )
     parser.add_argument(
         "--conv-init", "--conv_init", choices=("fan_in", "fan_out"), default="fan_in", help="convolution initialisation"
     )
@@ -69,26 +64,41 @@ def add_model_arguments(parser: argparse.ArgumentParser, default_arch: str | Non
         "--trt",
         type=boolean,
         default=False,
-        help="squeeze-and-excitation as 1x1 convolutions (always so when quantized)",
+        help="EfficientNet's squeeze-and-excitation as 1x1 convolutions (efficientnet-quant-*: unless False)",
     )
     parser.add_argument("--pretrained-from-file", metavar="FILE", help="weights: .safetensors, .pth or .pth.tar")
-    parser.add_argument("--pretrained", action="store_true", help="NVIDIA's published weights")
+    parser.add_argument("--pretrained", action="store_true", help="the model's published weights (downloaded once)")
+    parser.add_argument("--ema", action="store_true", help="of a checkpoint's weights, take their moving average")
 
 
 def add_training_arguments(parser: argparse.ArgumentParser) -> None:
     """The flags of main.py and quant_main.py."""
+    add_model_arguments(parser, "resnet50")
+    _add_data_arguments(parser)
+    _add_optimization_arguments(parser)
+    _add_compute_arguments(parser)
+    _add_run_arguments(parser)
+
+
+def _add_data_arguments(parser: argparse.ArgumentParser) -> None:
+    """Where images come from, and how many at a time."""
     add = parser.add_argument
     add("data", metavar="DATA", help="folder with train/<class>/ and val/<class>/, or 'digits'")
     add("--data-backend", "--data-backends", choices=DATA_BACKENDS, default="dali-cpu", help="how images are loaded")
     add("--interpolation", choices=("bilinear", "bicubic"), default="bilinear", help="when resizing images")
-    add_model_arguments(parser, "resnet50")
     add("-j", "--workers", type=int, default=5, help="data loading processes")
     add("--prefetch", type=int, default=2, help="batches that each worker prepares ahead")
+    add("--image-size", type=int, help="image size in pixels (default: the model's)")
+    add("--augmentation", choices=(None, "autoaugment"), default=None, help="extra augmentation")
+    add("-b", "--batch-size", type=int, default=256, help="images a batch")
+
+
+def _add_optimization_arguments(parser: argparse.ArgumentParser) -> None:
+    """What is learned, and how fast."""
+    add = parser.add_argument
     add("--epochs", type=int, default=90, help="epochs of the whole training")
     add("--run-epochs", type=int, default=-1, help="epochs of this run, -1 for all that are left")
     add("--early-stopping-patience", type=int, default=-1, help="epochs without a better top-1 before stopping")
-    add("--image-size", type=int, help="image size in pixels (default: the model's)")
-    add("-b", "--batch-size", type=int, default=256, help="images a batch")
     add("--optimizer-batch-size", type=int, default=-1, help="images an optimizer step (gradient accumulation)")
     add("--lr", "--learning-rate", type=float, default=0.1, help="learning rate")
     add("--lr-schedule", choices=SCHEDULES, default="step", help="learning rate schedule, by epoch")
@@ -103,24 +113,38 @@ def add_training_arguments(parser: argparse.ArgumentParser) -> None:
     add("--rmsprop-alpha", type=float, default=0.9, help="RMSprop's smoothing constant")
     add("--rmsprop-eps", type=float, default=1e-3, help="RMSprop's epsilon")
     add("--nesterov", action="store_true", help="Nesterov momentum")
+    add("--use-ema", type=float, help="decay of an exponential moving average of the weights")
+    add("--seed", type=int, help="random seed (default: a random one)")
+
+
+def _add_compute_arguments(parser: argparse.ArgumentParser) -> None:
+    """How the device computes."""
+    add = parser.add_argument
+    add("--amp", action="store_true", help="mixed precision: float16 on a GPU, bfloat16 on the CPU")
+    add("--amp-dtype", choices=tuple(AMP_DTYPES), help="another type for --amp")
+    add("--tf32", type=boolean, default=True, help="TF32 instead of float32 in convolutions and products, on a GPU")
+    add("--static-loss-scale", type=float, default=1, help="loss scale of float16")
+    add("--dynamic-loss-scale", action="store_true", help="let the loss scale grow from there while nothing overflows")
+    add("--compile", action="store_true", help="torch.compile")
+    add("--jit", choices=("no", "script"), default="no", help="script means --compile")
+    add("--memory-format", choices=("nchw", "nhwc"), default="nchw", help="memory layout of images and activations")
+    add("--gpu-affinity", choices=affinity.MODES, default="none", help="bind processes to the GPU's CPU cores")
+
+
+def _add_run_arguments(parser: argparse.ArgumentParser) -> None:
+    """What the run does and what it leaves behind."""
+    add = parser.add_argument
     add("--print-freq", "-p", type=int, default=10, help="batches between progress lines without a terminal")
     add("--resume", metavar="FILE", help="checkpoint to go on from")
-    add("--static-loss-scale", type=float, default=1, help="loss scale under --amp on CUDA")
     add("--prof", type=int, default=-1, help="run only so many batches an epoch")
-    add("--amp", action="store_true", help="mixed precision: float16 on CUDA, bfloat16 on the CPU")
-    add("--seed", type=int, help="random seed (default: a random one)")
-    add("--gather-checkpoints", type=int, default=0, help="keep the checkpoints of the last so many epochs")
+    add("--gather-checkpoints", type=int, default=0, help="keep the last so many epochs' checkpoints, -1: all")
+    add("--checkpoint-every-steps", type=int, default=0, help="optimizer steps between checkpoints within an epoch")
     add("--raport-file", default="experiment_raport.json", help="metrics log (JSON lines), in the workspace")
     add("--evaluate", action="store_true", help="only evaluate")
     add("--training-only", action="store_true", help="don't evaluate")
     add("--no-checkpoints", dest="save_checkpoints", action="store_false", help="write no checkpoints")
-    add("--jit", choices=("no", "script"), default="no", help="TorchScript")
     add("--checkpoint-filename", default="checkpoint.pth.tar", help="name of the latest checkpoint")
     add("--workspace", default="./", help="folder for checkpoints and logs")
-    add("--memory-format", choices=("nchw", "nhwc"), default="nchw", help="memory layout of images and activations")
-    add("--use-ema", type=float, help="decay of an exponential moving average of the weights")
-    add("--augmentation", choices=(None, "autoaugment"), default=None, help="extra augmentation")
-    add("--gpu-affinity", choices=AFFINITIES, default="none", help="bind processes to the GPU's CPU cores")
     add("--topk", type=int, default=5, help="k of the second accuracy")
 
 
@@ -130,16 +154,8 @@ def refuse_unavailable(arguments: argparse.Namespace) -> None:
     Raises:
         UserError: one of them is used.
     """
-    entry = get_entry(arguments.arch)
     given = vars(arguments)
-    if given.get("pretrained"):
-        where = f"download {entry.weights_url} and pass it" if entry.weights_url else "pass a weights file"
-        raise UserError(f"--pretrained can't download weights yet; {where} with --pretrained-from-file.")
     refused: list[tuple[str, bool, str]] = [
-        ("--mixup", bool(given.get("mixup")), "leave it at 0"),
-        ("--use-ema", given.get("use_ema") is not None, "leave it out"),
-        ("--jit script", given.get("jit") == "script", "leave it out"),
-        ("--gpu-affinity", given.get("gpu_affinity", "none") != "none", "bind the process with numactl instead"),
         (
             f"--data-backend {given.get('data_backend')}",
             str(given.get("data_backend")).startswith("dali") and "data_backend" in arguments.explicit,
@@ -155,6 +171,6 @@ def model_options(arguments: argparse.Namespace) -> dict[str, Any]:
     """The architecture's options that the user gave, as ``create_model`` takes them; the others are the model's own."""
     names = ("conv_init", "bn_momentum", "bn_epsilon", "survival_prob", "dropout")
     options: dict[str, Any] = {name: getattr(arguments, name) for name in names if name in arguments.explicit}
-    if "trt" in arguments.explicit and not get_entry(arguments.arch).quantized:
+    if "trt" in arguments.explicit:
         options["se_as_conv"] = arguments.trt
     return options

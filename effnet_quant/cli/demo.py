@@ -21,8 +21,9 @@ from torchvision.io import write_png
 from effnet_quant.api import create_model
 from effnet_quant.cli.arguments import Parser
 from effnet_quant.cli.process import run
+from effnet_quant.data.arrays import DigitsSource
 from effnet_quant.data.loaders import Loader
-from effnet_quant.data.sources import DIGITS, DigitsSource
+from effnet_quant.data.opening import DIGITS
 from effnet_quant.data.transforms import Preprocessing, evaluation_transform, normalize
 from effnet_quant.deploy.engine import cpu_has_exact_int8, load_engine
 from effnet_quant.deploy.latency import median_seconds

@@ -4,26 +4,26 @@ from __future__ import annotations
 
 import argparse
 from collections.abc import Iterator, Sequence
-from functools import partial
 
 import torch
 from torch import Tensor
 
 from effnet_quant.cli.arguments import Parser, add_training_arguments
 from effnet_quant.cli.process import run
-from effnet_quant.cli.training import Job, prepare, train_or_evaluate
+from effnet_quant.cli.training import Job, prepared, train_or_evaluate
 from effnet_quant.data.loaders import Loader
 from effnet_quant.data.transforms import evaluation_transform, normalize
 from effnet_quant.errors import UserError
 from effnet_quant.models.registry import get_entry
 from effnet_quant.quantization.calibration import METHODS, calibrate, track_outputs
+from effnet_quant.training.callback import Callback
 from effnet_quant.training.metrics import Stopwatch
 from effnet_quant.training.progress import progress
 from effnet_quant.training.trainer import describe
 
 
-def job(arguments: Sequence[str]) -> int:
-    """Calibrate and train, or evaluate, as the command line says; returns the exit status."""
+def build_parser() -> Parser:
+    """The script's flags."""
     parser = Parser(
         "Quantize an image classifier: calibrate float weights (--epochs 0 stops there), then fine-tune with fake "
         "quantization."
@@ -32,17 +32,28 @@ def job(arguments: Sequence[str]) -> int:
     parser.add_argument("--calibration-method", choices=METHODS, default="percentile", help="how ranges are chosen")
     parser.add_argument("--percentile", type=float, default=99.99, help="share of magnitudes covered, in percent")
     parser.add_argument("--calibration-images", type=int, default=512, help="training images to calibrate with")
-    parsed = parser.parse(arguments)
-    if not get_entry(parsed.arch).quantized:
+    return parser
+
+
+def job(arguments: Sequence[str]) -> int:
+    """Calibrate and train, or evaluate, as the command line says; returns the exit status."""
+    parsed = build_parser().parse(arguments)
+    if get_entry(parsed.arch).quantized is False:
         quantized = parsed.arch.replace("efficientnet-", "efficientnet-quant-", 1)
         raise UserError(f"{parsed.arch} is a float model; quant_main.py wants its quantized twin, --arch {quantized}.")
-    if not parsed.resume and not parsed.pretrained_from_file:
-        raise UserError("quantization starts from trained weights; give them with --pretrained-from-file or --resume.")
+    if not (parsed.resume or parsed.pretrained_from_file or parsed.pretrained):
+        raise UserError(
+            "quantization starts from trained weights; give them with --pretrained-from-file, --pretrained or --resume."
+        )
     if parsed.calibration_images < 1:
         raise UserError(f"--calibration-images must be at least 1, not {parsed.calibration_images}.")
     if not 0 < parsed.percentile <= 100:
         raise UserError(f"--percentile must be above 0 and at most 100, not {parsed.percentile}.")
-    ready = prepare(parsed)
+    with prepared(parsed, quantized=True) as ready:
+        return _quantize(ready, parsed)
+
+
+def _quantize(ready: Job, parsed: argparse.Namespace) -> int:
     if not ready.has_ranges:
         if parsed.resume:
             raise UserError(
@@ -50,16 +61,14 @@ def job(arguments: Sequence[str]) -> int:
             )
         if parsed.evaluate:
             raise UserError(
-                f"{parsed.pretrained_from_file} holds float weights without ranges; calibrate them first, "
+                f"{parsed.pretrained_from_file or '--pretrained'} holds float weights without ranges; calibrate them first, "
                 "with --epochs 0 instead of --evaluate."
             )
         _calibrate(ready, parsed)
-    elif parsed.pretrained_from_file:
+    elif not parsed.resume:
         print("the weights bring their ranges: no calibration", flush=True)
-    after_epoch = None
-    if not parsed.evaluate:
-        after_epoch = partial(_track_outputs, ready, parsed)
-    return train_or_evaluate(ready, parsed, after_epoch)
+    ready.trainer.callbacks.append(_OutputTracking(ready, parsed))
+    return train_or_evaluate(ready, parsed)
 
 
 def _calibrate(ready: Job, arguments: argparse.Namespace) -> None:
@@ -82,11 +91,20 @@ def _calibrate(ready: Job, arguments: argparse.Namespace) -> None:
     ready.trainer.save()
 
 
-def _track_outputs(ready: Job, arguments: argparse.Namespace) -> None:
-    """Bring what is known of the convolutions' outputs up to date with the trained weights."""
-    loader = _calibration_images(ready, arguments)
-    batches = progress(loader.epoch(), len(loader), "track output ranges", arguments.print_freq)
-    track_outputs(ready.model, (normalize(images.to(ready.device), ready.preprocessing) for images, _ in batches))
+class _OutputTracking(Callback):
+    """Brings what is known of the convolutions' outputs up to date with the trained weights."""
+
+    def __init__(self, ready: Job, arguments: argparse.Namespace) -> None:
+        self._ready = ready
+        self._arguments = arguments
+
+    def on_epoch_end(self, epoch: int) -> None:
+        loader = _calibration_images(self._ready, self._arguments)
+        batches = progress(loader.epoch(), len(loader), "track output ranges", self._arguments.print_freq)
+        track_outputs(
+            self._ready.model,
+            (normalize(images.to(self._ready.device), self._ready.preprocessing) for images, _ in batches),
+        )
 
 
 def _calibration_images(ready: Job, arguments: argparse.Namespace) -> Loader:

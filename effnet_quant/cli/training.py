@@ -6,8 +6,10 @@ import argparse
 import os
 import random
 import sys
-from collections.abc import Callable
-from dataclasses import dataclass, fields
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, fields, replace
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -15,16 +17,25 @@ from torch import nn
 
 from effnet_quant.api import create_model
 from effnet_quant.cli.arguments import model_options, refuse_unavailable
+from effnet_quant.cli.weights import given_weights, load_given
+from effnet_quant.data.arrays import SyntheticSource
 from effnet_quant.data.loaders import Loader
-from effnet_quant.data.sources import DIGITS, ImageSource, SyntheticSource, open_sources, open_validation
-from effnet_quant.data.transforms import CROP_MARGIN, Preprocessing, evaluation_transform, training_transform
+from effnet_quant.data.opening import DIGITS, open_sources, open_validation
+from effnet_quant.data.seeding import mix
+from effnet_quant.data.sources import ImageSource
+from effnet_quant.data.transforms import Preprocessing, evaluation_transform, training_transform
 from effnet_quant.errors import UserError
+from effnet_quant.models.entry import ModelEntry
 from effnet_quant.models.registry import get_entry
-from effnet_quant.models.weights import Weights, load_weights, read_weights
+from effnet_quant.models.weights import Weights, load_weights
+from effnet_quant.training.affinity import bind_to_gpu
 from effnet_quant.training.checkpoint import load_checkpoint, prepare_workspace
 from effnet_quant.training.config import TrainConfig
+from effnet_quant.training.distributed import World, joined_world
+from effnet_quant.training.machine import describe_machine
 from effnet_quant.training.metrics import Recorder
-from effnet_quant.training.trainer import Interrupted, Trainer
+from effnet_quant.training.signals import Interrupted
+from effnet_quant.training.trainer import Trainer
 
 SYNTHETIC_IMAGES = 1_281_167  # of ImageNet's training set, so that an epoch has its length
 
@@ -49,17 +60,32 @@ class Job:
     has_ranges: bool
 
 
-def prepare(arguments: argparse.Namespace) -> Job:
-    """Check everything a user may have got wrong, then build the run; nothing is written before all checks have passed.
+@contextmanager
+def prepared(arguments: argparse.Namespace, *, quantized: bool) -> Iterator[Job]:
+    """The run that the command line asks for, in the job of the processes that were started together.
+
+    Everything a user may have got wrong is checked first; nothing is written before all checks have passed.
+
+    Args:
+        arguments: the command line.
+        quantized: whether quantizers are placed in the network.
 
     Raises:
         UserError: what is wrong, and the way out.
     """
     refuse_unavailable(arguments)
+    with joined_world() as world:
+        yield _prepare(arguments, world, quantized=quantized)
+
+
+def _prepare(arguments: argparse.Namespace, world: World, *, quantized: bool) -> Job:
     entry = get_entry(arguments.arch)
+    arguments.resume = _checkpoint_to_resume(arguments)
+    if "num_classes" not in arguments.explicit:
+        arguments.num_classes = entry.num_classes
     checkpoint = load_checkpoint(arguments.resume) if arguments.resume else None
-    config = _config(arguments, checkpoint)
-    preprocessing = _preprocessing(arguments, entry.image_size)
+    config = _config(arguments, checkpoint, world)
+    preprocessing = _preprocessing(arguments, entry)
     train_source, val_source = _open_sources(arguments, preprocessing)
     classes = val_source.classes
     if len(classes) != arguments.num_classes:
@@ -68,51 +94,66 @@ def prepare(arguments: argparse.Namespace) -> Job:
             f"pass --num-classes {len(classes)}."
         )
     torch.manual_seed(config.seed)
-    model = create_model(arguments.arch, arguments.num_classes, **model_options(arguments))
-    has_ranges = not entry.quantized
+    if checkpoint is not None and (arguments.pretrained_from_file or arguments.pretrained):
+        raise UserError("--resume and --pretrained-from-file (or --pretrained) both bring weights; give one of them.")
+    model = create_model(arguments.arch, arguments.num_classes, quantized=quantized, **model_options(arguments))
+    has_ranges = not quantized
+    if not world.is_main:  # process 0 downloads
+        world.wait()
+    weights = given_weights(arguments, entry)
+    if world.is_main:
+        world.wait()
     if checkpoint is not None:
-        if arguments.pretrained_from_file:
-            raise UserError("--resume and --pretrained-from-file both bring weights; give one of them.")
         has_ranges = load_weights(model, Weights(checkpoint["state_dict"], source=arguments.resume))
-    elif arguments.pretrained_from_file:
-        has_ranges = load_weights(model, read_weights(arguments.pretrained_from_file))
-    workspace = prepare_workspace(arguments.workspace)
-    recorder = Recorder(workspace / arguments.raport_file)
+    elif weights is not None:
+        new_classifier = "num_classes" in arguments.explicit and not arguments.evaluate
+        has_ranges = load_given(model, weights, arguments.arch, new_classifier=new_classifier)
+    workspace = Path(arguments.workspace)
+    if world.is_main:
+        prepare_workspace(workspace)
+    machine = describe_machine(world.size) if config.prof > 0 and world.is_main else None
+    recorder = Recorder(workspace / arguments.raport_file if world.is_main else None, machine)
+    world.wait()
     if "data_backend" not in arguments.explicit:
         print("data backend: pytorch", flush=True)
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    if config.amp and device.type == "cpu":
-        print("no GPU: --amp runs in bfloat16, without a loss scale", flush=True)
+    device = _device(arguments, config, world)
+    if world.rank > 0:  # dropout differs between processes; process 0 draws as a process alone does
+        torch.manual_seed(mix(config.seed, world.rank))
     metadata = {
         "arch": arguments.arch,
         "num_classes": arguments.num_classes,
         "classes": classes,
         "preprocessing": preprocessing.to_json(),
     }
-    trainer = Trainer(model, config, preprocessing, device, workspace, recorder, metadata)
+    trainer = Trainer(model, config, preprocessing, device, workspace, recorder, metadata, world)
     if checkpoint is not None:
         trainer.resume(checkpoint, arguments.resume)
-    loading = {"workers": arguments.workers, "prefetch": arguments.prefetch}
+    loading = {
+        "workers": arguments.workers,
+        "prefetch": arguments.prefetch,
+        "rank": world.rank,
+        "ranks": world.size,
+    }
     evaluation = evaluation_transform(preprocessing)
     train = None
     if train_source is not None:
-        augmented = training_transform(preprocessing, autoaugment=arguments.augmentation == "autoaugment")
+        augmented = training_transform(preprocessing, arguments.augmentation)
         transform = augmented if train_source.augmentable else evaluation
         train = Loader(train_source, transform, config.batch_size, shuffle=True, seed=config.seed, **loading)
     val = Loader(val_source, evaluation, config.batch_size, **loading)
     return Job(model, trainer, config, recorder, preprocessing, device, train, train_source, val, has_ranges)
 
 
-def train_or_evaluate(job: Job, arguments: argparse.Namespace, after_epoch: Callable[[], None] | None = None) -> int:
+def train_or_evaluate(job: Job, arguments: argparse.Namespace) -> int:
     """The part after everything is prepared: ``--evaluate``, or training; returns the process's exit status."""
     if arguments.evaluate:
-        metrics = job.trainer.evaluate(job.val)
+        metrics = job.trainer.validate(job.val)
         job.recorder.record(metrics)
         print(", ".join(f"{name} {value:.4g}" for name, value in metrics.items()), flush=True)
         return 0
     assert job.train is not None
     try:
-        job.trainer.fit(job.train, job.val, after_epoch)
+        job.trainer.fit(job.train, job.val)
     except Interrupted as interruption:
         path = os.path.join(arguments.workspace, arguments.checkpoint_filename)
         kept = f"; go on with --resume {path}" if job.config.save_checkpoints else ", without a checkpoint"
@@ -121,12 +162,42 @@ def train_or_evaluate(job: Job, arguments: argparse.Namespace, after_epoch: Call
     return 0
 
 
-def _config(arguments: argparse.Namespace, checkpoint: dict[str, Any] | None) -> TrainConfig:
+def _checkpoint_to_resume(arguments: argparse.Namespace) -> str | None:
+    """The file of ``--resume``, or the job's own latest checkpoint where torchrun has started its processes again."""
+    latest = os.path.join(arguments.workspace, arguments.checkpoint_filename)
+    if int(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")) > 0 and os.path.isfile(latest):
+        print(f"started again: going on from {latest}", flush=True)
+        return latest
+    return arguments.resume
+
+
+def _device(arguments: argparse.Namespace, config: TrainConfig, world: World) -> torch.device:
+    """This process's device, set up; says in a line what the CPU does instead of what was asked for."""
+    if arguments.gpu_affinity != "none":
+        print(f"--gpu-affinity: {bind_to_gpu(arguments.gpu_affinity, world.local_rank)}", flush=True)
+    if torch.cuda.is_available():
+        torch.backends.cuda.matmul.allow_tf32 = arguments.tf32
+        torch.backends.cudnn.allow_tf32 = arguments.tf32
+        torch.backends.cudnn.benchmark = True  # the images have one size
+        return torch.device("cuda", world.local_rank)
+    if config.amp and config.amp_dtype is None:
+        print("no GPU: --amp runs in bfloat16, without a loss scale", flush=True)
+    if "tf32" in arguments.explicit and arguments.tf32:
+        print("no GPU: TF32 means FP32", flush=True)
+    return torch.device("cpu")
+
+
+def _config(arguments: argparse.Namespace, checkpoint: dict[str, Any] | None, world: World) -> TrainConfig:
     values = {field.name: getattr(arguments, field.name) for field in fields(TrainConfig) if field.name in arguments}
     values["channels_last"] = arguments.memory_format == "nhwc"
+    if arguments.jit == "script":
+        print("--jit script: TorchScript has been superseded by torch.compile, which is used", flush=True)
+        values["compile"] = True
     if arguments.seed is None:
         resumed: int | None = None if checkpoint is None else (checkpoint.get("config") or {}).get("seed")
-        values["seed"] = random.SystemRandom().randrange(2**31) if resumed is None else resumed
+        seed = torch.tensor(random.SystemRandom().randrange(2**31) if resumed is None else resumed)
+        world.broadcast([seed])
+        values["seed"] = int(seed)
     config = TrainConfig(**values)
     for flag, allowed in _ALLOWED.items():
         value = getattr(arguments, flag.replace("-", "_"))
@@ -137,12 +208,14 @@ def _config(arguments: argparse.Namespace, checkpoint: dict[str, Any] | None) ->
             f"--checkpoint-filename names a file in the workspace, without a folder; '{config.checkpoint_filename}' "
             "does not."
         )
+    together = config.batch_size * world.size
     if config.optimizer_batch_size >= 0 and (
-        config.optimizer_batch_size < config.batch_size or config.optimizer_batch_size % config.batch_size
+        config.optimizer_batch_size < together or config.optimizer_batch_size % together
     ):
+        by = f" by {world.size} processes" if world.size > 1 else ""
         raise UserError(
             f"--optimizer-batch-size {config.optimizer_batch_size} must be a multiple of "
-            f"--batch-size {config.batch_size}."
+            f"--batch-size {config.batch_size}{by}."
         )
     if config.nesterov and (config.optimizer != "sgd" or config.momentum <= 0):
         raise UserError("--nesterov goes with --optimizer sgd and a momentum above 0.")
@@ -173,7 +246,10 @@ _ALLOWED = {
     "end-lr": _NOT_NEGATIVE,
     "momentum": _NOT_NEGATIVE,
     "weight-decay": _NOT_NEGATIVE,
-    "gather-checkpoints": _NOT_NEGATIVE,
+    "gather-checkpoints": _Allowed(lambda value: value >= -1, "-1 (all) or more"),
+    "checkpoint-every-steps": _NOT_NEGATIVE,
+    "mixup": _NOT_NEGATIVE,
+    "use-ema": _Allowed(lambda value: 0 <= value <= 1, "between 0 and 1"),
     "rmsprop-alpha": _NOT_NEGATIVE,
     "rmsprop-eps": _NOT_NEGATIVE,
     "seed": _Allowed(lambda value: 0 <= value < 2**63, "between 0 and 2**63 - 1"),
@@ -187,10 +263,15 @@ _ALLOWED = {
 }
 
 
-def _preprocessing(arguments: argparse.Namespace, default_size: int) -> Preprocessing:
-    size = arguments.image_size or default_size
-    margin = 0 if arguments.data == DIGITS else CROP_MARGIN  # a digit fills its image
-    return Preprocessing(size, size + margin, arguments.interpolation)
+def _preprocessing(arguments: argparse.Namespace, entry: ModelEntry) -> Preprocessing:
+    preprocessing = Preprocessing(**asdict(entry.input))
+    if arguments.image_size:
+        preprocessing = preprocessing.resized(arguments.image_size)
+    if "interpolation" in arguments.explicit:
+        preprocessing = replace(preprocessing, interpolation=arguments.interpolation)
+    if arguments.data == DIGITS:  # a digit fills its image
+        preprocessing = replace(preprocessing, resize_size=preprocessing.image_size)
+    return preprocessing
 
 
 def _open_sources(

@@ -2,34 +2,57 @@
 
 from __future__ import annotations
 
+import multiprocessing
+import os
 import signal
 from collections.abc import Iterator
-from contextlib import contextmanager
+from typing import Any
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import DataLoader, Dataset, Sampler, get_worker_info
 
-from effnet_quant.data.sources import ImageSource
+from effnet_quant.data.bad_images import BadImages
+from effnet_quant.data.decoding import DecodeError, quiet_libjpeg
+from effnet_quant.data.order import Order
+from effnet_quant.data.seeding import mix, seeded
+from effnet_quant.data.sources import EncodedSource, ImageSource, unreadable
 from effnet_quant.data.transforms import Transform
 from effnet_quant.errors import UserError
 
+_Key = tuple[int, NDArray[np.int64]]  # the epoch's seed, and a batch's indices
+_Item = tuple[Tensor, Tensor, dict[int, str]]  # images, labels, sentences about unreadable images by index
+
 
 class Loader:
-    """Batches of one source: uint8 images (N, 3, H, W) and int64 labels (N,).
+    """Batches of one source: uint8 images (N, 3, H, W), channels last in memory if they are decoded, and int64 labels (N,).
 
     An epoch's order, and what the random transforms do to each image, depend on the seed, the epoch and the image's index
-    alone: not on the number of workers, nor on where in the epoch one starts.
+    alone: not on the number of workers, nor on where in the epoch one starts. Workers start with the first epoch and stay.
+
+    An image that can't be read is reported and left out. Where the loader shuffles, another one of the same batch takes its
+    place, so that batches keep their size and ranks their number of steps.
 
     Args:
         source: the images.
-        transform: uint8 (3, H, W) to uint8 of one size for all.
+        transform: uint8 (3, H, W) to uint8 of one size for all; ``TrainingTransform`` and ``EvaluationTransform`` take an
+            ``EncodedImage`` too, and get one where the source has image files.
         batch_size: images a batch; the last batch may be smaller.
         shuffle: a new permutation each epoch, and the last incomplete batch dropped (unless it is the only one).
         seed: of the order and of the random transforms.
         workers: processes that read and transform; none for sources in memory.
         prefetch: batches that each worker prepares ahead.
         indices: the images to use, in this order; all by default.
+        rank, ranks: which of the processes that share the epoch this one is, and how many there are; see ``Order``.
+        max_bad_images: how many images may be unreadable before the loader gives up.
+
+    Attributes:
+        bad_images: what could not be read so far.
+
+    Raises:
+        UserError: there are fewer images to shuffle than processes.
     """
 
     def __init__(
@@ -43,105 +66,160 @@ class Loader:
         workers: int = 0,
         prefetch: int = 2,
         indices: Tensor | None = None,
+        rank: int = 0,
+        ranks: int = 1,
+        max_bad_images: int = 0,
     ) -> None:
         self.source = source
         self.batch_size = batch_size
         self.shuffle = shuffle
+        self.bad_images = BadImages(max_bad_images)
         self._seed = seed
-        self._workers = 0 if source.in_memory else workers
-        self._prefetch = prefetch
-        self._transform = transform
         self._indices = torch.arange(len(source)) if indices is None else indices
+        self._order = Order(self._indices, batch_size, shuffle=shuffle, seed=seed, rank=rank, ranks=ranks)
+        workers = 0 if source.in_memory else workers
+        self._keys = _Keys()
+        # by worker: its process id and the index of the image that it is at
+        self._at = torch.full((workers, 2), -1, dtype=torch.int64).share_memory_() if workers else torch.empty(0, 2)
+        self._batches = DataLoader(
+            _Batches(source, transform, self._at, refill=shuffle),
+            batch_size=None,
+            sampler=self._keys,
+            num_workers=workers,
+            prefetch_factor=prefetch if workers else None,
+            persistent_workers=workers > 0,
+            collate_fn=_unchanged,
+            worker_init_fn=_prepare_worker,
+            # its workers' base seed; drawn from the global generator, it would shift the dropout of a resumed epoch
+            generator=torch.Generator(),
+            pin_memory=torch.cuda.is_available(),
+        )
 
     def __len__(self) -> int:
         """Batches in an epoch."""
-        images = self.num_images
-        return max(1, images // self.batch_size) if self.shuffle else -(-images // self.batch_size)
+        return len(self._order)
 
     @property
     def num_images(self) -> int:
-        """Images in the source, the ones that shuffling leaves out included."""
+        """Images of all processes, the ones that shuffling leaves out included."""
         return len(self._indices)
+
+    def names(self, epoch: int, batch: int) -> list[str]:
+        """What the images of one batch of this process are called, for messages."""
+        return [self.source.name(index) for index in next(self._order.batches(epoch, batch)).tolist()]
 
     def epoch(self, epoch: int = 0, first_batch: int = 0) -> Iterator[tuple[Tensor, Tensor]]:
         """The batches of an epoch, from ``first_batch`` on.
 
         Raises:
-            UserError: an image can't be read; the sentence names the file.
+            UserError: more images can't be read than may be, or a worker died; the sentence names the file.
         """
-        order = self._indices
-        if self.shuffle:
-            generator = torch.Generator().manual_seed(_mix(self._seed, epoch, -1))
-            order = order[torch.randperm(len(order), generator=generator)]
-        batches = [order[i * self.batch_size : (i + 1) * self.batch_size].tolist() for i in range(len(self))]
-        loader = DataLoader(
-            _TransformedImages(self.source, self._transform, _mix(self._seed, epoch, -2)),
-            batch_sampler=batches[first_batch:],
-            num_workers=self._workers,
-            prefetch_factor=self._prefetch if self._workers else None,
-            collate_fn=_collate,
-            worker_init_fn=_ignore_signals,
-            # its workers' base seed; drawn from the global generator, it would shift the dropout of a resumed epoch
-            generator=torch.Generator(),
-            pin_memory=torch.cuda.is_available(),
-        )
-        for batch in loader:
-            if isinstance(batch, UserError):
-                raise batch
-            yield batch
+        self._keys.start(self._order.batches(epoch, first_batch), mix(self._seed, epoch, -2))
+        batches = iter(self._batches)
+        while True:
+            try:
+                images, labels, bad = next(batches)
+            except StopIteration:
+                return
+            except RuntimeError as error:
+                raise self._explained(error) from error
+            for index, sentence in bad.items():
+                self.bad_images.add(index, sentence)
+            if len(images):
+                yield images, labels
+            elif self.shuffle:
+                raise UserError(f"no image of a batch can be read; the last: {sentence}")
+
+    def _explained(self, error: RuntimeError) -> Exception:
+        """A sentence about the worker that died, if that is what happened."""
+        alive = {process.pid for process in multiprocessing.active_children()}
+        for process, index in self._at.tolist():
+            if process >= 0 and process not in alive:
+                return UserError(
+                    f"a data worker died while it was reading {self.source.name(index)}; look at that file, and at the "
+                    "memory that is left (fewer --workers need less)."
+                )
+        return error
 
 
-class _TransformedImages(Dataset[tuple[Tensor, Tensor] | UserError]):
-    """Images by index; an unreadable one is returned as its error, which crosses process borders intact."""
+class _Keys(Sampler[_Key]):
+    """The batches that the next iteration is about; workers get them as they ask for more."""
 
-    def __init__(self, source: ImageSource, transform: Transform, seed: int) -> None:
+    def __init__(self) -> None:
+        self._batches: Iterator[NDArray[np.int64]] = iter(())
+        self._seed = 0
+
+    def start(self, batches: Iterator[NDArray[np.int64]], seed: int) -> None:
+        self._batches, self._seed = batches, seed
+
+    def __iter__(self) -> Iterator[_Key]:
+        seed = self._seed
+        return ((seed, batch) for batch in self._batches)
+
+
+class _Batches(Dataset[_Item]):
+    """Transformed batches by their keys."""
+
+    def __init__(self, source: ImageSource, transform: Transform, at: Tensor, *, refill: bool) -> None:
         self._source = source
         self._transform = transform
-        self._seed = seed
+        self._at = at
+        self._refill = refill
 
-    def __getitem__(self, index: int) -> tuple[Tensor, Tensor] | UserError:
+    def __getitem__(self, key: _Key) -> _Item:
+        seed, indices = key
+        worker = get_worker_info()
+        at = None if worker is None else self._at[worker.id].numpy()
+        images: list[Tensor] = []
+        good: list[int] = []
+        bad: dict[int, str] = {}
+        for index in indices.tolist():
+            if at is not None:
+                at[:] = os.getpid(), index
+            with seeded(mix(seed, index, 0)):
+                try:
+                    images.append(self._transformed(index))
+                    good.append(index)
+                except UserError as error:  # as its sentence it crosses process borders intact
+                    bad[index] = str(error)
+        if self._refill and good:
+            for position in range(len(bad)):
+                images.append(images[position % len(good)])
+                good.append(good[position % len(good)])
+        return stack(images, shared=worker is not None), self._source.labels[good], bad
+
+    def _transformed(self, index: int) -> Tensor:
+        if not isinstance(self._source, EncodedSource):
+            return self._transform(self._source.read(index))
+        image = self._source.open(index)
         try:
-            image = self._source.read(index)
-        except UserError as error:
-            return error
-        with _random_state(_mix(self._seed, index, 0)):
-            return self._transform(image), self._source.labels[index]
+            return self._transform(image)
+        except DecodeError as error:
+            raise unreadable(self._source.name(index), error) from error
 
 
-def _collate(items: list[tuple[Tensor, Tensor] | UserError]) -> tuple[Tensor, Tensor] | UserError:
-    images, labels = [], []
-    for item in items:
-        if isinstance(item, UserError):
-            return item
-        images.append(item[0])
-        labels.append(item[1])
-    return torch.stack(images), torch.stack(labels)
+def stack(images: list[Tensor], *, shared: bool) -> Tensor:
+    """Images (3, H, W) as one tensor (N, 3, H, W) in the memory layout that they have, shared between processes if asked."""
+    if not images:
+        return torch.empty(0, 3, 0, 0, dtype=torch.uint8)
+    if images[0].is_contiguous():
+        batch = torch.empty(len(images), *images[0].shape, dtype=images[0].dtype)
+    else:  # decoders write (H, W, 3)
+        channels, height, width = images[0].shape
+        batch = torch.empty(len(images), height, width, channels, dtype=images[0].dtype).permute(0, 3, 1, 2)
+    if shared:
+        batch.share_memory_()
+    for place, image in zip(batch, images, strict=True):
+        place.copy_(image)
+    return batch
 
 
-def _ignore_signals(worker: int) -> None:
-    """Ctrl-C and SIGTERM reach the whole process group; the main process decides when its workers end."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-    signal.signal(signal.SIGTERM, signal.SIG_IGN)
+def _unchanged(item: Any) -> Any:
+    return item
 
 
-@contextmanager
-def _random_state(seed: int) -> Iterator[None]:
-    """Torch's CPU generator seeded for a moment."""
-    generator = torch.default_generator
-    state = generator.get_state()
-    generator.manual_seed(seed)
-    try:
-        yield
-    finally:
-        generator.set_state(state)
-
-
-def _mix(a: int, b: int, c: int) -> int:
-    """One 63-bit seed from three numbers (the finaliser of splitmix64, applied once for each)."""
-    value = 0
-    for number in (a, b, c):
-        value = (value + (number + 1) * 0x9E3779B97F4A7C15) & (2**64 - 1)
-        value = ((value ^ (value >> 30)) * 0xBF58476D1CE4E5B9) & (2**64 - 1)
-        value = ((value ^ (value >> 27)) * 0x94D049BB133111EB) & (2**64 - 1)
-        value ^= value >> 31
-    return value >> 1
+def _prepare_worker(worker: int) -> None:
+    # what asks a run to stop reaches the whole process group; the main process decides when its workers end
+    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1):
+        signal.signal(number, signal.SIG_IGN)
+    quiet_libjpeg()

@@ -2,19 +2,36 @@
 
 from __future__ import annotations
 
+import math
+import random
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, replace
+from functools import cached_property, lru_cache
 from typing import Any
 
 import torch
 from torch import Tensor
 from torchvision.transforms import v2
+from torchvision.transforms.v2 import functional as F
+
+from effnet_quant.data.decoding import Box, EncodedImage
 
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
 IMAGENET_STD = (0.229, 0.224, 0.225)
 CROP_MARGIN = 32  # NVIDIA's evaluation transform scales to the target size + 32 before the crop
+INTERPOLATIONS = ("bilinear", "bicubic")
+# of torchvision's, with the settings of their papers: arXiv:1805.09501 (for ImageNet), 1909.13719, 2103.10158
+AUGMENTATIONS: dict[str, Callable[..., v2.Transform]] = {
+    "autoaugment": v2.AutoAugment,
+    "randaugment": v2.RandAugment,
+    "trivialaugment": v2.TrivialAugmentWide,
+}
+_AREA = (0.08, 1.0)  # of a training crop, as a share of the image's
+_ASPECT = (3 / 4, 4 / 3)  # of a training crop, width to height
+_CROP_TRIES = 10
+_LONGEST = 8  # times the shorter side; beyond it the ends are cut before an image is scaled
 
-Transform = Callable[[Tensor], Tensor]
+Transform = Callable[[Tensor | EncodedImage], Tensor]
 
 
 @dataclass(frozen=True)
@@ -54,34 +71,110 @@ class Preprocessing:
         )
 
 
-def evaluation_transform(preprocessing: Preprocessing) -> Transform:
+@dataclass(frozen=True)
+class EvaluationTransform:
+    """The shorter side scaled to ``resize_size``, then the centre, ``image_size`` square."""
+
+    preprocessing: Preprocessing
+
+    def __call__(self, image: Tensor | EncodedImage) -> Tensor:
+        """From uint8 (3, H, W), or its file, to uint8 (3, image_size, image_size).
+
+        Raises:
+            DecodeError: the file is damaged.
+        """
+        pixels = image.decode() if isinstance(image, EncodedImage) else image
+        height, width = pixels.shape[-2:]
+        longest = _LONGEST * min(height, width)
+        if max(height, width) > longest:  # a strip, whose ends no crop can see, would take gigabytes
+            pixels = F.center_crop(pixels, [min(height, longest), min(width, longest)])
+        mode = v2.InterpolationMode(self.preprocessing.interpolation)
+        scaled = F.resize(pixels, [self.preprocessing.resize_size], mode, antialias=True)
+        return F.center_crop(scaled, [self.preprocessing.image_size])
+
+
+@dataclass(frozen=True)
+class TrainingTransform:
+    """A random crop scaled to ``image_size`` square, flipped by a coin, then an augmentation policy.
+
+    Random numbers come from torch's global generator: the same state gives the same image.
+
+    Args:
+        preprocessing: size and interpolation.
+        augmentation: a name in ``AUGMENTATIONS``, or None.
+    """
+
+    preprocessing: Preprocessing
+    augmentation: str | None = None
+
+    def __call__(self, image: Tensor | EncodedImage) -> Tensor:
+        """From uint8 (3, H, W), or its file, to uint8 (3, image_size, image_size).
+
+        Raises:
+            DecodeError: the file is damaged.
+        """
+        size = self.preprocessing.image_size
+        if isinstance(image, EncodedImage):
+            box, flipped = self.draw(image.height, image.width)
+            region = image.region(box, size)
+        else:
+            box, flipped = self.draw(*image.shape[-2:])
+            region = F.crop(image, box.top, box.left, box.height, box.width)
+        mode = v2.InterpolationMode(self.preprocessing.interpolation)
+        scaled = F.resize(region, [size, size], mode, antialias=True)
+        if flipped:
+            scaled = F.horizontal_flip(scaled)
+        return scaled if self.augmentation is None else self._policy(scaled)
+
+    def draw(self, height: int, width: int) -> tuple[Box, bool]:
+        """A random crop of an image of this size, and whether to flip it.
+
+        8 to 100 % of the area and an aspect of 3/4 to 4/3, uniform in area and in log aspect (Szegedy et al.,
+        arXiv:1409.4842); the largest allowed one at the centre if ten tries don't fit.
+        """
+        # one draw from torch; the rest from Python's generator, which costs a tenth of torch's for single numbers
+        numbers = random.Random(int(torch.randint(2**62, ())))
+        flipped = numbers.random() < 0.5
+        for _ in range(_CROP_TRIES):
+            area = height * width * numbers.uniform(*_AREA)
+            aspect = math.exp(numbers.uniform(math.log(_ASPECT[0]), math.log(_ASPECT[1])))
+            w, h = round(math.sqrt(area * aspect)), round(math.sqrt(area / aspect))
+            if 0 < w <= width and 0 < h <= height:
+                return Box(numbers.randint(0, height - h), numbers.randint(0, width - w), h, w), flipped
+        w = max(1, min(width, round(height * _ASPECT[1])))
+        h = max(1, min(height, round(width / _ASPECT[0])))
+        return Box((height - h) // 2, (width - w) // 2, h, w), flipped
+
+    @cached_property
+    def _policy(self) -> v2.Transform:
+        assert self.augmentation is not None
+        return AUGMENTATIONS[self.augmentation]()
+
+
+def evaluation_transform(preprocessing: Preprocessing) -> EvaluationTransform:
     """uint8 (3, H, W) of any size to uint8 (3, image_size, image_size): scale the shorter side, crop the centre."""
-    return v2.Compose(
-        [
-            v2.Resize(preprocessing.resize_size, _interpolation(preprocessing), antialias=True),
-            v2.CenterCrop(preprocessing.image_size),
-        ]
-    )
+    return EvaluationTransform(preprocessing)
 
 
-def training_transform(preprocessing: Preprocessing, *, autoaugment: bool = False) -> Transform:
-    """Random resized crop (8-100 % of the area, aspect 3/4 to 4/3), random flip, and AutoAugment if asked for."""
-    interpolation = _interpolation(preprocessing)
-    steps: list[Any] = [
-        v2.RandomResizedCrop(preprocessing.image_size, (0.08, 1.0), (3 / 4, 4 / 3), interpolation, antialias=True),
-        v2.RandomHorizontalFlip(),
-    ]
-    if autoaugment:
-        steps.append(v2.AutoAugment(v2.AutoAugmentPolicy.IMAGENET))
-    return v2.Compose(steps)
+def training_transform(preprocessing: Preprocessing, augmentation: str | None = None) -> TrainingTransform:
+    """Random resized crop (8-100 % of the area, aspect 3/4 to 4/3), random flip, then the augmentation of that name."""
+    return TrainingTransform(preprocessing, augmentation)
 
 
 def normalize(images: Tensor, preprocessing: Preprocessing) -> Tensor:
-    """uint8 (N, 3, H, W) to float32 with ``mean`` and ``std`` of the preprocessing, on the images' device."""
-    mean = torch.tensor(preprocessing.mean, device=images.device).mul_(255)[:, None, None]
-    std = torch.tensor(preprocessing.std, device=images.device).mul_(255)[:, None, None]
-    return (images.float() - mean) / std
+    """uint8 (N, 3, H, W) to float32 with ``mean`` and ``std`` of the preprocessing, on the images' device.
+
+    One pass over the pixels, which casts, scales and shifts; the result has the images' memory layout.
+    """
+    scale, shift = _scale_and_shift(preprocessing.mean, preprocessing.std, images.device)
+    return torch.addcmul(shift, images, scale)
 
 
-def _interpolation(preprocessing: Preprocessing) -> v2.InterpolationMode:
-    return v2.InterpolationMode(preprocessing.interpolation)
+@lru_cache(maxsize=8)
+def _scale_and_shift(
+    mean: tuple[float, float, float], std: tuple[float, float, float], device: torch.device
+) -> tuple[Tensor, Tensor]:
+    """(x / 255 - mean) / std as one factor and one summand a channel; copied to the device once, not every batch."""
+    deviation = 255 * torch.tensor(std, dtype=torch.float64)
+    scale, shift = 1 / deviation, -255 * torch.tensor(mean, dtype=torch.float64) / deviation
+    return scale.float().to(device)[:, None, None], shift.float().to(device)[:, None, None]

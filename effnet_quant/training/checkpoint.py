@@ -27,7 +27,8 @@ def save_checkpoint(
         workspace: the folder.
         filename: of the latest checkpoint.
         is_best: also write ``model_best.pth.tar``.
-        gather: keep that many epochs' checkpoints as ``checkpoint-<epoch>.pth.tar``.
+        gather: keep that many epochs' checkpoints as ``checkpoint_<epoch>.pth.tar``, counted from 0 as NVIDIA's
+            scripts do; -1 keeps all.
 
     Raises:
         UserError: a file can't be written; the previous ones are intact.
@@ -39,9 +40,10 @@ def save_checkpoint(
     replace_file(workspace / filename, content)
     if is_best:
         replace_file(workspace / BEST_FILENAME, content)
+    if gather != 0:
+        replace_file(workspace / f"checkpoint_{state['epoch'] - 1:04d}.pth.tar", content)
     if gather > 0:
-        replace_file(workspace / f"checkpoint-{state['epoch']:04d}.pth.tar", content)
-        for old in sorted(workspace.glob("checkpoint-[0-9]*.pth.tar"))[:-gather]:
+        for old in sorted(workspace.glob("checkpoint_[0-9]*.pth.tar"))[:-gather]:
             old.unlink()
 
 

@@ -12,23 +12,26 @@ import torch
 from torch import Tensor
 
 from effnet_quant.errors import UserError
+from effnet_quant.training.distributed import ALONE, World
 
 
 class Recorder:
     """Appends metrics to the raport file, one JSON object a line.
 
     Each line holds ``timestamp`` (seconds since 1970), ``step`` ([] for the run, [epoch] for an epoch) and ``data`` (the
-    metrics by name; a number that is not finite is written as null).
+    metrics by name; a number that is not finite is written as null), and ``machine`` where one is given.
 
     Args:
         path: the raport file, None to write nothing.
+        machine: what the figures are measured on, for benchmarks.
 
     Raises:
         UserError: the file can't be written.
     """
 
-    def __init__(self, path: Path | None) -> None:
+    def __init__(self, path: Path | None, machine: dict[str, Any] | None = None) -> None:
         self._path = path
+        self._machine = {} if machine is None else {"machine": machine}
         if path is not None:
             try:
                 path.open("a", encoding="utf-8").close()
@@ -42,7 +45,7 @@ class Recorder:
         if self._path is None:
             return
         finite = {name: None if isinstance(v, float) and not math.isfinite(v) else v for name, v in data.items()}
-        line = {"timestamp": time.time(), "step": [] if epoch is None else [epoch], "data": finite}
+        line = {"timestamp": time.time(), "step": [] if epoch is None else [epoch], "data": finite, **self._machine}
         try:
             with self._path.open("a", encoding="utf-8") as file:
                 file.write(json.dumps(line) + "\n")
@@ -54,40 +57,63 @@ class Stopwatch:
     """Splits the time of a loop into waiting for data and computing.
 
     ``data_time`` and ``compute_time`` are seconds a batch on average; ``total_ips`` and ``compute_ips`` are images a
-    second with and without the wait for data.
+    second of all processes together, with and without the wait for data. ``compute_latency`` is the average of the
+    batches' compute times in seconds, and ``compute_latency_at50``, ``_at95``, ``_at99``, ``_at100`` are their quantiles.
+
+    Args:
+        processes: how many of them compute beside this one, itself included.
+        warmup: batches at the start that do not count.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, processes: int = 1, warmup: int = 0) -> None:
+        self._processes = processes
+        self._warmup = warmup
         self._mark = time.perf_counter()
-        self._data = 0.0
-        self._compute = 0.0
+        self._waited = 0.0
+        self._data: list[float] = []
+        self._compute: list[float] = []
         self._images = 0
-        self._batches = 0
 
     def data_ready(self) -> None:
         """The next batch has arrived."""
         now = time.perf_counter()
-        self._data += now - self._mark
+        self._waited = now - self._mark
         self._mark = now
 
     def batch_done(self, images: int) -> None:
         """The batch has been computed."""
         now = time.perf_counter()
-        self._compute += now - self._mark
+        if self._warmup > 0:
+            self._warmup -= 1
+        else:
+            self._data.append(self._waited)
+            self._compute.append(now - self._mark)
+            self._images += images
         self._mark = now
-        self._images += images
-        self._batches += 1
 
     def metrics(self, prefix: str) -> dict[str, float]:
-        """The four figures under ``<prefix>.``; empty before the first batch."""
-        if not self._batches:
+        """Speeds and times under ``<prefix>.``; empty before the first batch that counts."""
+        if not self._compute:
             return {}
+        data, compute = math.fsum(self._data), math.fsum(self._compute)
+        images, batches = self._images * self._processes, len(self._compute)
         return {
-            f"{prefix}.total_ips": self._images / (self._data + self._compute),
-            f"{prefix}.compute_ips": self._images / self._compute,
-            f"{prefix}.data_time": self._data / self._batches,
-            f"{prefix}.compute_time": self._compute / self._batches,
+            f"{prefix}.total_ips": images / (data + compute),
+            f"{prefix}.compute_ips": images / compute,
+            f"{prefix}.data_time": data / batches,
+            f"{prefix}.compute_time": compute / batches,
         }
+
+    def latencies(self, prefix: str) -> dict[str, float]:
+        """Average and quantiles of the compute times; true only where every batch's end is waited for."""
+        if not self._compute:
+            return {}
+        times = torch.tensor(self._compute, dtype=torch.float64)
+        quantiles = {
+            f"{prefix}.compute_latency_at{percent}": times.quantile(percent / 100, interpolation="nearest").item()
+            for percent in (50, 95, 99, 100)
+        }
+        return {f"{prefix}.compute_latency": times.mean().item(), **quantiles}
 
 
 class Accuracy:
@@ -95,17 +121,51 @@ class Accuracy:
 
     def __init__(self, k: int, device: torch.device) -> None:
         self._k = k
-        self._sums = torch.zeros(3, dtype=torch.float64, device=device)
-        self._images = 0
+        self._sums = torch.zeros(4, dtype=torch.float64, device=device)
 
     def add(self, loss: Tensor, logits: Tensor, labels: Tensor) -> None:
         """Count a batch: its mean loss, logits (N, classes) and labels (N,)."""
         top = logits.topk(min(self._k, logits.shape[1]), dim=1).indices == labels[:, None]
-        batch = torch.stack([loss.double() * len(labels), top[:, 0].sum().double(), top.sum().double()])
-        self._sums += batch
-        self._images += len(labels)
+        images = torch.full((), len(labels), dtype=torch.float64, device=loss.device)
+        self._sums += torch.stack([loss.double() * images, top[:, 0].sum().double(), top.sum().double(), images])
 
-    def metrics(self, prefix: str) -> dict[str, float]:
-        """``<prefix>.loss`` and the accuracies ``<prefix>.top1``, ``<prefix>.top<k>`` in percent."""
-        loss, top1, topk = (self._sums / max(1, self._images)).tolist()
+    def metrics(self, prefix: str, world: World = ALONE) -> dict[str, float]:
+        """``<prefix>.loss`` and the accuracies ``<prefix>.top1``, ``<prefix>.top<k>`` in percent, of all processes."""
+        *sums, images = world.sum(self._sums).tolist()
+        loss, top1, topk = (value / max(1.0, images) for value in sums)
         return {f"{prefix}.loss": loss, f"{prefix}.top1": 100 * top1, f"{prefix}.top{self._k}": 100 * topk}
+
+
+class LossMeter:
+    """The mean loss over an epoch, summed on the device, and the first batch whose loss was no number.
+
+    Args:
+        device: where the losses are.
+        sums: of an interrupted epoch, to go on from (``sums``).
+    """
+
+    def __init__(self, device: torch.device, sums: Tensor | None = None) -> None:
+        self._sums = torch.zeros(2, dtype=torch.float64, device=device) if sums is None else sums.to(device)
+        self._first_bad = torch.full((), -1, dtype=torch.int64, device=device)
+
+    def add(self, loss: Tensor, images: int, batch: int) -> None:
+        """Count the mean loss of ``images`` images, of batch number ``batch``; one that is not finite only as such."""
+        finite = torch.isfinite(loss)
+        counted = torch.where(finite, loss.double(), 0.0)
+        self._sums += torch.stack([counted * images, finite * float(images)])
+        self._first_bad = torch.where((self._first_bad < 0) & ~finite, batch, self._first_bad)
+
+    def first_bad_batch(self) -> int | None:
+        """The first batch whose loss was not finite, None without one; waits for the device."""
+        batch = int(self._first_bad)
+        return None if batch < 0 else batch
+
+    def mean(self, world: World = ALONE) -> float:
+        """The mean loss an image, of all processes; NaN before the first."""
+        total, images = world.sum(self._sums).tolist()
+        return total / images if images else math.nan
+
+    @property
+    def sums(self) -> Tensor:
+        """Sum of the losses and number of the images, for a checkpoint."""
+        return self._sums

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
-import torch
-from torch import nn
+from typing import Any
 
+import torch
+from torch import Tensor, nn
+
+from effnet_quant.errors import UserError
 from effnet_quant.training.config import TrainConfig
 
 OPTIMIZERS = ("sgd", "rmsprop")
@@ -29,3 +32,28 @@ def build_optimizer(model: nn.Module, config: TrainConfig) -> torch.optim.Optimi
     return torch.optim.RMSprop(
         groups, lr=config.lr, alpha=config.rmsprop_alpha, eps=config.rmsprop_eps, momentum=config.momentum
     )
+
+
+def load_optimizer_state(
+    optimizer: torch.optim.Optimizer, scaler: torch.amp.GradScaler, checkpoint: dict[str, Any], source: str
+) -> None:
+    """Take up the state of optimizer and loss scale from a checkpoint, where it has them.
+
+    Raises:
+        UserError: the optimizer's state is another optimizer's or another model's.
+    """
+    try:
+        if checkpoint.get("optimizer"):
+            optimizer.load_state_dict(checkpoint["optimizer"])
+            for parameter, state in optimizer.state.items():
+                for name, value in state.items():
+                    if isinstance(value, Tensor) and value.dim() > 0 and value.shape != parameter.shape:
+                        raise ValueError(
+                            f"{name} of shape {tuple(value.shape)} for a parameter of {tuple(parameter.shape)}"
+                        )
+        if checkpoint.get("scaler"):
+            scaler.load_state_dict(checkpoint["scaler"])
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise UserError(
+            f"the optimizer state in {source} does not fit: {error}; resume with the --optimizer it was made with."
+        ) from error

@@ -4,44 +4,41 @@ from __future__ import annotations
 
 import dataclasses
 import math
-import signal
-import threading
-from collections.abc import Callable
+from contextlib import nullcontext
 from itertools import islice
 from pathlib import Path
-from types import FrameType
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
+from torch.nn.parallel import DistributedDataParallel
 
 from effnet_quant.data.loaders import Loader
+from effnet_quant.data.mixing import mixup
+from effnet_quant.data.seeding import mix
 from effnet_quant.data.transforms import Preprocessing, normalize
 from effnet_quant.errors import UserError
+from effnet_quant.files import replace_file
 from effnet_quant.models.weights import Weights, load_weights
+from effnet_quant.training.callback import Callback
 from effnet_quant.training.checkpoint import save_checkpoint
 from effnet_quant.training.config import TrainConfig
-from effnet_quant.training.metrics import Accuracy, Recorder, Stopwatch
-from effnet_quant.training.optimizers import build_optimizer
+from effnet_quant.training.distributed import ALONE, World
+from effnet_quant.training.ema import WeightAverage
+from effnet_quant.training.loss import Loss, cross_entropy
+from effnet_quant.training.metrics import Accuracy, LossMeter, Recorder, Stopwatch
+from effnet_quant.training.optimizers import build_optimizer, load_optimizer_state
+from effnet_quant.training.precision import choose_precision
 from effnet_quant.training.progress import progress
 from effnet_quant.training.schedules import learning_rate
+from effnet_quant.training.signals import Interrupted, SignalWatch
 
-
-class Interrupted(Exception):
-    """A signal asked the run to stop; its checkpoint is written.
-
-    Attributes:
-        signal_number: the signal.
-    """
-
-    def __init__(self, signal_number: int) -> None:
-        super().__init__(f"stopped by {signal.Signals(signal_number).name}")
-        self.signal_number = signal_number
+BAD_BATCH_FILENAME = "nonfinite_loss.txt"
 
 
 class Trainer:
-    """Trains and evaluates one model.
+    """Trains and evaluates one model, alone or as one process of a job.
 
     Args:
         model: the network; moved to the device.
@@ -50,7 +47,12 @@ class Trainer:
         device: where to compute.
         workspace: folder of the checkpoints.
         recorder: where metrics go.
-        metadata: what checkpoints say of the model (arch, classes, preprocessing …), plain values.
+        metadata: what checkpoints say of the model (arch, num_classes, preprocessing …), plain values.
+        world: the processes that train together.
+
+    Attributes:
+        loss: what training minimises; cross entropy with the configured label smoothing until another is put there.
+        callbacks: told when training reaches certain points, in this order; empty at first.
     """
 
     def __init__(
@@ -62,36 +64,46 @@ class Trainer:
         workspace: Path,
         recorder: Recorder,
         metadata: dict[str, Any],
+        world: World = ALONE,
     ) -> None:
         self.config = config
         self.device = device
         self._memory_format = torch.channels_last if config.channels_last else torch.contiguous_format
         self.model = model.to(device, memory_format=self._memory_format)  # type: ignore[call-overload]
         self.optimizer = build_optimizer(model, config)
+        self.loss: Loss = cross_entropy(config.label_smoothing)
+        self.callbacks: list[Callback] = []
         self._preprocessing = preprocessing
         self._workspace = workspace
         self._recorder = recorder
         self._metadata = metadata
-        self._amp_dtype = torch.float16 if device.type == "cuda" else torch.bfloat16
-        # a static scale, as in NVIDIA's recipes: it never grows; a step that overflows is skipped and halves it
-        self._scaler = torch.amp.GradScaler(
-            device.type,
-            init_scale=config.static_loss_scale,
-            growth_interval=10**9,
-            enabled=config.amp and device.type == "cuda",
+        self._world = world
+        self._precision = choose_precision(
+            device,
+            amp=config.amp,
+            amp_dtype=config.amp_dtype,
+            loss_scale=config.static_loss_scale,
+            dynamic=config.dynamic_loss_scale,
         )
+        self._scaler = self._precision.scaler
+        self._batches_per_step = config.batches_per_step(world.size)
+        self._average: WeightAverage | None = None
         self._epoch = 0
-        self._batch = 0  # of the epoch; not 0 only in a run that was interrupted within it
+        self._batch = 0  # of the epoch; not 0 only within it
+        self._step = 0  # of the optimizer, since the training began
+        self._effective_steps = 0  # the scaler skips those that overflow
+        self.optimizer.register_step_post_hook(self._count_step)
+        self._loss_sums: Tensor | None = None  # of the epoch that a resumed run starts in
         self._best_top1 = -math.inf
         self._epochs_since_best = 0
-        self._signal: int | None = None
+        self._signals = SignalWatch()
+        if config.compile:
+            self.model.compile()
 
-    def fit(self, train: Loader, val: Loader, after_epoch: Callable[[], None] | None = None) -> None:
+    def fit(self, train: Loader, val: Loader) -> None:
         """Train to the end of the configured epochs, validating and writing checkpoints after each.
 
-        ``after_epoch`` is called when an epoch's training is done, before its validation and its checkpoint.
-
-        SIGINT and SIGTERM end the run after the current step with a checkpoint from which it resumes there.
+        SIGINT, SIGTERM and SIGUSR1 end the run after the current step with a checkpoint from which it resumes there.
 
         Raises:
             Interrupted: a signal arrived.
@@ -101,13 +113,14 @@ class Trainer:
         last = config.epochs
         if config.run_epochs > 0:
             last = min(last, self._epoch + config.run_epochs)
-        with _signals_noted(self):
+        if config.use_ema is not None and self._average is None:
+            self._average = WeightAverage(self.model, config.use_ema)
+        network = self._network()
+        with self._signals:
             while self._epoch < last:
-                metrics = self._train_epoch(train)
-                if after_epoch is not None:
-                    after_epoch()
+                metrics = self._train_epoch(network, train)
                 if not config.training_only:
-                    metrics |= self.evaluate(val, "val", f"epoch {self._epoch + 1}/{config.epochs} val")
+                    metrics |= self.validate(val, f"epoch {self._epoch + 1}/{config.epochs} val")
                 self._recorder.record(metrics, epoch=self._epoch)
                 print(f"epoch {self._epoch + 1}/{config.epochs}: {describe(metrics)}", flush=True)
                 top1 = metrics.get("val.top1")
@@ -115,31 +128,47 @@ class Trainer:
                 if top1 is not None:
                     self._best_top1 = max(self._best_top1, top1)
                     self._epochs_since_best = 0 if is_best else self._epochs_since_best + 1
-                self._epoch, self._batch = self._epoch + 1, 0
+                self._epoch, self._batch, self._loss_sums = self._epoch + 1, 0, None
                 self.save(is_best=is_best)
-                self._stop_if_signalled()
+                self._stop_if_signalled(save=False)
                 if 0 < config.early_stopping_patience <= self._epochs_since_best:
                     print(f"stopped early: {self._epochs_since_best} epochs without a better top-1", flush=True)
                     break
 
+    def validate(self, loader: Loader, title: str = "evaluate") -> dict[str, float]:
+        """``evaluate`` under ``val.``, and of the averaged weights under ``val_ema.`` where there are any."""
+        metrics = self.evaluate(loader, "val", title)
+        if self._average is not None:
+            metrics |= self.evaluate(loader, "val_ema", f"{title} of the averaged weights", self._average.model)
+        return metrics
+
     @torch.no_grad()
-    def evaluate(self, loader: Loader, prefix: str = "val", title: str = "evaluate") -> dict[str, float]:
-        """Loss, accuracies and speeds of the model in eval mode on every image of ``loader``, under ``<prefix>.``."""
-        self.model.eval()
+    def evaluate(
+        self, loader: Loader, prefix: str = "val", title: str = "evaluate", model: nn.Module | None = None
+    ) -> dict[str, float]:
+        """Loss, accuracies and speeds under ``<prefix>.``, in eval mode, each image of the job's loaders counted once.
+
+        ``model`` is another one than the trainer's own.
+        """
+        model = (self.model if model is None else model).eval()
         accuracy = Accuracy(self.config.topk, self.device)
-        total = len(loader) if self.config.prof < 0 else min(self.config.prof, len(loader))
-        stopwatch = Stopwatch()
+        total = self._batches_of(loader)
+        stopwatch = self._stopwatch(total)
+        done = 0
         for images, labels in progress(islice(loader.epoch(), total), total, title, self.config.print_freq):
+            done += 1
             stopwatch.data_ready()
-            with self._autocast():
-                logits = self.model(self._inputs(images))
+            with self._precision.autocast():
+                logits = model(self._inputs(images))
             truth = labels.to(self.device, non_blocking=True)
             logits = logits.float()
             accuracy.add(F.cross_entropy(logits, truth), logits, truth)
             self._synchronize()
             stopwatch.batch_done(len(labels))
-            self._stop_if_signalled(save=True)
-        return accuracy.metrics(prefix) | stopwatch.metrics(prefix)
+            self._stop_if_signalled()
+        for _ in range(self._world.any(total) - done):  # other processes have a batch more
+            self._stop_if_signalled()
+        return accuracy.metrics(prefix, self._world) | self._speeds(stopwatch, prefix)
 
     def resume(self, checkpoint: dict[str, Any], source: str) -> bool:
         """Take up model, optimizer, position and random state from a checkpoint (``load_checkpoint``'s).
@@ -150,50 +179,58 @@ class Trainer:
         Raises:
             UserError: it does not fit the model or the configuration.
         """
-        batch, made_with = int(checkpoint.get("batch", 0)), (checkpoint.get("config") or {}).get("batch_size")
-        if batch > 0 and made_with != self.config.batch_size:
-            raise UserError(
-                f"{source} stands in the middle of an epoch of batches of {made_with}; resume it with -b {made_with}."
-            )
+        batch = int(checkpoint.get("batch", 0))
+        if batch > 0:
+            self._check_same_batches(checkpoint, source)
         has_ranges = load_weights(self.model, Weights(checkpoint["state_dict"], source=source))
-        try:
-            if checkpoint.get("optimizer"):
-                self.optimizer.load_state_dict(checkpoint["optimizer"])
-                _check_shapes(self.optimizer)
-            if checkpoint.get("scaler"):
-                self._scaler.load_state_dict(checkpoint["scaler"])
-        except (ValueError, KeyError, TypeError, AttributeError) as error:
-            raise UserError(
-                f"the optimizer state in {source} does not fit: {error}; resume with the --optimizer it was made with."
-            ) from error
+        if self.config.use_ema is not None:
+            self._average = WeightAverage(self.model, self.config.use_ema)
+            if "state_dict_ema" in checkpoint:
+                load_weights(self._average.model, Weights(checkpoint["state_dict_ema"], source=source))
+        load_optimizer_state(self.optimizer, self._scaler, checkpoint, source)
         self._epoch = int(checkpoint["epoch"])
         self._batch = batch
+        self._step = int(checkpoint.get("step", 0))
         best = checkpoint.get("best_prec1")
         self._best_top1 = -math.inf if best is None else float(best)
         self._epochs_since_best = int(checkpoint.get("epochs_since_best", 0))
-        if isinstance(random_state := checkpoint.get("rng"), Tensor):
-            torch.set_rng_state(random_state)
-        if isinstance(random_state := checkpoint.get("cuda_rng"), Tensor) and self.device.type == "cuda":
-            torch.cuda.set_rng_state(random_state)
+        if batch > 0 and self._world.is_main:
+            self._loss_sums = checkpoint.get("loss_sums")
+        states = checkpoint.get("rng")
+        if isinstance(states, list) and len(states) == self._world.size:
+            torch.set_rng_state(states[self._world.rank])
+            if self.device.type == "cuda" and checkpoint.get("cuda_rng"):
+                torch.cuda.set_rng_state(checkpoint["cuda_rng"][self._world.rank])
         return has_ranges
 
     def save(self, *, is_best: bool = False) -> None:
-        """Write the checkpoint of this moment, unless checkpoints are off."""
+        """Write the checkpoint of this moment, unless checkpoints are off; all processes of a job call it."""
         if not self.config.save_checkpoints:
             return
+        rng = self._world.gather(torch.get_rng_state())
+        on_gpu = self.device.type == "cuda"
+        cuda_rng = self._world.gather(torch.cuda.get_rng_state()) if on_gpu else None
+        loss_sums = None if self._loss_sums is None else self._world.sum(self._loss_sums).cpu()
+        if not self._world.is_main:
+            return
+        averaged = {} if self._average is None else {"state_dict_ema": _on_cpu(self._average.model)}
         save_checkpoint(
             {
                 "epoch": self._epoch,
                 "batch": self._batch,
+                "step": self._step,
                 "arch": self._metadata["arch"],
-                "state_dict": {name: tensor.cpu() for name, tensor in self.model.state_dict().items()},
+                "state_dict": _on_cpu(self.model),
+                **averaged,
                 "best_prec1": self._best_top1,
                 "epochs_since_best": self._epochs_since_best,
                 "optimizer": self.optimizer.state_dict(),
                 "scaler": self._scaler.state_dict(),
-                "rng": torch.get_rng_state(),
-                "cuda_rng": torch.cuda.get_rng_state() if self.device.type == "cuda" else None,
+                "loss_sums": loss_sums,
+                "rng": rng,
+                "cuda_rng": cuda_rng,
                 "config": dataclasses.asdict(self.config),
+                "processes": self._world.size,
                 "metadata": self._metadata,
             },
             self._workspace,
@@ -202,12 +239,19 @@ class Trainer:
             gather=self.config.gather_checkpoints if self._batch == 0 else 0,
         )
 
-    def note_signal(self, number: int, frame: FrameType | None) -> None:
-        """Signal handler: remember to stop after this step; a second signal of the kind ends the process at once."""
-        self._signal = number
-        signal.signal(number, signal.SIG_DFL)
+    def note_signal(self, number: int) -> None:
+        """Stop after this step, as if the signal ``number`` had arrived."""
+        self._signals.note(number)
 
-    def _train_epoch(self, loader: Loader) -> dict[str, float]:
+    def _network(self) -> nn.Module:
+        """The model as training calls it: gradients averaged over the processes, buffers those of process 0."""
+        if self._world.size == 1:
+            return self.model
+        return DistributedDataParallel(
+            self.model, device_ids=[self.device] if self.device.type == "cuda" else None, gradient_as_bucket_view=True
+        )
+
+    def _train_epoch(self, network: nn.Module, loader: Loader) -> dict[str, float]:
         config = self.config
         lr = learning_rate(
             config.lr_schedule,
@@ -220,91 +264,161 @@ class Trainer:
         for group in self.optimizer.param_groups:
             group["lr"] = lr
         self.model.train()
-        total = len(loader) if config.prof < 0 else min(config.prof, len(loader))
-        losses = torch.zeros((), dtype=torch.float64, device=self.device)
+        for callback in self.callbacks:
+            callback.on_epoch_start(self._epoch)
+        total = self._batches_of(loader)
+        first, steps_before, effective_before = self._batch, self._step, self._effective_steps
+        meter = LossMeter(self.device, self._loss_sums)
+        self._loss_sums = meter.sums
+        stopwatch = self._stopwatch(total - first)
         title = f"epoch {self._epoch + 1}/{config.epochs} train"
-        first = self._batch
         batches = islice(loader.epoch(self._epoch, first), max(0, total - first))
-        stopwatch = Stopwatch()
         for images, labels in progress(batches, total - first, title, config.print_freq):
             stopwatch.data_ready()
-            losses += self._step(images, labels, total)
+            position = self._batch % self._batches_per_step
+            # at the end of an epoch the optimizer's batch may hold fewer batches
+            accumulated = min(self._batches_per_step, total - (self._batch - position))
+            complete = position + 1 == accumulated
+            self._forward_backward(network, images, labels, accumulated, complete, meter, loader)
+            if complete:
+                self._optimizer_step()
             self._synchronize()
             stopwatch.batch_done(len(labels))
             self._batch += 1
-            if self._signal is not None and self._batch % config.batches_per_step == 0 and self._batch < total:
-                self._check_finite(losses)
-                self._stop_if_signalled(save=True)
-        if self._batch == first:  # resumed behind the last batch
-            return {}
-        self._check_finite(losses)
-        mean_loss = (losses / (self._batch - first)).item()
-        return {"train.loss": mean_loss, "train.lr": lr, **stopwatch.metrics("train")}
+            if complete and self._batch < total:
+                every = config.checkpoint_every_steps
+                if every > 0 and self._step % every == 0:
+                    self._stop_if_diverged(meter, loader)
+                    self.save()
+                self._stop_if_signalled(meter, loader)
+        self._stop_if_diverged(meter, loader)
+        if self._world.size > 1:
+            self._world.broadcast(self.model.buffers())
+            if self._average is not None:
+                self._world.broadcast(self._average.model.buffers())
+        for callback in self.callbacks:
+            callback.on_epoch_end(self._epoch)
+        metrics = {"train.loss": meter.mean(self._world), "train.lr": lr, **self._speeds(stopwatch, "train")}
+        if self._scaler.is_enabled():
+            steps = self._step - steps_before
+            skipped = steps - (self._effective_steps - effective_before)
+            metrics["train.skipped_steps"] = skipped
+            self._report_skipped(skipped, steps, meter, loader)
+        return metrics
 
-    def _check_finite(self, losses: Tensor) -> None:
-        if not torch.isfinite(losses):
-            raise UserError(
-                f"the loss is {losses.item()} in epoch {self._epoch + 1}: training has diverged; lower --lr, "
-                "and resume from the last checkpoint."
-            )
+    def _forward_backward(
+        self,
+        network: nn.Module,
+        images: Tensor,
+        labels: Tensor,
+        accumulated: int,
+        complete: bool,
+        meter: LossMeter,
+        loader: Loader,
+    ) -> None:
+        inputs = self._inputs(images)
+        targets = labels.to(self.device, non_blocking=True)
+        if self.config.mixup > 0:
+            seed = mix(self.config.seed, self._epoch, self._batch, self._world.rank)
+            shares = F.one_hot(targets, int(self._metadata["num_classes"])).float()
+            inputs, targets = mixup(inputs, shares, self.config.mixup, torch.Generator().manual_seed(seed))
+        # gradients travel once for each step of the optimizer
+        local = not complete and isinstance(network, DistributedDataParallel)
+        with network.no_sync() if local else nullcontext():  # type: ignore[operator]
+            with self._precision.autocast():
+                logits = network(inputs)
+            loss = self.loss(logits.float(), targets, inputs)
+            meter.add(loss.detach(), len(labels), self._batch)
+            # a GPU is asked now and then only, or it would have to be waited for
+            if self.device.type == "cpu" or self._batch % self.config.print_freq == 0:
+                self._stop_if_diverged(meter, loader)
+            self._scaler.scale(loss / accumulated).backward()
 
-    def _step(self, images: Tensor, labels: Tensor, total: int) -> Tensor:
-        config = self.config
-        labels = labels.to(self.device, non_blocking=True)
-        with self._autocast():
-            logits = self.model(self._inputs(images))
-        loss = F.cross_entropy(logits.float(), labels, label_smoothing=config.label_smoothing)
-        # the mean over the optimizer's batch, which at the end of an epoch may hold fewer batches
-        position = self._batch % config.batches_per_step
-        accumulated = min(config.batches_per_step, total - (self._batch - position))
-        self._scaler.scale(loss / accumulated).backward()
-        if position + 1 == accumulated:
-            self._scaler.step(self.optimizer)
-            self._scaler.update()
-            self.optimizer.zero_grad(set_to_none=True)
-        return loss.detach().double()
+    def _optimizer_step(self) -> None:
+        self._scaler.step(self.optimizer)
+        self._scaler.update()
+        self.optimizer.zero_grad(set_to_none=True)
+        if self._average is not None:
+            self._average.update(self.model, self._step)
+        self._step += 1
+        for callback in self.callbacks:
+            callback.on_step_end(self._step)
+
+    def _count_step(self, *arguments: object) -> None:
+        self._effective_steps += 1
 
     def _inputs(self, images: Tensor) -> Tensor:
         images = images.to(self.device, non_blocking=True)
         return normalize(images, self._preprocessing).contiguous(memory_format=self._memory_format)
 
-    def _autocast(self) -> torch.autocast:
-        return torch.autocast(self.device.type, dtype=self._amp_dtype, enabled=self.config.amp)
+    def _batches_of(self, loader: Loader) -> int:
+        return len(loader) if self.config.prof < 0 else min(self.config.prof, len(loader))
+
+    def _stopwatch(self, batches: int) -> Stopwatch:
+        """Under --prof the first tenth of the batches is warm-up."""
+        warmup = max(1, batches // 10) if self.config.prof > 0 and batches > 1 else 0
+        return Stopwatch(self._world.size, warmup)
+
+    def _speeds(self, stopwatch: Stopwatch, prefix: str) -> dict[str, float]:
+        waited_for = self.device.type == "cpu" or self.config.prof > 0
+        return stopwatch.metrics(prefix) | (stopwatch.latencies(prefix) if waited_for else {})
 
     def _synchronize(self) -> None:
         """Let the stopwatch see the device's time; only where the user asked for a profile."""
         if self.device.type == "cuda" and self.config.prof > 0:
             torch.cuda.synchronize()
 
-    def _stop_if_signalled(self, *, save: bool = False) -> None:
-        if self._signal is not None:
+    def _stop_if_signalled(
+        self, meter: LossMeter | None = None, loader: Loader | None = None, *, save: bool = True
+    ) -> None:
+        number = self._world.any(self._signals.noted)
+        if number:
+            if meter is not None and loader is not None:
+                self._stop_if_diverged(meter, loader)
             if save:
                 self.save()
-            raise Interrupted(self._signal)
+            raise Interrupted(number)
+
+    def _stop_if_diverged(self, meter: LossMeter, loader: Loader) -> None:
+        if self._scaler.is_enabled():  # which skips such steps
+            return
+        batch = meter.first_bad_batch()
+        if batch is not None:
+            raise UserError(
+                f"the loss is not finite in epoch {self._epoch + 1}, batch {batch + 1}: training has diverged, or one of "
+                f"these images is to blame: {self._bad_images(batch, loader)}; lower --lr, and resume from the last "
+                "checkpoint."
+            )
+
+    def _report_skipped(self, skipped: int, steps: int, meter: LossMeter, loader: Loader) -> None:
+        batch = meter.first_bad_batch()
+        if batch is not None:
+            print(f"the loss of batch {batch + 1} overflowed, of {self._bad_images(batch, loader)}", flush=True)
+        if 0 < steps == skipped:
+            raise UserError(
+                f"every step of epoch {self._epoch + 1} overflowed in float16; lower --static-loss-scale or --lr, or "
+                "compute in --amp-dtype bf16."
+            )
+
+    def _bad_images(self, batch: int, loader: Loader) -> str:
+        names = loader.names(self._epoch, batch)
+        path = self._workspace / BAD_BATCH_FILENAME
+        replace_file(path, "".join(f"{name}\n" for name in names).encode())
+        more = f" … (all {len(names)} are in {path})" if len(names) > 4 else ""
+        return ", ".join(names[:4]) + more
+
+    def _check_same_batches(self, checkpoint: dict[str, Any], source: str) -> None:
+        size = (checkpoint.get("config") or {}).get("batch_size")
+        processes = checkpoint.get("processes", 1)
+        if (size, processes) != (self.config.batch_size, self._world.size):
+            by = f", in {processes} processes" if processes != self._world.size else ""
+            raise UserError(
+                f"{source} stands in the middle of an epoch of batches of {size}{by}; resume it with -b {size}{by}."
+            )
 
 
-def _check_shapes(optimizer: torch.optim.Optimizer) -> None:
-    for parameter, state in optimizer.state.items():
-        for name, value in state.items():
-            if isinstance(value, Tensor) and value.dim() > 0 and value.shape != parameter.shape:
-                raise ValueError(f"{name} of shape {tuple(value.shape)} for a parameter of {tuple(parameter.shape)}")
-
-
-class _signals_noted:
-    """SIGINT and SIGTERM set the trainer's flag while the block runs (in the main thread; elsewhere it does nothing)."""
-
-    def __init__(self, trainer: Trainer) -> None:
-        self._trainer = trainer
-        self._previous: dict[int, Any] = {}
-
-    def __enter__(self) -> None:
-        if threading.current_thread() is threading.main_thread():
-            for number in (signal.SIGINT, signal.SIGTERM):
-                self._previous[number] = signal.signal(number, self._trainer.note_signal)
-
-    def __exit__(self, *exception: object) -> None:
-        for number, handler in self._previous.items():
-            signal.signal(number, handler)
+def _on_cpu(model: nn.Module) -> dict[str, Tensor]:
+    return {name: tensor.cpu() for name, tensor in model.state_dict().items()}
 
 
 def describe(metrics: dict[str, float]) -> str:
@@ -312,6 +426,6 @@ def describe(metrics: dict[str, float]) -> str:
     shown = {
         name: value
         for name, value in metrics.items()
-        if not name.endswith(("data_time", "compute_time", "compute_ips"))
+        if not name.endswith(("data_time", "compute_time", "compute_ips")) and "compute_latency" not in name
     }
     return ", ".join(f"{name} {value:.4g}" for name, value in shown.items())

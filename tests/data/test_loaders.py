@@ -5,8 +5,8 @@ from __future__ import annotations
 import pytest
 import torch
 
+from effnet_quant.data.folders import FolderSource
 from effnet_quant.data.loaders import Loader
-from effnet_quant.data.sources import FolderSource
 from effnet_quant.data.transforms import Preprocessing, evaluation_transform, training_transform
 from effnet_quant.errors import UserError
 
@@ -100,7 +100,7 @@ def test_chosen_indices_come_in_their_order():
 
 def test_workers_change_nothing(image_folder):
     source = FolderSource(image_folder / "train")
-    transform = training_transform(Preprocessing(16, 16), autoaugment=True)
+    transform = training_transform(Preprocessing(16, 16), "autoaugment")
     alone, pair = (
         list(Loader(source, transform, 4, shuffle=True, seed=9, workers=workers).epoch(2)) for workers in (0, 2)
     )

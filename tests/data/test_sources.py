@@ -8,8 +8,11 @@ import torch
 from PIL import Image
 from sklearn.datasets import load_digits
 
-from effnet_quant.data.sources import DigitsSource, FolderSource, SyntheticSource, open_sources, read_image
-from effnet_quant.data.sources import open_validation as open_val
+from effnet_quant.data.arrays import DigitsSource, SyntheticSource
+from effnet_quant.data.folders import FolderSource
+from effnet_quant.data.opening import open_sources
+from effnet_quant.data.opening import open_validation as open_val
+from effnet_quant.data.sources import read_image
 from effnet_quant.errors import UserError
 
 COLOURS = np.random.default_rng(7).integers(0, 256, (4, 6, 3), dtype=np.uint8)

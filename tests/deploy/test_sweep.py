@@ -1,7 +1,6 @@
 """Networks of timm and torchvision through quantization, export and ONNX Runtime (benchmarks/model_sweep.py)."""
 
 import pytest
-
 from model_sweep import NETWORKS, examine
 
 pytest.importorskip("timm", reason="timm is not installed: pip install 'effnet-quant[timm]'")

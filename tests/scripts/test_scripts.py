@@ -21,8 +21,9 @@ QUANTIZED = ["--arch", "efficientnet-quant-b0", "--lr", "0.001", *SMALL]
 CLASSES = ["apple", "bear", "cat"]
 TARGETS = ["onnxruntime", "openvino", "tensorrt"]
 SPEEDS = ("total_ips", "compute_ips", "data_time", "compute_time")
-TRAINING_METRICS = {f"train.{name}" for name in ("loss", "lr", *SPEEDS)}
-VALIDATION_METRICS = {f"val.{name}" for name in ("loss", "top1", "top5", *SPEEDS)}
+LATENCIES = tuple(f"compute_latency{at}" for at in ("", "_at50", "_at95", "_at99", "_at100"))
+TRAINING_METRICS = {f"train.{name}" for name in ("loss", "lr", *SPEEDS, *LATENCIES)}
+VALIDATION_METRICS = {f"val.{name}" for name in ("loss", "top1", "top5", *SPEEDS, *LATENCIES)}
 
 
 def succeeded(result):
@@ -147,7 +148,7 @@ def test_calibration_records_its_metrics_and_a_checkpoint(calibrated):
     assert names(calibrated) == ["checkpoint.pth.tar", "experiment_raport.json"]
     (line,) = raport(calibrated)
     assert line["step"] == []
-    assert set(line["data"]) == {f"calib.{name}" for name in ("images", "loss", "top1", "top5", *SPEEDS)}
+    assert set(line["data"]) == {f"calib.{name}" for name in ("images", "loss", "top1", "top5", *SPEEDS, *LATENCIES)}
     assert line["data"]["calib.images"] == 18
 
 

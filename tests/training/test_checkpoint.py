@@ -44,8 +44,15 @@ def test_best_is_a_copy(tmp_path):
 def test_gathering_keeps_the_latest_epochs(tmp_path):
     for epoch in range(8, 13):
         save_checkpoint(state(epoch), tmp_path, "last.pth.tar", gather=3)
-    kept = [load_checkpoint(path)["epoch"] for path in sorted(tmp_path.glob("checkpoint-*"))]
-    assert kept == [10, 11, 12]
+    kept = {path.name: load_checkpoint(path)["epoch"] for path in sorted(tmp_path.glob("checkpoint_*"))}
+    # NVIDIA's scripts name them after the epoch counted from 0
+    assert kept == {f"checkpoint_{epoch - 1:04d}.pth.tar": epoch for epoch in (10, 11, 12)}
+
+
+def test_gathering_all_keeps_all(tmp_path):
+    for epoch in range(1, 5):
+        save_checkpoint(state(epoch), tmp_path, "last.pth.tar", gather=-1)
+    assert names(tmp_path) == [*(f"checkpoint_{epoch:04d}.pth.tar" for epoch in range(4)), "last.pth.tar"]
 
 
 @pytest.mark.parametrize("step", ["fsync", "replace"])

@@ -6,6 +6,7 @@ import errno
 import json
 import os
 import signal
+import time
 
 import pytest
 import torch
@@ -16,9 +17,10 @@ from effnet_quant.errors import UserError
 from effnet_quant.training.checkpoint import load_checkpoint
 from effnet_quant.training.metrics import Recorder
 from effnet_quant.training.schedules import learning_rate
-from effnet_quant.training.trainer import Interrupted
+from effnet_quant.training.signals import Interrupted
 
 CHECKPOINT = "checkpoint.pth.tar"
+LATENCIES = ("", "_at50", "_at95", "_at99", "_at100")
 
 
 @pytest.fixture
@@ -94,7 +96,7 @@ def test_resuming_within_an_epoch_is_bit_exact(
 ):
     trainer = make_trainer(tiny_network(), tmp_path)
     train, val = make_loaders()
-    fit_until(trainer, watch(train, steps, lambda: trainer.note_signal(signal.SIGUSR1, None)), val)
+    fit_until(trainer, watch(train, steps, lambda: trainer.note_signal(signal.SIGUSR1)), val)
     state = load_checkpoint(tmp_path / CHECKPOINT)
     # behind the last batch there is still the validation of its epoch to do
     assert (state["epoch"], state["batch"]) == {1: (0, 1), 3: (0, 3), 5: (0, 5), 7: (1, 2)}[steps]
@@ -108,7 +110,7 @@ def test_resuming_within_validation_is_bit_exact_and_validates_again(
 ):
     trainer = make_trainer(tiny_network(), tmp_path)
     train, val = make_loaders()
-    fit_until(trainer, train, watch(val, 2, lambda: trainer.note_signal(signal.SIGUSR1, None)))
+    fit_until(trainer, train, watch(val, 2, lambda: trainer.note_signal(signal.SIGUSR1)))
     model = tiny_network(seed=7)
     validation = watch(val)
     go_on(model, make_trainer(model, tmp_path), tmp_path / CHECKPOINT, (train, validation))
@@ -122,7 +124,7 @@ def test_resuming_a_profiled_run_behind_its_last_batch_trains_no_further(
     stopped = tiny_network()
     trainer = make_trainer(stopped, tmp_path, prof=2, epochs=1)
     train, val = make_loaders()
-    fit_until(trainer, train, watch(val, 1, lambda: trainer.note_signal(signal.SIGUSR1, None)))
+    fit_until(trainer, train, watch(val, 1, lambda: trainer.note_signal(signal.SIGUSR1)))
     model = tiny_network(seed=7)
     go_on(model, make_trainer(model, tmp_path, prof=2, epochs=1), tmp_path / CHECKPOINT, (train, val))
     assert same_weights(model, stopped)
@@ -131,7 +133,7 @@ def test_resuming_a_profiled_run_behind_its_last_batch_trains_no_further(
 def test_interruption_waits_for_the_optimizers_step(tiny_network, make_trainer, make_loaders, watch, tmp_path):
     trainer = make_trainer(tiny_network(), tmp_path, optimizer_batch_size=12)
     train, val = make_loaders()
-    fit_until(trainer, watch(train, 1, lambda: trainer.note_signal(signal.SIGUSR1, None)), val)
+    fit_until(trainer, watch(train, 1, lambda: trainer.note_signal(signal.SIGUSR1)), val)
     assert load_checkpoint(tmp_path / CHECKPOINT)["batch"] == 3
 
 
@@ -221,7 +223,8 @@ def test_each_epoch_is_recorded_under_nvidias_names(tiny_network, make_trainer, 
     data = json.loads(raport.read_text())["data"]
     speeds = {f"{part}.{name}" for part in ("train", "val") for name in ("total_ips", "compute_ips")}
     times = {f"{part}.{name}" for part in ("train", "val") for name in ("data_time", "compute_time")}
-    assert set(data) == {"train.loss", "train.lr", "val.loss", "val.top1", "val.top5"} | speeds | times
+    latencies = {f"{part}.compute_latency{at}" for part in ("train", "val") for at in LATENCIES}
+    assert set(data) == {"train.loss", "train.lr", "val.loss", "val.top1", "val.top5"} | speeds | times | latencies
     assert all(data[name] > 0 for name in speeds | times)
 
 
@@ -265,8 +268,11 @@ def test_divergence_is_reported_and_keeps_the_last_checkpoint(tiny_network, make
     model = tiny_network()
     with torch.no_grad():
         model[5].weight.fill_(torch.nan)
-    with pytest.raises(UserError, match=r"loss is nan in epoch 1.*--lr"):
-        make_trainer(model, tmp_path).fit(*make_loaders())
+    train, val = make_loaders()
+    with pytest.raises(UserError, match=r"not finite in epoch 1, batch 1:.*--lr") as error:
+        make_trainer(model, tmp_path).fit(train, val)
+    assert f": {', '.join(train.names(0, 0))};" in str(error.value)
+    assert (tmp_path / "nonfinite_loss.txt").read_text().splitlines() == train.names(0, 0)
     assert (tmp_path / CHECKPOINT).read_bytes() == before
 
 
@@ -351,3 +357,72 @@ def test_resuming_within_an_epoch_needs_the_same_batch_size(make_trainer, tiny_n
     state = {"state_dict": trainer.model.state_dict(), "epoch": 0, "batch": 2, "config": {"batch_size": 3}}
     with pytest.raises(UserError, match=r"middle of an epoch of batches of 3; resume it with -b 3"):
         trainer.resume(state, "checkpoint.pth.tar")
+
+
+def test_mixup_trains_on_blended_images_and_targets(tiny_network, make_trainer, make_loaders, preprocessing, tmp_path):
+    seen = []
+    trainer = make_trainer(tiny_network(dropout=0.0), tmp_path, epochs=1, mixup=0.2, label_smoothing=0.1)
+    own = trainer.loss
+
+    def loss(logits, targets, images):
+        seen.append((logits.detach(), targets, images))
+        return own(logits, targets, images)
+
+    trainer.loss = loss
+    train, val = make_loaders()
+    trainer.fit(train, val)
+    shares = []
+    for (logits, targets, images), (pixels, labels) in zip(seen, train.epoch(0), strict=True):
+        plain = normalize(pixels, preprocessing)
+        one_hot = F.one_hot(labels, 3).float()
+        blended = plain.roll(1, 0)
+        # one share a batch: images = share * plain + (1 - share) * its neighbour
+        share = ((images - blended) * (plain - blended)).sum() / (plain - blended).pow(2).sum()
+        torch.testing.assert_close(images, share * plain + (1 - share) * blended, rtol=1e-4, atol=1e-4)
+        torch.testing.assert_close(targets, share * one_hot + (1 - share) * one_hot.roll(1, 0), rtol=1e-4, atol=1e-4)
+        smoothed = 0.9 * targets.double() + 0.1 / 3
+        expected = -(smoothed * logits.double().log_softmax(1)).sum(1).mean()
+        assert own(logits, targets, images).item() == pytest.approx(expected.item(), rel=1e-5)
+        shares.append(float(share))
+    assert len(set(shares)) == 5
+
+
+def test_checkpoints_within_an_epoch_come_every_so_many_steps(
+    straight, tiny_network, make_trainer, make_loaders, watch, tmp_path, same_weights
+):
+    class Killed(Exception):
+        pass
+
+    def die():
+        raise Killed
+
+    train, val = make_loaders()
+    with pytest.raises(Killed):  # before the fifth batch
+        make_trainer(tiny_network(), tmp_path, checkpoint_every_steps=2).fit(watch(train, 5, die), val)
+    state = load_checkpoint(tmp_path / CHECKPOINT)
+    assert (state["epoch"], state["batch"], state["step"]) == (0, 4, 4)
+    model = tiny_network(seed=7)
+    go_on(model, make_trainer(model, tmp_path), tmp_path / CHECKPOINT, (train, val))
+    assert same_weights(model, straight)
+
+
+def test_the_loss_of_a_resumed_epoch_is_that_of_the_whole(tiny_network, make_trainer, make_loaders, watch, tmp_path):
+    raports = [tmp_path / "straight.json", tmp_path / "resumed.json"]
+    make_trainer(tiny_network(), tmp_path, Recorder(raports[0]), epochs=1).fit(*make_loaders())
+    trainer = make_trainer(tiny_network(), tmp_path, epochs=1)
+    train, val = make_loaders()
+    fit_until(trainer, watch(train, 3, lambda: trainer.note_signal(signal.SIGUSR1)), val)
+    model = tiny_network(seed=7)
+    go_on(model, make_trainer(model, tmp_path, Recorder(raports[1]), epochs=1), tmp_path / CHECKPOINT, (train, val))
+    losses = [json.loads(path.read_text())["data"]["train.loss"] for path in raports]
+    assert losses[1] == pytest.approx(losses[0], rel=1e-12)
+
+
+def test_the_first_tenth_of_a_profiled_epoch_does_not_count(tiny_network, make_trainer, make_loaders, watch, tmp_path):
+    raport = tmp_path / "raport.json"
+    train, val = make_loaders(count=80)
+    # the second batch arrives late
+    make_trainer(tiny_network(), tmp_path, Recorder(raport), epochs=1, prof=20).fit(
+        watch(train, 2, lambda: time.sleep(1)), val
+    )
+    assert json.loads(raport.read_text())["data"]["train.data_time"] < 0.05

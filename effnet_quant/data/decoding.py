@@ -1,0 +1,245 @@
+"""From the bytes of an image file to uint8 pixels."""
+
+from __future__ import annotations
+
+import io
+import os
+import struct
+import sys
+import warnings
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from PIL import Image, ImageOps, UnidentifiedImageError
+from torch import Tensor
+from torchvision.io import ImageReadMode, decode_jpeg
+from torchvision.transforms.v2 import functional as F
+
+MAX_PIXELS = 178_956_970  # where Pillow refuses an image as a decompression bomb
+_ORIENTATION = 0x0112  # EXIF tag
+_SHRINKS = (8, 4, 2)  # what libjpeg's scaled inverse DCT does fast
+
+Bytes = NDArray[np.uint8]
+
+
+class DecodeError(ValueError):
+    """The bytes are no image, or a damaged one; the text says how."""
+
+
+@dataclass(frozen=True)
+class Box:
+    """A rectangle of an image, in pixels."""
+
+    top: int
+    left: int
+    height: int
+    width: int
+
+
+class EncodedImage:
+    """An image file in memory whose size is known and whose pixels are not decoded yet.
+
+    Attributes:
+        data: the file's bytes.
+        height, width: of the upright image, in pixels.
+        is_plain_jpeg: whether it is an 8-bit grey or colour JPEG that is stored upright.
+
+    Raises:
+        DecodeError: it is empty, no image, or has too many pixels.
+    """
+
+    def __init__(self, data: Bytes) -> None:
+        self.data = data
+        self._frame = _find_frame(data)
+        self.is_plain_jpeg = self._frame is not None
+        if self._frame is not None:
+            self.height, self.width = self._frame.height, self._frame.width
+        else:
+            with _open(data) as image:
+                self.height, self.width = image.height, image.width
+                if _orientation(image) >= 5:  # the four that exchange rows and columns
+                    self.height, self.width = self.width, self.height
+        if self.height * self.width > MAX_PIXELS:
+            raise DecodeError(f"{self.width} x {self.height} pixels are more than the {MAX_PIXELS} that are allowed")
+
+    def decode(self) -> Tensor:
+        """The whole image, upright, as uint8 (3, height, width).
+
+        Raises:
+            DecodeError: it is damaged, or its pixels have no known range.
+        """
+        if self._frame is not None:
+            try:
+                return decode_jpeg(torch.from_numpy(self.data), mode=ImageReadMode.RGB)
+            except RuntimeError:
+                pass  # Pillow knows more kinds, and says what is wrong
+        return _decode_with_pillow(self.data)
+
+    def region(self, box: Box, size: int) -> Tensor:
+        """What lies in ``box``, as uint8 (3, h, w) for scaling to ``size`` pixels.
+
+        (h, w) is the box's size, or half, a quarter or an eighth of it (to within one pixel) where a JPEG can be decoded at
+        that scale without h or w falling below ``size``. In a process that has called ``quiet_libjpeg``, the rows below
+        the box are not decoded.
+
+        Raises:
+            DecodeError: it is damaged, or its pixels have no known range.
+        """
+        shrink = next((s for s in _SHRINKS if min(box.height, box.width) >= s * size), 1)
+        if self._frame is None:
+            image = self.decode()
+        elif shrink > 1:
+            return self._shrunk_region(self._frame, box, shrink)
+        elif not _libjpeg_is_quiet:
+            image = self.decode()
+        else:
+            with _Shortened(self.data, self._frame, box.top + box.height):
+                image = self.decode()
+        return image[:, box.top : box.top + box.height, box.left : box.left + box.width]
+
+    def _shrunk_region(self, frame: _Frame, box: Box, shrink: int) -> Tensor:
+        with _Shortened(self.data, frame, box.top + box.height), _open(self.data) as image:
+            image.draft("RGB", (max(1, image.width // shrink), max(1, image.height // shrink)))
+            top, left = box.top // shrink, box.left // shrink
+            bottom, right = -(-(box.top + box.height) // shrink), -(-(box.left + box.width) // shrink)
+            try:
+                return F.pil_to_tensor(image.crop((left, top, right, bottom)).convert("RGB"))
+            except (OSError, SyntaxError, ValueError) as error:
+                raise DecodeError(str(error)) from error
+
+
+def decode(data: Bytes) -> Tensor:
+    """The image in a file's bytes, upright, as uint8 (3, H, W).
+
+    Raises:
+        DecodeError: there is none, or it is damaged, too large, or its pixels have no known range.
+    """
+    return EncodedImage(data).decode()
+
+
+def quiet_libjpeg() -> None:
+    """Let this process decode the upper part of JPEGs, by closing the way of libjpeg's messages to the terminal.
+
+    libjpeg tells standard error of every file that it leaves before the end. Python's own messages still get through.
+    """
+    global _libjpeg_is_quiet  # noqa: PLW0603  where a process's standard error goes is a fact about the process
+    if _libjpeg_is_quiet:
+        return
+    try:
+        sys.stderr = os.fdopen(os.dup(2), "w", buffering=1)
+        null = os.open(os.devnull, os.O_WRONLY)
+        os.dup2(null, 2)
+        os.close(null)
+    except OSError:
+        return  # no standard error, or no /dev/null
+    _libjpeg_is_quiet = True
+
+
+_libjpeg_is_quiet = False
+
+
+@dataclass(frozen=True)
+class _Frame:
+    """What a JPEG's frame header says (ITU-T T.81, B.2.2)."""
+
+    offset: int  # of the two bytes that hold the height
+    height: int
+    width: int
+    mcu_height: int
+
+
+class _Shortened:
+    """For a while, a JPEG whose header promises no more rows than are needed: decoders stop there.
+
+    Rows are coded from top to bottom. One row of blocks more than needed is kept, which the interpolation of the colours
+    looks at, so what is decoded is exactly the top of the whole image.
+    """
+
+    def __init__(self, data: Bytes, frame: _Frame, rows: int) -> None:
+        self._field = data[frame.offset : frame.offset + 2]
+        kept = (-(-rows // frame.mcu_height) + 1) * frame.mcu_height
+        self._original = frame.height
+        self._rows = min(kept, frame.height)
+
+    def __enter__(self) -> None:
+        self._field[:] = self._rows >> 8, self._rows & 255
+
+    def __exit__(self, *exception: object) -> None:
+        self._field[:] = self._original >> 8, self._original & 255
+
+
+def _find_frame(data: Bytes) -> _Frame | None:
+    """The frame header of an 8-bit grey or colour JPEG that is stored upright; None for every other file."""
+    if not len(data):
+        raise DecodeError("the file is empty")
+    view = data.data
+    if bytes(view[:3]) != b"\xff\xd8\xff":
+        return None
+    position, has_exif = 2, False
+    while position + 4 <= len(view) and view[position] == 0xFF:
+        marker = view[position + 1]
+        length = view[position + 2] << 8 | view[position + 3]
+        if marker in (0xC0, 0xC1, 0xC2):  # baseline, extended sequential, progressive
+            return _parse_frame(view[position : position + 2 + length], position, has_exif, data)
+        if marker == 0xDA or (0xC3 <= marker <= 0xCF and marker not in (0xC4, 0xCC)):  # the scan, or a rare coding
+            return None
+        has_exif = has_exif or (marker == 0xE1 and bytes(view[position + 4 : position + 8]) == b"Exif")
+        position += 2 + length
+    return None
+
+
+def _parse_frame(segment: memoryview, position: int, has_exif: bool, data: Bytes) -> _Frame | None:
+    if len(segment) < 10:
+        return None
+    precision, height, width, components = struct.unpack_from(">BHHB", segment, 4)
+    if precision != 8 or components not in (1, 3) or not height or not width or len(segment) < 10 + 3 * components:
+        return None
+    if has_exif:
+        with _open(data) as image:
+            if _orientation(image) != 1:
+                return None
+    # a single component is not interleaved: its sampling factors say nothing
+    sampling = 1 if components == 1 else max(segment[11 + 3 * index] & 15 for index in range(components))
+    return _Frame(position + 5, height, width, 8 * sampling)
+
+
+def _open(data: Bytes) -> Image.Image:
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # of large images and odd metadata: the limit is ours
+            return Image.open(io.BytesIO(data.data))
+    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
+        reason = "it is in no format that Pillow knows" if isinstance(error, UnidentifiedImageError) else str(error)
+        raise DecodeError(reason) from error
+
+
+def _orientation(image: Image.Image) -> int:
+    try:
+        return int(image.getexif().get(_ORIENTATION, 1))
+    except (OSError, SyntaxError, ValueError, TypeError, struct.error):  # the metadata is damaged, not the picture
+        return 1
+
+
+def _decode_with_pillow(data: Bytes) -> Tensor:
+    with _open(data) as image:
+        try:
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore")
+                image.load()
+            return F.pil_to_tensor(_to_8_bits(ImageOps.exif_transpose(image)).convert("RGB"))
+        except (OSError, SyntaxError, ValueError, struct.error) as error:
+            raise DecodeError(str(error)) from error
+
+
+def _to_8_bits(image: Image.Image) -> Image.Image:
+    """Deep grey images scaled to 8 bits, where Pillow's conversion would clip at 255."""
+    if image.mode == "F":
+        raise ValueError("its floating-point pixels have no known range")
+    if not image.mode.startswith("I"):
+        return image
+    pixels = np.asarray(image)
+    if pixels.min() < 0 or pixels.max() > 0xFFFF:
+        raise ValueError("its 32-bit pixels have no known range")
+    return Image.fromarray((pixels >> 8).astype(np.uint8))

@@ -1,0 +1,94 @@
+"""Images in folders, one a class."""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from effnet_quant.data.decoding import Bytes
+from effnet_quant.data.sources import EncodedSource, NameTable
+from effnet_quant.errors import UserError
+
+EXTENSIONS = frozenset({".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".ppm", ".pgm"})
+
+
+class FolderSource(EncodedSource):
+    """Images in ``<root>/<class>/``, at any depth below the class, in sorted order.
+
+    Symbolic links are followed; a link to a folder that holds it is reported on standard error and left out, and so is
+    a folder that can't be read.
+
+    Args:
+        root: the folder of one split.
+        classes: the classes that labels refer to; the names of the folders themselves by default.
+
+    Raises:
+        UserError: the folder is missing or unreadable, holds no images, or has a class that ``classes`` lacks.
+    """
+
+    def __init__(self, root: Path, classes: list[str] | None = None) -> None:
+        found = class_folders(root)
+        self.classes = found if classes is None else classes
+        unknown = sorted(set(found) - set(self.classes))
+        if unknown:
+            raise UserError(
+                f"{root} has classes that the training data lacks: {', '.join(unknown[:5])}; "
+                "add them to train/ or remove them."
+            )
+        paths: list[str] = []
+        labels: list[int] = []
+        for name in found:
+            files = sorted(_image_files(os.path.join(root, name)))
+            paths += files
+            labels += [self.classes.index(name)] * len(files)
+        if not paths:
+            kinds = ", ".join(sorted(EXTENSIONS))
+            raise UserError(f"there are no images in {root}; expected <class>/<image> with one of {kinds}.")
+        self._root = os.path.join(root, "")
+        self._names = NameTable(path.removeprefix(self._root) for path in paths)
+        self.labels = torch.tensor(labels)
+
+    def name(self, index: int) -> str:
+        """The image's file."""
+        return self._root + self._names[index]
+
+    def load(self, index: int) -> Bytes:
+        """The file's bytes."""
+        return np.fromfile(self.name(index), dtype=np.uint8)
+
+
+def class_folders(root: Path) -> list[str]:
+    """The names of the folders in ``root``, sorted.
+
+    Raises:
+        UserError: there is no such folder, or it can't be read.
+    """
+    if not root.is_dir():
+        raise UserError(f"there is no folder {root}; DATA must hold train/<class>/ and val/<class>/.")
+    try:
+        with os.scandir(root) as entries:
+            return sorted(entry.name for entry in entries if entry.is_dir())
+    except OSError as error:
+        raise UserError(f"{root} can't be read ({error.strerror}); check its permissions.") from error
+
+
+def _image_files(folder: str, above: frozenset[tuple[int, int]] = frozenset()) -> Iterator[str]:
+    """The paths of all images below ``folder``; ``above`` are the device and inode numbers of the folders that hold it."""
+    try:
+        status = os.stat(folder)
+        if (status.st_dev, status.st_ino) in above:
+            print(f"warning: {folder} is a link to a folder that holds it; left out.", file=sys.stderr)
+            return
+        with os.scandir(folder) as entries:
+            for entry in entries:
+                if entry.is_dir():
+                    yield from _image_files(entry.path, above | {(status.st_dev, status.st_ino)})
+                elif os.path.splitext(entry.name)[1].lower() in EXTENSIONS:
+                    yield entry.path
+    except OSError as error:
+        print(f"warning: {folder} can't be read ({error.strerror}); left out.", file=sys.stderr)

@@ -1,0 +1,49 @@
+"""Which source a DATA argument means."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from effnet_quant.data.arrays import CIFAR, CifarSource, DigitsSource
+from effnet_quant.data.folders import FolderSource, class_folders
+from effnet_quant.data.sources import ImageSource
+from effnet_quant.errors import UserError
+
+DIGITS = "digits"
+
+
+def open_sources(data: str) -> tuple[ImageSource, ImageSource]:
+    """The training and the validation images that ``data`` names; docs/data.md lists what it may be.
+
+    Raises:
+        UserError: there is no such data, it holds no images, or the validation images have a class of their own.
+    """
+    train = _open(data, "train", None)
+    return train, _open(data, "val", train.classes)
+
+
+def open_validation(data: str, classes: list[str] | None = None) -> ImageSource:
+    """The validation images alone; labels refer to ``classes`` where given, else to those of the data.
+
+    Raises:
+        UserError: as ``open_sources``.
+    """
+    train = Path(data) / "train"
+    if classes is None and train.is_dir():
+        classes = class_folders(train)
+    return _open(data, "val", classes)
+
+
+def _open(data: str, split: str, classes: list[str] | None) -> ImageSource:
+    if data == DIGITS:
+        return DigitsSource(split)
+    if data in CIFAR:
+        return CifarSource(data, split)
+    root = Path(data)
+    if not root.is_dir():
+        names = ", ".join(f"'{name}'" for name in (DIGITS, *CIFAR))
+        raise UserError(f"there is no data at {data}; give a folder with train/ and val/, or one of {names}.")
+    for name, folder in CIFAR.items():
+        if (root / folder).is_dir():
+            return CifarSource(name, split, root)
+    return FolderSource(root / split, classes)

@@ -1,0 +1,104 @@
+"""One process among several that train together: who it is, and what they agree on."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+
+class PeerLost(Exception):
+    """Another process of the job has ended, so this one can't go on; the other one knows why."""
+
+
+@dataclass(frozen=True)
+class World:
+    """The processes of a job, as one of them sees them; without arguments, a process alone.
+
+    Every method but the properties is collective: all processes call it, in the same order. Alone, they cost nothing.
+
+    Attributes:
+        rank: number of this process, 0 … size - 1.
+        size: number of processes.
+        local_rank: number of this process on its machine, which is that of its GPU.
+    """
+
+    rank: int = 0
+    size: int = 1
+    local_rank: int = 0
+
+    @property
+    def is_main(self) -> bool:
+        """Whether this process writes the files of the job."""
+        return self.rank == 0
+
+    def sum(self, tensor: Tensor) -> Tensor:
+        """The sum of a tensor over the processes."""
+        if self.size == 1:
+            return tensor
+        total = tensor.clone()
+        dist.all_reduce(total)
+        return total
+
+    def any(self, flag: int) -> int:
+        """The largest of a small number over the processes, 0 if it is 0 everywhere; waits for no GPU."""
+        if self.size == 1:
+            return flag
+        largest = torch.tensor(flag)
+        dist.all_reduce(largest, dist.ReduceOp.MAX)
+        return int(largest)
+
+    def broadcast(self, tensors: Iterable[Tensor]) -> None:
+        """Overwrite tensors with those of process 0."""
+        if self.size > 1:
+            for tensor in tensors:
+                dist.broadcast(tensor, 0)
+
+    def gather(self, tensor: Tensor) -> list[Tensor]:
+        """One CPU tensor of equal shape from each process, by rank."""
+        if self.size == 1:
+            return [tensor]
+        parts = [torch.empty_like(tensor) for _ in range(self.size)]
+        dist.all_gather(parts, tensor)
+        return parts
+
+    def wait(self) -> None:
+        """Until all processes are here."""
+        self.any(0)
+
+
+ALONE = World()
+
+
+@contextmanager
+def joined_world() -> Iterator[World]:
+    """Join the processes that torchrun (or multiproc.py) started together, for as long as the block runs.
+
+    Tensors on GPUs travel by NCCL, those on the CPU by Gloo. A process that was started alone is a world of its own.
+
+    Raises:
+        PeerLost: another process ended while this one waited for it.
+    """
+    size = int(os.environ.get("WORLD_SIZE", "1"))
+    if size == 1:
+        yield ALONE
+        return
+    world = World(int(os.environ["RANK"]), size, int(os.environ["LOCAL_RANK"]))
+    if torch.cuda.is_available():
+        torch.cuda.set_device(world.local_rank)
+        dist.init_process_group("cpu:gloo,cuda:nccl")
+    else:
+        dist.init_process_group("gloo")
+    try:
+        yield world
+    except RuntimeError as error:
+        if isinstance(error, dist.DistError) or "gloo" in str(error):
+            raise PeerLost(f"process {world.rank} lost the others: {str(error).splitlines()[0]}") from error
+        raise
+    finally:
+        dist.destroy_process_group()

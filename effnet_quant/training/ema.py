@@ -1,0 +1,47 @@
+"""The exponential moving average of a model's weights."""
+
+from __future__ import annotations
+
+import copy
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+
+class WeightAverage:
+    """A second model whose weights follow the first one's slowly.
+
+    After step n of the optimizer (counted from 0) every floating-point entry of the state dict moves towards the model's by
+    1 - min(decay, (1 + n) / (10 + n)), as in NVIDIA's scripts; other entries are copied. Entries that never change, such as
+    the ranges of a calibrated model, stay what they are to the bit.
+
+    Args:
+        model: what to follow.
+        decay: of the average, 0 … 1.
+
+    Attributes:
+        model: the averaged model, in evaluation mode.
+    """
+
+    def __init__(self, model: nn.Module, decay: float) -> None:
+        self.decay = decay
+        self.model = copy.deepcopy(model).eval().requires_grad_(False)
+
+    @torch.no_grad()
+    def update(self, model: nn.Module, step: int) -> None:
+        """Follow ``model`` after the optimizer's step number ``step``."""
+        share = 1 - min(self.decay, (1 + step) / (10 + step))
+        ours: list[Tensor] = []
+        theirs: list[Tensor] = []
+        for average, tensor in zip(self.model.state_dict().values(), model.state_dict().values(), strict=True):
+            if tensor.is_floating_point():
+                ours.append(average)
+                theirs.append(tensor)
+            else:
+                average.copy_(tensor)
+        torch._foreach_lerp_(ours, theirs, share)
+
+    def state_dict(self) -> dict[str, Any]:
+        """The averaged weights under the model's names."""
+        return self.model.state_dict()

@@ -1,0 +1,55 @@
+"""Mixed precision: which type autocast computes in, and how the loss is scaled."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+
+AMP_DTYPES = {"fp16": torch.float16, "bf16": torch.bfloat16}
+_DYNAMIC_GROWTH_INTERVAL = 100  # steps without overflow before a dynamic scale doubles, as in NVIDIA's scripts
+_NEVER = 10**9
+
+
+@dataclass(frozen=True)
+class Precision:
+    """How a run computes.
+
+    Attributes:
+        device: where.
+        dtype: what autocast computes in, None for plain float32.
+        scaler: of the loss; it does nothing unless ``dtype`` is float16, the only type whose gradients underflow. A step
+            that overflows is skipped and halves the scale.
+    """
+
+    device: torch.device
+    dtype: torch.dtype | None
+    scaler: torch.amp.GradScaler
+
+    def autocast(self) -> torch.autocast:
+        """The context for the network's forward pass."""
+        return torch.autocast(self.device.type, dtype=self.dtype, enabled=self.dtype is not None)
+
+
+def choose_precision(
+    device: torch.device, *, amp: bool, amp_dtype: str | None, loss_scale: float, dynamic: bool
+) -> Precision:
+    """The precision that flags ask for.
+
+    Args:
+        device: where to compute.
+        amp: mixed precision.
+        amp_dtype: "fp16" or "bf16"; None is float16 on a GPU and bfloat16 on the CPU, which has no fast float16.
+        loss_scale: of float16, at the start.
+        dynamic: whether the scale grows after 100 steps without overflow.
+    """
+    dtype = None
+    if amp:
+        dtype = AMP_DTYPES[amp_dtype or ("fp16" if device.type == "cuda" else "bf16")]
+    scaler = torch.amp.GradScaler(
+        device.type,
+        init_scale=loss_scale,
+        growth_interval=_DYNAMIC_GROWTH_INTERVAL if dynamic else _NEVER,
+        enabled=dtype == torch.float16,
+    )
+    return Precision(device, dtype, scaler)

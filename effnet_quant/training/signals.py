@@ -1,0 +1,53 @@
+"""Signals that ask a run to stop: noted when they come, acted on between two steps."""
+
+from __future__ import annotations
+
+import signal
+import threading
+from types import FrameType
+from typing import Any
+
+STOPPING = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)
+
+
+class Interrupted(Exception):
+    """A signal asked the run to stop; its checkpoint is written.
+
+    Attributes:
+        signal_number: the signal.
+    """
+
+    def __init__(self, signal_number: int) -> None:
+        super().__init__(f"stopped by {signal.Signals(signal_number).name}")
+        self.signal_number = signal_number
+
+
+class SignalWatch:
+    """Notes SIGINT, SIGTERM and SIGUSR1 while a ``with`` block runs (in the main thread; elsewhere it hears nothing).
+
+    A second signal of the same kind has its usual effect, which ends the process at once.
+
+    Attributes:
+        noted: number of the latest signal, 0 before any.
+    """
+
+    def __init__(self) -> None:
+        self.noted = 0
+        self._previous: dict[int, Any] = {}
+
+    def note(self, number: int, frame: FrameType | None = None) -> None:
+        """The handler."""
+        self.noted = number
+        if number in self._previous:
+            signal.signal(number, signal.SIG_DFL)
+
+    def __enter__(self) -> SignalWatch:
+        if threading.current_thread() is threading.main_thread():
+            for number in STOPPING:
+                self._previous[number] = signal.signal(number, self.note)
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        for number, handler in self._previous.items():
+            signal.signal(number, handler)
+        self._previous = {}
