@@ -22,8 +22,7 @@ from effnet_quant.files import replace_file
 
 METADATA_KEY = "effnet_quant"
 EMA_KEY = "state_dict_ema"  # in checkpoints, as in NVIDIA's
-_LOWER_END_SUFFIX = "_quantizer._amin"  # of affine grids
-_RANGE_SUFFIXES = ("_quantizer._amax", _LOWER_END_SUFFIX)
+_RANGE_SUFFIXES = ("_quantizer._amax", "_quantizer._amin")
 # In torchvision's published files: classifiers that only training from scratch needs, and layers' names of old
 _AUXILIARY_PREFIXES = ("aux1.", "aux2.", "AuxLogits.")
 _OLD_DENSENET = re.compile(r"(\.denselayer\d+\.(?:norm|conv))\.([12])(?=\.)")
@@ -210,7 +209,8 @@ def other_class_count(model: nn.Module, weights: Weights) -> int | None:
 def _as_named_by(own: dict[str, Tensor], weights: Weights) -> dict[str, Tensor]:
     """The entries of ``weights`` with the names and the forms that a model's state dict has for them."""
     stages = any(name.startswith("layers.") for name in own)
-    quantized = any(name.endswith(_RANGE_SUFFIXES) for name in own)
+    # To a symmetric grid an affine range would mean something else: in a quantized model it is unexpected.
+    dropped = _RANGE_SUFFIXES[:1] if any(name.endswith(_RANGE_SUFFIXES) for name in own) else _RANGE_SUFFIXES
     given = {}
     for name, published in weights.tensors.items():
         tensor = published
@@ -220,10 +220,7 @@ def _as_named_by(own: dict[str, Tensor], weights: Weights) -> dict[str, Tensor]:
         known = _OLD_DENSENET.sub(r"\1\2", known)
         if known in own and tensor.shape != own[known].shape and _same_matrix(tensor, own[known]):
             tensor = tensor.reshape(own[known].shape)
-        dropped = known.endswith(_RANGE_SUFFIXES) or known.startswith(_AUXILIARY_PREFIXES)
-        if quantized and known.endswith(_LOWER_END_SUFFIX):
-            dropped = False  # to a symmetric grid an affine range would mean something else: it is unexpected
-        if known in own or not dropped:
+        if known in own or not (known.endswith(dropped) or known.startswith(_AUXILIARY_PREFIXES)):
             given[known] = tensor
     return given
 

@@ -30,8 +30,8 @@ def quantize(
     model: nn.Module, spec: str | QuantSpec | Mapping[str, Any] = "w8a8", *, target: str = "onnxruntime"
 ) -> nn.Module:
     """Place quantizers in ``model``, in place: on the inputs and weights of convolutions and linear layers, on the inputs
-    of average pooling and on every QuantPoint, where the target's rules want them. For a target whose convolutions write
-    integers, OutputPoints get an OutputQuantizer: in eval mode the simulation then rounds where the engine does.
+    of average pooling and on every QuantPoint, where the target's rules want them. Every OutputPoint gets an
+    OutputQuantizer: for a target whose convolutions write integers, the simulation then rounds where the engine does.
 
     A model without such marks is traced (torch.fx), and the same places are found in its graph: the shortcut of an
     addition, both operands of a product, the inputs of a concatenation (with one range) and of functional pooling. It
@@ -50,8 +50,8 @@ def quantize(
         The same model.
 
     Raises:
-        UserError: unknown preset or target, a model that is quantized already, one with nothing to quantize, or an override
-            that matches nothing.
+        UserError: unknown preset or target, a model that is quantized already, one with nothing to quantize, or an
+            override that matches nothing.
     """
     resolved, rules = resolve_spec(spec), get_target(target)
     if any(True for _ in quantizers(model)):
@@ -92,6 +92,11 @@ def quantizers(model: nn.Module) -> Iterator[tuple[str, TensorQuantizer]]:
             yield name, module
 
 
+def output_quantizers(model: nn.Module) -> Iterator[OutputQuantizer]:
+    """Every OutputQuantizer of the model."""
+    return (module for module in model.modules() if isinstance(module, OutputQuantizer))
+
+
 def _apply_overrides(model: nn.Module, spec: QuantSpec) -> None:
     """Exchange the quantizers that ``spec.overrides`` speaks of, for others or for nothing. What is wider than 8 bits leaves
     no integer convolution, so no rounding of its output either."""
@@ -127,8 +132,7 @@ def _place(module: nn.Module, spec: QuantSpec, target: Target) -> None:
             if child.operation in wanted:
                 setattr(module, name, TensorQuantizer(spec.activation))
         elif isinstance(child, OutputPoint):
-            if target.quantized_outputs:
-                setattr(module, name, OutputQuantizer().train(child.training))
+            setattr(module, name, OutputQuantizer(target.quantized_outputs).train(child.training))
         elif type(child) is nn.Conv2d:
             setattr(module, name, QuantConv2d.from_float(child, spec))
         elif type(child) is nn.Linear:
@@ -150,7 +154,6 @@ def simulate_target(model: nn.Module, target: str) -> nn.Module:
         UserError: there is no such target.
     """
     rules = get_target(target)
-    for module in model.modules():
-        if isinstance(module, OutputQuantizer):
-            module.enabled = rules.quantized_outputs and module.range is not None
+    for quantizer in output_quantizers(model):
+        quantizer.simulated = rules.quantized_outputs
     return model

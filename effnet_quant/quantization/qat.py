@@ -14,7 +14,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 from effnet_quant.errors import UserError
 from effnet_quant.quantization.extremes import extremes
-from effnet_quant.quantization.insertion import quantizers
+from effnet_quant.quantization.insertion import output_quantizers, quantizers
 from effnet_quant.quantization.quantizer import TensorQuantizer
 
 
@@ -172,6 +172,8 @@ def float_teacher(model: nn.Module) -> nn.Module:
     teacher = copy.deepcopy(model).eval().requires_grad_(False)
     for _, quantizer in quantizers(teacher):
         quantizer.enabled, quantizer.observer = False, None
+    for rounding in output_quantizers(teacher):
+        rounding.simulated = False
     return teacher
 
 

@@ -18,9 +18,8 @@ from effnet_quant.quantization.calibration.methods import (
 )
 from effnet_quant.quantization.calibration.mse import extremes, mse_weight_ranges
 from effnet_quant.quantization.calibration.ranks import merge_ranks, merge_tracked_ranges, total_over_ranks
-from effnet_quant.quantization.insertion import quantizers
+from effnet_quant.quantization.insertion import output_quantizers, quantizers
 from effnet_quant.quantization.modules import float_weight
-from effnet_quant.quantization.output_quantizer import OutputQuantizer
 from effnet_quant.quantization.quantizer import TensorQuantizer
 from effnet_quant.quantization.spec import TensorSpec
 
@@ -140,7 +139,7 @@ def track_outputs(model: nn.Module, batches: Iterable[Tensor], progress: Callabl
         UserError: there are no images.
     """
     modes = {module: module.training for module in model.modules()}
-    trackers = [module for module in model.modules() if isinstance(module, OutputQuantizer)]
+    trackers = list(output_quantizers(model))
     device = next(model.parameters()).device
     images = 0
     try:
