@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import argparse
+import math
 import os
 import random
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, fields
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +20,7 @@ from torch import nn
 from effnet_quant.api import create_model
 from effnet_quant.cli.arguments import model_options, refuse_unavailable
 from effnet_quant.data.arrays import SyntheticSource
+from effnet_quant.data.backends import open_loader
 from effnet_quant.data.loaders import Loader
 from effnet_quant.data.opening import DIGITS, open_sources, open_validation
 from effnet_quant.data.seeding import mix
@@ -33,6 +36,7 @@ from effnet_quant.training.metrics import Recorder
 from effnet_quant.training.signals import Interrupted
 from effnet_quant.training.trainer import Trainer
 
+DEFAULT_BACKEND = "pytorch"  # the fastest on CPUs: benchmarks/loader.py
 SYNTHETIC_IMAGES = 1_281_167  # of ImageNet's training set, so that an epoch has its length
 
 
@@ -97,7 +101,7 @@ def _prepare(arguments: argparse.Namespace, world: World) -> Job:
     recorder = Recorder(workspace / arguments.raport_file if world.is_main else None)
     world.wait()
     if "data_backend" not in arguments.explicit:
-        print("data backend: pytorch", flush=True)
+        print(f"data backend: {DEFAULT_BACKEND}", flush=True)
     device = _device(arguments, config, world)
     if world.rank > 0:  # dropout differs between processes; process 0 draws as a process alone does
         torch.manual_seed(mix(config.seed, world.rank))
@@ -110,19 +114,24 @@ def _prepare(arguments: argparse.Namespace, world: World) -> Job:
     trainer = Trainer(model, config, preprocessing, device, workspace, recorder, metadata, world)
     if checkpoint is not None:
         trainer.resume(checkpoint, arguments.resume)
-    loading = {
-        "workers": arguments.workers,
-        "prefetch": arguments.prefetch,
-        "rank": world.rank,
-        "ranks": world.size,
-    }
+    loader = partial(
+        open_loader,
+        arguments.data_backend if "data_backend" in arguments.explicit else DEFAULT_BACKEND,
+        batch_size=config.batch_size,
+        device=device,
+        workers=arguments.workers,
+        prefetch=arguments.prefetch,
+        max_bad_images=arguments.max_bad_images,
+        rank=world.rank,
+        ranks=world.size,
+    )
     evaluation = evaluation_transform(preprocessing)
     train = None
     if train_source is not None:
         augmented = training_transform(preprocessing, arguments.augmentation)
         transform = augmented if train_source.augmentable else evaluation
-        train = Loader(train_source, transform, config.batch_size, shuffle=True, seed=config.seed, **loading)
-    val = Loader(val_source, evaluation, config.batch_size, **loading)
+        train = loader(train_source, transform, shuffle=True, seed=config.seed)
+    val = loader(val_source, evaluation)
     return Job(model, trainer, config, recorder, preprocessing, device, train, train_source, val, has_ranges)
 
 
@@ -209,6 +218,8 @@ _ALLOWED = {
     "image-size": _AT_LEAST_ONE,
     "print-freq": _AT_LEAST_ONE,
     "prefetch": _AT_LEAST_ONE,
+    "max-bad-images": _NOT_NEGATIVE,
+    "crop-pct": _Allowed(lambda value: 0 < value <= 1, "above 0 and at most 1"),
     "topk": _AT_LEAST_ONE,
     "workers": _NOT_NEGATIVE,
     "epochs": _NOT_NEGATIVE,
@@ -236,6 +247,8 @@ _ALLOWED = {
 
 def _preprocessing(arguments: argparse.Namespace, default_size: int) -> Preprocessing:
     size = arguments.image_size or default_size
+    if arguments.crop_pct is not None:
+        return Preprocessing(size, math.floor(size / arguments.crop_pct), arguments.interpolation)
     margin = 0 if arguments.data == DIGITS else CROP_MARGIN  # a digit fills its image
     return Preprocessing(size, size + margin, arguments.interpolation)
 

@@ -224,8 +224,6 @@ def assert_refused(run_script, tmp_path):
     ("flags", "says"),
     [
         (["--mixup", 0.2], "--mixup is not available yet; leave it at 0"),
-        (["--data-backend", "dali-cpu"], "--data-backend dali-cpu is not available yet; use --data-backend pytorch"),
-        (["--data-backends", "dali-gpu"], "--data-backend dali-gpu is not available yet"),
         (["--pretrained"], "--pretrained can't download weights yet; .*https://.*--pretrained-from-file"),
         (["--use-ema", 0.999], "--use-ema is not available yet"),
         (["--jit", "script"], "--jit script is not available yet"),
@@ -357,7 +355,9 @@ def test_spoiled_validation_image_is_named(assert_refused, stage, tmp_path_facto
     data = tmp_path_factory.mktemp("data") / "spoiled"
     shutil.copytree(stage.good, data)
     (data / "val/apple/00.jpg").write_bytes(b"")
-    assert_refused(r"/val/apple/00\.jpg is not an image", "main.py", data, *FLOAT, "--evaluate", "-j", 2)
+    assert_refused(
+        r"/val/apple/00\.jpg is not an image", "main.py", data, *FLOAT, "--evaluate", "-j", 2, "--max-bad-images", 0
+    )
 
 
 @pytest.mark.parametrize("output", ["nowhere/w.safetensors", "weights.bin", "file/w.pth"])
