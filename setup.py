@@ -11,6 +11,7 @@ assert version is not None
 
 openvino = ["openvino>=2025.0"]
 report = ["matplotlib>=3.8"]
+timm = ["timm>=1.0.15"]
 
 setup(
     name="effnet-quant",
@@ -21,6 +22,7 @@ setup(
     license="Apache-2.0",
     python_requires=">=3.10",
     packages=find_packages(include=["effnet_quant", "effnet_quant.*"]),
+    package_data={"effnet_quant.recipes": ["*.yml"]},
     install_requires=[
         "torch>=2.8",
         "torchvision>=0.23",
@@ -28,6 +30,7 @@ setup(
         "onnx>=1.17",
         "onnxruntime>=1.20",
         "pillow>=10",
+        "pyyaml>=6",
         "safetensors>=0.4.5",
         "scikit-learn>=1.4",
         "tqdm>=4.66",
@@ -35,6 +38,7 @@ setup(
     extras_require={
         "openvino": openvino,
         "report": report,
+        "timm": timm,
         "dali": ["nvidia-dali-cuda130"],
         "tensorrt": ["tensorrt>=10.0"],
         "dev": [
@@ -44,8 +48,9 @@ setup(
             "hypothesis>=6.100",
             "ruff>=0.8",
             "mypy>=1.13",
+            "types-pyyaml",
             "types-tqdm",
-            "timm>=1.0.15",
+            *timm,
         ],
     },
 )

@@ -7,27 +7,50 @@ from typing import Any
 
 from torch import nn
 
+from effnet_quant.errors import UserError
 from effnet_quant.models.registry import get_entry
-from effnet_quant.models.weights import load_weights, read_weights
+from effnet_quant.models.weights import Weights, load_weights, read_weights
 from effnet_quant.quantization.insertion import quantize
 
 
-def create_model(name: str, num_classes: int = 1000, weights: str | Path | None = None, **options: Any) -> nn.Module:
-    """Build a registered model, in training mode, on the CPU.
+def create_model(
+    name: str,
+    num_classes: int | None = None,
+    weights: str | Path | Weights | None = None,
+    *,
+    pretrained: bool = False,
+    quantized: bool | None = None,
+    **options: Any,
+) -> nn.Module:
+    """Build a model, in training mode, on the CPU.
 
     Args:
-        name: one of ``list_models()``; the ``-quant-`` ones come with quantizers (off until they have ranges).
-        num_classes: number of logits.
+        name: one of ``list_models()``, or ``timm:<name>`` or ``torchvision:<name>``.
+        num_classes: number of logits; None for as many as the weights have, else the model's own number.
         weights: a ``.safetensors``, ``.pth`` or ``.pth.tar`` file to load; random initialisation without it.
-        **options: of ``EfficientNet``, e.g. ``dropout``, ``bn_momentum``, ``se_as_conv``, ``in_channels``.
+        pretrained: load the published weights instead.
+        quantized: whether quantizers are placed (they are off until they have ranges). None: the ``efficientnet-*``
+            models as their names say, any other if the weights bring ranges.
+        **options: of the network, e.g. ``dropout``, ``bn_momentum``, ``survival_prob``, ``in_channels``, and ``se_as_conv``
+            of the EfficientNets.
 
     Raises:
-        UserError: unknown name, or weights that are missing, damaged or do not fit.
+        UserError: unknown name or option, or weights that are missing, damaged or do not fit.
     """
     entry = get_entry(name)
-    model = entry.build(num_classes=num_classes, **options)
-    if entry.quantized:
-        quantize(model)
-    if weights is not None:
-        load_weights(model, read_weights(weights))
+    if pretrained and weights is not None:
+        raise UserError("weights= and pretrained=True both bring weights; give one of them.")
+    given = entry.pretrained() if pretrained else weights
+    if given is not None and not isinstance(given, Weights):
+        given = read_weights(given)
+    if quantized is None:
+        quantized = given is not None and given.has_ranges if entry.quantized is None else entry.quantized
+    if num_classes is None:
+        num_classes = entry.num_classes if given is None else entry.class_count(given)
+    model = entry.create(num_classes, **options)
+    if quantized:
+        # the networks that NVIDIA published in quantized form compute NVIDIA's numbers
+        quantize(model, target="tensorrt" if entry.quantized else "onnxruntime")
+    if given is not None:
+        load_weights(model, given)
     return model

@@ -74,6 +74,12 @@ def _write_images(folder, count, *, seed=0, size=(40, 36)):
 
 
 @pytest.fixture(scope="session")
+def repository():
+    """The folder of the scripts."""
+    return REPOSITORY
+
+
+@pytest.fixture(scope="session")
 def run_script():
     """Runs a script's file in this process as ``__main__``: (script, *arguments) -> ScriptResult.
 

@@ -8,20 +8,10 @@ from typing import Any
 
 from effnet_quant.data.backends import BACKENDS
 from effnet_quant.data.transforms import AUGMENTATIONS, INTERPOLATIONS
-from effnet_quant.errors import UserError
-from effnet_quant.models.registry import get_entry
+from effnet_quant.training import affinity
 from effnet_quant.training.optimizers import OPTIMIZERS
 from effnet_quant.training.precision import AMP_DTYPES
 from effnet_quant.training.schedules import SCHEDULES
-
-AFFINITIES = (
-    "none",
-    "socket",
-    "socket_single",
-    "socket_single_unique",
-    "socket_unique_interleaved",
-    "socket_unique_contiguous",
-)
 
 
 class Parser(argparse.ArgumentParser):
@@ -54,8 +44,10 @@ def boolean(text: str) -> bool:
 
 def add_model_arguments(parser: argparse.ArgumentParser, default_arch: str | None) -> None:
     """The architecture, its options and its weights."""
-    parser.add_argument("--arch", "-a", default=default_arch, help="model name, e.g. efficientnet-b0")
-    parser.add_argument("--num-classes", "--num_classes", type=int, default=1000, help="number of classes")
+    parser.add_argument("--arch", "-a", default=default_arch, help="model name, e.g. efficientnet-b0, timm:resnet50")
+    parser.add_argument(
+        "--num-classes", "--num_classes", type=int, default=1000, help="number of classes (cifar-resnet*: 10)"
+    )
     parser.add_argument(
         "--conv-init", "--conv_init", choices=("fan_in", "fan_out"), default="fan_in", help="convolution initialisation"
     )
@@ -71,10 +63,11 @@ def add_model_arguments(parser: argparse.ArgumentParser, default_arch: str | Non
         "--trt",
         type=boolean,
         default=False,
-        help="squeeze-and-excitation as 1x1 convolutions (always so when quantized)",
+        help="EfficientNet's squeeze-and-excitation as 1x1 convolutions (efficientnet-quant-*: unless False)",
     )
     parser.add_argument("--pretrained-from-file", metavar="FILE", help="weights: .safetensors, .pth or .pth.tar")
-    parser.add_argument("--pretrained", action="store_true", help="NVIDIA's published weights")
+    parser.add_argument("--pretrained", action="store_true", help="the model's published weights (downloaded once)")
+    parser.add_argument("--ema", action="store_true", help="of a checkpoint's weights, take their moving average")
 
 
 def add_training_arguments(parser: argparse.ArgumentParser) -> None:
@@ -149,7 +142,7 @@ def _add_compute_arguments(parser: argparse.ArgumentParser) -> None:
     add("--compile", action="store_true", help="torch.compile")
     add("--jit", choices=("no", "script"), default="no", help="script means --compile")
     add("--memory-format", choices=("nchw", "nhwc"), default="nchw", help="memory layout of images and activations")
-    add("--gpu-affinity", choices=AFFINITIES, default="none", help="bind processes to the GPU's CPU cores")
+    add("--gpu-affinity", choices=affinity.MODES, default="none", help="bind processes to the GPU's CPU cores")
 
 
 def _add_run_arguments(parser: argparse.ArgumentParser) -> None:
@@ -169,29 +162,10 @@ def _add_run_arguments(parser: argparse.ArgumentParser) -> None:
     add("--topk", type=int, default=5, help="k of the second accuracy")
 
 
-def refuse_unavailable(arguments: argparse.Namespace) -> None:
-    """Say so where a flag asks for something that is not there yet.
-
-    Raises:
-        UserError: one of them is used.
-    """
-    entry = get_entry(arguments.arch)
-    given = vars(arguments)
-    if given.get("pretrained"):
-        where = f"download {entry.weights_url} and pass it" if entry.weights_url else "pass a weights file"
-        raise UserError(f"--pretrained can't download weights yet; {where} with --pretrained-from-file.")
-    refused: list[tuple[str, bool, str]] = [
-        ("--gpu-affinity", given.get("gpu_affinity", "none") != "none", "bind the process with numactl instead"),
-    ]
-    for flag, asked, instead in refused:
-        if asked:
-            raise UserError(f"{flag} is not available yet; {instead}.")
-
-
 def model_options(arguments: argparse.Namespace) -> dict[str, Any]:
     """The architecture's options that the user gave, as ``create_model`` takes them; the others are the model's own."""
     names = ("conv_init", "bn_momentum", "bn_epsilon", "survival_prob", "dropout")
     options: dict[str, Any] = {name: getattr(arguments, name) for name in names if name in arguments.explicit}
-    if "trt" in arguments.explicit and not get_entry(arguments.arch).quantized:
+    if "trt" in arguments.explicit:
         options["se_as_conv"] = arguments.trt
     return options

@@ -18,8 +18,9 @@ def job(arguments: Sequence[str]) -> int:
     parser.add_argument(
         "--weight-path", required=True, metavar="FILE", help="where to write the weights: .safetensors or .pth"
     )
+    parser.add_argument("--ema", action="store_true", help="the moving average of the weights instead of the weights")
     parsed = parser.parse(arguments)
-    weights = read_weights(parsed.checkpoint_path)
+    weights = read_weights(parsed.checkpoint_path, ema=parsed.ema)
     write_weights(parsed.weight_path, weights.tensors, weights.metadata)
     print(f"{parsed.weight_path}: {len(weights.tensors)} tensors")
     return 0

@@ -28,10 +28,12 @@ def job(arguments: Sequence[str]) -> int:
     parser.add_argument("--precision", choices=("AMP", "FP32"), default="FP32", help="arithmetic of PyTorch weights")
     parser.add_argument("--backend", choices=BACKENDS, default="onnxruntime", help="runtime of an ONNX file")
     parsed = parser.parse(arguments)
-    if not parsed.pretrained_from_file:
-        raise UserError("there are no weights; give a weights or .onnx file with --pretrained-from-file.")
+    if not parsed.pretrained_from_file and not parsed.pretrained:
+        raise UserError(
+            "there are no weights; give a weights or .onnx file with --pretrained-from-file, or --pretrained."
+        )
     image = read_image(parsed.image)
-    if parsed.pretrained_from_file.endswith(".onnx"):
+    if (parsed.pretrained_from_file or "").endswith(".onnx"):
         engine = load_engine(parsed.pretrained_from_file, parsed.backend)
         metadata = engine.metadata
         predict: Callable[[Tensor], Tensor] = lambda images: torch.from_numpy(engine(images.numpy()))  # noqa: E731

@@ -11,14 +11,19 @@ from effnet_quant.errors import UserError
 from effnet_quant.models.registry import get_entry
 
 
-def job(arguments: Sequence[str]) -> int:
-    """Train or evaluate as the command line says; returns the exit status."""
+def build_parser() -> Parser:
+    """The script's flags."""
     parser = Parser("Train or evaluate an image classifier.")
     add_training_arguments(parser)
-    parsed = parser.parse(arguments)
+    return parser
+
+
+def job(arguments: Sequence[str]) -> int:
+    """Train or evaluate as the command line says; returns the exit status."""
+    parsed = build_parser().parse(arguments)
     if get_entry(parsed.arch).quantized:
         raise UserError(f"{parsed.arch} is a quantized model; use quant_main.py for it.")
-    with prepared(parsed) as run_of_this_process:
+    with prepared(parsed, quantized=False) as run_of_this_process:
         return train_or_evaluate(run_of_this_process, parsed)
 
 

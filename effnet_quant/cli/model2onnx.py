@@ -23,9 +23,9 @@ def job(arguments: Sequence[str]) -> int:
         "-b", "--batch-size", type=int, default=None, help="accepted for compatibility: the exported batch is dynamic"
     )
     parser.add_argument("--target", choices=tuple(TARGETS), default="onnxruntime", help="the runtime to export for")
-    parser.add_argument("--output", metavar="FILE", help="file to write (default: <arch>.onnx)")
+    parser.add_argument("--output", metavar="FILE", help="file to write (default: <arch>.onnx, with - for :)")
     parsed = parser.parse(arguments)
-    output = parsed.output or f"{parsed.arch}.onnx"
+    output = parsed.output or f"{parsed.arch}.onnx".replace(":", "-")
     check_writable(Path(output))
     model, metadata = load_model(parsed)
     export_onnx(model, output, metadata["preprocessing"]["image_size"], target=parsed.target, metadata=metadata)

@@ -6,13 +6,16 @@ import sys
 from collections.abc import Callable, Sequence
 
 from effnet_quant.errors import UserError
+from effnet_quant.training.distributed import PeerLost
+
+LOST_PEER_STATUS = 75  # EX_TEMPFAIL: nothing is wrong with this process itself
 
 
 def run(job: Callable[[Sequence[str]], int]) -> None:
     """Run a script's job on the command line's arguments and exit with its status.
 
     A UserError becomes its one sentence on standard error and status 2 (its traceback too with ``--debug``); Ctrl-C
-    becomes status 130.
+    becomes status 130, and the end of another process of the job status 75.
     """
     arguments = sys.argv[1:]
     try:
@@ -22,6 +25,11 @@ def run(job: Callable[[Sequence[str]], int]) -> None:
             raise
         print(f"error: {error}", file=sys.stderr)
         status = 2
+    except PeerLost as error:
+        if "--debug" in arguments:
+            raise
+        print(error, file=sys.stderr)
+        status = LOST_PEER_STATUS
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
         status = 130

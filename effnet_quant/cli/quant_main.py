@@ -22,8 +22,8 @@ from effnet_quant.training.progress import progress
 from effnet_quant.training.trainer import describe
 
 
-def job(arguments: Sequence[str]) -> int:
-    """Calibrate and train, or evaluate, as the command line says; returns the exit status."""
+def build_parser() -> Parser:
+    """The script's flags."""
     parser = Parser(
         "Quantize an image classifier: calibrate float weights (--epochs 0 stops there), then fine-tune with fake "
         "quantization."
@@ -32,17 +32,24 @@ def job(arguments: Sequence[str]) -> int:
     parser.add_argument("--calibration-method", choices=METHODS, default="percentile", help="how ranges are chosen")
     parser.add_argument("--percentile", type=float, default=99.99, help="share of magnitudes covered, in percent")
     parser.add_argument("--calibration-images", type=int, default=512, help="training images to calibrate with")
-    parsed = parser.parse(arguments)
-    if not get_entry(parsed.arch).quantized:
+    return parser
+
+
+def job(arguments: Sequence[str]) -> int:
+    """Calibrate and train, or evaluate, as the command line says; returns the exit status."""
+    parsed = build_parser().parse(arguments)
+    if get_entry(parsed.arch).quantized is False:
         quantized = parsed.arch.replace("efficientnet-", "efficientnet-quant-", 1)
         raise UserError(f"{parsed.arch} is a float model; quant_main.py wants its quantized twin, --arch {quantized}.")
-    if not parsed.resume and not parsed.pretrained_from_file:
-        raise UserError("quantization starts from trained weights; give them with --pretrained-from-file or --resume.")
+    if not (parsed.resume or parsed.pretrained_from_file or parsed.pretrained):
+        raise UserError(
+            "quantization starts from trained weights; give them with --pretrained-from-file, --pretrained or --resume."
+        )
     if parsed.calibration_images < 1:
         raise UserError(f"--calibration-images must be at least 1, not {parsed.calibration_images}.")
     if not 0 < parsed.percentile <= 100:
         raise UserError(f"--percentile must be above 0 and at most 100, not {parsed.percentile}.")
-    with prepared(parsed) as ready:
+    with prepared(parsed, quantized=True) as ready:
         return _quantize(ready, parsed)
 
 
@@ -54,11 +61,11 @@ def _quantize(ready: Job, parsed: argparse.Namespace) -> int:
             )
         if parsed.evaluate:
             raise UserError(
-                f"{parsed.pretrained_from_file} holds float weights without ranges; calibrate them first, "
+                f"{parsed.pretrained_from_file or '--pretrained'} holds float weights without ranges; calibrate them first, "
                 "with --epochs 0 instead of --evaluate."
             )
         _calibrate(ready, parsed)
-    elif parsed.pretrained_from_file:
+    elif not parsed.resume:
         print("the weights bring their ranges: no calibration", flush=True)
     ready.trainer.callbacks.append(_OutputTracking(ready, parsed))
     return train_or_evaluate(ready, parsed)

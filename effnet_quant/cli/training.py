@@ -9,7 +9,7 @@ import random
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, fields
+from dataclasses import asdict, dataclass, fields, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -18,20 +18,24 @@ import torch
 from torch import nn
 
 from effnet_quant.api import create_model
-from effnet_quant.cli.arguments import model_options, refuse_unavailable
+from effnet_quant.cli.arguments import model_options
+from effnet_quant.cli.weights import given_weights, load_given
 from effnet_quant.data.arrays import SyntheticSource
 from effnet_quant.data.backends import open_loader
 from effnet_quant.data.loaders import Loader
 from effnet_quant.data.opening import DIGITS, open_sources, open_validation
 from effnet_quant.data.seeding import mix
 from effnet_quant.data.sources import ImageSource
-from effnet_quant.data.transforms import CROP_MARGIN, Preprocessing, evaluation_transform, training_transform
+from effnet_quant.data.transforms import Preprocessing, evaluation_transform, training_transform
 from effnet_quant.errors import UserError
+from effnet_quant.models.entry import ModelEntry
 from effnet_quant.models.registry import get_entry
-from effnet_quant.models.weights import Weights, load_weights, read_weights
+from effnet_quant.models.weights import Weights, load_weights
+from effnet_quant.training.affinity import bind_to_gpu
 from effnet_quant.training.checkpoint import load_checkpoint, prepare_workspace
 from effnet_quant.training.config import TrainConfig
 from effnet_quant.training.distributed import World, joined_world
+from effnet_quant.training.machine import describe_machine
 from effnet_quant.training.metrics import Recorder
 from effnet_quant.training.signals import Interrupted
 from effnet_quant.training.trainer import Trainer
@@ -61,24 +65,30 @@ class Job:
 
 
 @contextmanager
-def prepared(arguments: argparse.Namespace) -> Iterator[Job]:
+def prepared(arguments: argparse.Namespace, *, quantized: bool) -> Iterator[Job]:
     """The run that the command line asks for, in the job of the processes that were started together.
 
     Everything a user may have got wrong is checked first; nothing is written before all checks have passed.
 
+    Args:
+        arguments: the command line.
+        quantized: whether quantizers are placed in the network.
+
     Raises:
         UserError: what is wrong, and the way out.
     """
-    refuse_unavailable(arguments)
     with joined_world() as world:
-        yield _prepare(arguments, world)
+        yield _prepare(arguments, world, quantized=quantized)
 
 
-def _prepare(arguments: argparse.Namespace, world: World) -> Job:
+def _prepare(arguments: argparse.Namespace, world: World, *, quantized: bool) -> Job:
     entry = get_entry(arguments.arch)
+    arguments.resume = _checkpoint_to_resume(arguments)
+    if "num_classes" not in arguments.explicit:
+        arguments.num_classes = entry.num_classes
     checkpoint = load_checkpoint(arguments.resume) if arguments.resume else None
     config = _config(arguments, checkpoint, world)
-    preprocessing = _preprocessing(arguments, entry.image_size)
+    preprocessing = _preprocessing(arguments, entry)
     train_source, val_source = _open_sources(arguments, preprocessing)
     classes = val_source.classes
     if len(classes) != arguments.num_classes:
@@ -87,18 +97,25 @@ def _prepare(arguments: argparse.Namespace, world: World) -> Job:
             f"pass --num-classes {len(classes)}."
         )
     torch.manual_seed(config.seed)
-    model = create_model(arguments.arch, arguments.num_classes, **model_options(arguments))
-    has_ranges = not entry.quantized
+    if checkpoint is not None and (arguments.pretrained_from_file or arguments.pretrained):
+        raise UserError("--resume and --pretrained-from-file (or --pretrained) both bring weights; give one of them.")
+    model = create_model(arguments.arch, arguments.num_classes, quantized=quantized, **model_options(arguments))
+    has_ranges = not quantized
+    if not world.is_main:  # process 0 downloads
+        world.wait()
+    weights = given_weights(arguments, entry)
+    if world.is_main:
+        world.wait()
     if checkpoint is not None:
-        if arguments.pretrained_from_file:
-            raise UserError("--resume and --pretrained-from-file both bring weights; give one of them.")
         has_ranges = load_weights(model, Weights(checkpoint["state_dict"], source=arguments.resume))
-    elif arguments.pretrained_from_file:
-        has_ranges = load_weights(model, read_weights(arguments.pretrained_from_file))
+    elif weights is not None:
+        new_classifier = "num_classes" in arguments.explicit and not arguments.evaluate
+        has_ranges = load_given(model, weights, arguments.arch, new_classifier=new_classifier)
     workspace = Path(arguments.workspace)
     if world.is_main:
         prepare_workspace(workspace)
-    recorder = Recorder(workspace / arguments.raport_file if world.is_main else None)
+    machine = describe_machine(world.size) if config.prof > 0 and world.is_main else None
+    recorder = Recorder(workspace / arguments.raport_file if world.is_main else None, machine)
     world.wait()
     if "data_backend" not in arguments.explicit:
         print(f"data backend: {DEFAULT_BACKEND}", flush=True)
@@ -153,8 +170,19 @@ def train_or_evaluate(job: Job, arguments: argparse.Namespace) -> int:
     return 0
 
 
+def _checkpoint_to_resume(arguments: argparse.Namespace) -> str | None:
+    """The file of ``--resume``, or the job's own latest checkpoint where torchrun has started its processes again."""
+    latest = os.path.join(arguments.workspace, arguments.checkpoint_filename)
+    if int(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")) > 0 and os.path.isfile(latest):
+        print(f"started again: going on from {latest}", flush=True)
+        return latest
+    return arguments.resume
+
+
 def _device(arguments: argparse.Namespace, config: TrainConfig, world: World) -> torch.device:
     """This process's device, set up; says in a line what the CPU does instead of what was asked for."""
+    if arguments.gpu_affinity != "none":
+        print(f"--gpu-affinity: {bind_to_gpu(arguments.gpu_affinity, world.local_rank)}", flush=True)
     if torch.cuda.is_available():
         torch.backends.cuda.matmul.allow_tf32 = arguments.tf32
         torch.backends.cudnn.allow_tf32 = arguments.tf32
@@ -245,12 +273,18 @@ _ALLOWED = {
 }
 
 
-def _preprocessing(arguments: argparse.Namespace, default_size: int) -> Preprocessing:
-    size = arguments.image_size or default_size
+def _preprocessing(arguments: argparse.Namespace, entry: ModelEntry) -> Preprocessing:
+    preprocessing = Preprocessing(**asdict(entry.input))
+    if arguments.image_size:
+        preprocessing = preprocessing.resized(arguments.image_size)
+    if "interpolation" in arguments.explicit:
+        preprocessing = replace(preprocessing, interpolation=arguments.interpolation)
     if arguments.crop_pct is not None:
-        return Preprocessing(size, math.floor(size / arguments.crop_pct), arguments.interpolation)
-    margin = 0 if arguments.data == DIGITS else CROP_MARGIN  # a digit fills its image
-    return Preprocessing(size, size + margin, arguments.interpolation)
+        scaled = math.floor(preprocessing.image_size / arguments.crop_pct)
+        preprocessing = replace(preprocessing, resize_size=scaled)
+    elif arguments.data == DIGITS:  # a digit fills its image
+        preprocessing = replace(preprocessing, resize_size=preprocessing.image_size)
+    return preprocessing
 
 
 def _open_sources(

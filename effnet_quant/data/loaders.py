@@ -242,7 +242,7 @@ def _unchanged(item: Any) -> Any:
 
 
 def _prepare_worker(worker: int) -> None:
-    # Ctrl-C and SIGTERM reach the whole process group; the main process decides when its workers end
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-    signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    # what asks a run to stop reaches the whole process group; the main process decides when its workers end
+    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1):
+        signal.signal(number, signal.SIG_IGN)
     quiet_libjpeg()

@@ -6,12 +6,14 @@ Parameter names, shapes and logits are those of NVIDIA's EfficientNet for PyTorc
 from __future__ import annotations
 
 import math
+from collections.abc import Collection
 from dataclasses import dataclass
 from typing import Any
 
 from torch import Tensor, nn
 from torchvision.ops import StochasticDepth
 
+from effnet_quant.errors import UserError
 from effnet_quant.models.layers import ConvBNAct, QuantPoint, SqueezeExcitation
 
 
@@ -71,10 +73,10 @@ class MBConv(nn.Module):
         self.depsep = ConvBNAct(hidden, hidden, stage.kernel_size, stride=stage.stride, groups=hidden, **bn)
         squeezed = max(1, int((hidden if wide_se else stage.in_channels) * SQUEEZE_RATIO))
         self.se = SqueezeExcitation(hidden, squeezed, as_conv=se_as_conv)
-        self.proj = ConvBNAct(hidden, stage.out_channels, 1, activation=False, **bn)
         self.has_shortcut = stage.stride == 1 and stage.in_channels == stage.out_channels
+        self.proj = ConvBNAct(hidden, stage.out_channels, 1, activation=False, added=self.has_shortcut, **bn)
         if self.has_shortcut:
-            self.residual_quantizer = QuantPoint()
+            self.residual_quantizer = QuantPoint("add")
             self.stochastic_depth = StochasticDepth(drop_probability, "row")
 
     def forward(self, x: Tensor) -> Tensor:
@@ -96,9 +98,9 @@ class EfficientNet(nn.Module):
         in_channels: channels of the input.
         wide_se: squeeze width proportional to the expanded channels (NVIDIA's WideSE) instead of the block's input.
         se_as_conv: squeeze-and-excitation as 1x1 convolutions (``--trt``); the numbers are the same either way.
-        survival_prob: survival probability of the last block; earlier ones are interpolated linearly from 1
-            (stochastic depth, Huang et al. 2016).
-        conv_init: "fan_in" or "fan_out", the mode of the Kaiming initialisation.
+        survival_prob: survival probability behind the last block; a block's own is interpolated linearly from 1 at the
+            first (stochastic depth, Huang et al. 2016). Each image drops its blocks by itself.
+        conv_init: "fan_in" or "fan_out", the mode of the Kaiming initialisation of the convolutions with BatchNorm.
         bn_momentum, bn_epsilon: of every BatchNorm.
     """
 
@@ -141,14 +143,10 @@ class EfficientNet(nn.Module):
         self.classifier.add_module("flatten", nn.Flatten(1))
         self.classifier.add_module("dropout", nn.Dropout(dropout))
         self.classifier.add_module("fc", nn.Linear(feature_channels, num_classes))
+        # Squeeze-and-excitation and the classifier keep PyTorch's initialisation, as in NVIDIA's definition.
         for module in self.modules():
-            if isinstance(module, nn.Conv2d):
-                nn.init.kaiming_normal_(module.weight, mode=conv_init, nonlinearity="relu")  # type: ignore[arg-type]
-                if module.bias is not None:
-                    nn.init.zeros_(module.bias)
-            elif isinstance(module, nn.Linear):
-                nn.init.normal_(module.weight, std=module.in_features**-0.5)
-                nn.init.zeros_(module.bias)
+            if isinstance(module, ConvBNAct):
+                nn.init.kaiming_normal_(module.conv.weight, mode=conv_init, nonlinearity="relu")  # type: ignore[arg-type]
 
     def forward(self, x: Tensor) -> Tensor:
         x = self.stem(x)
@@ -156,18 +154,29 @@ class EfficientNet(nn.Module):
             x = layer(x)
         return self.classifier(self.features(x))
 
-    def extract_features(self, x: Tensor, names: tuple[str, ...] | None = None) -> dict[str, Tensor]:
-        """Outputs of the named stages: "layer1" … "layer7", "features", "classifier" (all of them by default)."""
+    def extract_features(self, x: Tensor, layers: Collection[str] | None = None) -> dict[str, Tensor]:
+        """Outputs of the named stages, in the network's order; stages behind the last one wanted are not computed.
+
+        Args:
+            x: images (N, in_channels, H, W).
+            layers: of "layer1" … "layer7", "features" (N, channels, h, w) and "classifier" (N, num_classes); None for all.
+
+        Raises:
+            UserError: there is no such stage.
+        """
         known = (*(f"layer{i + 1}" for i in range(len(self.layers))), "features", "classifier")
-        wanted = known if names is None else names
-        if unknown := set(wanted) - set(known):
-            raise ValueError(f"no such feature: {', '.join(sorted(unknown))}; there are {', '.join(known)}")
+        wanted = set(known if layers is None else layers)
+        if unknown := wanted - set(known):
+            raise UserError(f"there is no feature {', '.join(sorted(unknown))}; there are {', '.join(known)}.")
         outputs: dict[str, Tensor] = {}
         x = self.stem(x)
         for name, module in zip(known, (*self.layers, self.features, self.classifier), strict=True):
+            if len(outputs) == len(wanted):
+                break
             x = module(x)
-            outputs[name] = x
-        return {name: outputs[name] for name in wanted}
+            if name in wanted:
+                outputs[name] = x
+        return outputs
 
 
 def _scale(stage: Stage, width: float, depth: float) -> Stage:

@@ -4,45 +4,32 @@ from __future__ import annotations
 
 import difflib
 import fnmatch
-from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 
-from torch import nn
-
 from effnet_quant.errors import UserError
+from effnet_quant.models.cifar_resnet import CifarResNet
+from effnet_quant.models.download import fetch
 from effnet_quant.models.efficientnet import EfficientNet
+from effnet_quant.models.entry import InputSpec, ModelEntry
+from effnet_quant.models.external import external_entry, list_external
+from effnet_quant.models.weights import Weights, read_weights
 
+LIBRARIES = ("timm", "torchvision")
+CROP_MARGIN = 32  # NVIDIA's evaluation transform scales to the image size + 32 before the crop
 _NGC = "https://api.ngc.nvidia.com/v2/models/nvidia"
-
-
-@dataclass(frozen=True)
-class ModelEntry:
-    """One model of the registry.
-
-    Attributes:
-        name: as on the command line.
-        build: builds the float network from the keyword options of ``EfficientNet``.
-        image_size: the height and width it was designed for, in pixels.
-        quantized: whether quantizers are placed in the network once it is built.
-        weights_url: where NVIDIA publishes its weights, if it does.
-    """
-
-    name: str
-    build: Callable[..., nn.Module]
-    image_size: int
-    quantized: bool = False
-    weights_url: str | None = None
+_AKAMASTER = "https://github.com/akamaster/pytorch_resnet_cifar10/raw/master/pretrained_models"
 
 
 @dataclass(frozen=True)
 class _Scaling:
-    """Compound scaling of one member of the family (Tan & Le 2019): width, depth, image size, dropout."""
+    """Compound scaling of one member of the family (Tan & Le 2019), and how NVIDIA regularises it."""
 
     width: float
     depth: float
     image_size: int
     dropout: float
+    survival_prob: float = 1.0
 
 
 _SCALINGS = {
@@ -50,7 +37,7 @@ _SCALINGS = {
     "b1": _Scaling(1.0, 1.1, 240, 0.2),
     "b2": _Scaling(1.1, 1.2, 260, 0.3),
     "b3": _Scaling(1.2, 1.4, 300, 0.3),
-    "b4": _Scaling(1.4, 1.8, 380, 0.4),
+    "b4": _Scaling(1.4, 1.8, 380, 0.4, 0.8),
     "b5": _Scaling(1.6, 2.2, 456, 0.4),
     "b6": _Scaling(1.8, 2.6, 528, 0.5),
     "b7": _Scaling(2.0, 3.1, 600, 0.5),
@@ -65,7 +52,20 @@ _NGC_WEIGHTS = {
 }
 
 
-def _entry(member: str, *, wide_se: bool, quantized: bool) -> ModelEntry:
+_CIFAR_WEIGHTS = {
+    20: "resnet20-12fca82f.th",
+    32: "resnet32-d509ac18.th",
+    44: "resnet44-014dd654.th",
+    56: "resnet56-4bfd9763.th",
+    110: "resnet110-1d1ed7c2.th",
+}
+
+
+def _published(url: str) -> Weights:
+    return read_weights(fetch(url))
+
+
+def _efficientnet(member: str, *, wide_se: bool, quantized: bool) -> ModelEntry:
     name = "-".join(["efficientnet", *["quant"] * quantized, *["widese"] * wide_se, member])
     scaling = _SCALINGS[member]
     build = partial(
@@ -73,25 +73,59 @@ def _entry(member: str, *, wide_se: bool, quantized: bool) -> ModelEntry:
         width=scaling.width,
         depth=scaling.depth,
         dropout=scaling.dropout,
+        survival_prob=scaling.survival_prob,
         wide_se=wide_se,
         # TensorRT fuses 1x1 convolutions best, and NVIDIA's quantized weights have that form
         se_as_conv=quantized,
     )
     url = f"{_NGC}/{_NGC_WEIGHTS[name]}" if name in _NGC_WEIGHTS else None
-    return ModelEntry(name, build, scaling.image_size, quantized, url)
+    return ModelEntry(
+        name,
+        build,
+        InputSpec(scaling.image_size, scaling.image_size + CROP_MARGIN),
+        quantized=quantized,
+        weights_at=url,
+        fetch_weights=partial(_published, url) if url else None,
+    )
+
+
+def _cifar_resnet(depth: int) -> ModelEntry:
+    url = f"{_AKAMASTER}/{_CIFAR_WEIGHTS[depth]}"
+    return ModelEntry(
+        f"cifar-resnet{depth}",
+        partial(CifarResNet, depth=depth),
+        InputSpec(32, 32),
+        num_classes=10,
+        weights_at=url,
+        fetch_weights=partial(_published, url),
+    )
 
 
 _ENTRIES = {
     entry.name: entry
-    for quantized in (False, True)
-    for wide_se in (False, True)
-    for entry in (_entry(member, wide_se=wide_se, quantized=quantized) for member in _SCALINGS)
+    for entry in (
+        *(
+            _efficientnet(member, wide_se=wide_se, quantized=quantized)
+            for quantized in (False, True)
+            for wide_se in (False, True)
+            for member in _SCALINGS
+        ),
+        *(_cifar_resnet(depth) for depth in _CIFAR_WEIGHTS),
+    )
 }
 
 
 def list_models(pattern: str = "*") -> list[str]:
-    """Names of the registered models that match a shell-style pattern, sorted."""
-    return sorted(fnmatch.filter(_ENTRIES, pattern))
+    """Names of the models that match a shell-style pattern, sorted.
+
+    The networks of timm and torchvision are listed by patterns that name the library, e.g. ``timm:resnet*``.
+
+    Raises:
+        UserError: the pattern names timm, which is not installed.
+    """
+    library = pattern.partition(":")[0]
+    names = list_external(library) if library in LIBRARIES else list(_ENTRIES)
+    return sorted(fnmatch.filter(names, pattern))
 
 
 def get_entry(name: str) -> ModelEntry:
@@ -100,7 +134,11 @@ def get_entry(name: str) -> ModelEntry:
     Raises:
         UserError: there is no such model; the sentence names the nearest ones.
     """
+    if name.partition(":")[0] in LIBRARIES:
+        return external_entry(name)
     if name not in _ENTRIES:
-        near = difflib.get_close_matches(name, _ENTRIES, n=3, cutoff=0.5) or list_models()
-        raise UserError(f"there is no model '{name}'; did you mean: {', '.join(near)}?")
+        near = difflib.get_close_matches(name, _ENTRIES, n=3, cutoff=0.5)
+        near += [full for full in list_external("torchvision") if full == f"torchvision:{name}"]
+        hint = f"did you mean: {', '.join(near)}?" if near else "python -m effnet_quant.models lists them."
+        raise UserError(f"there is no model '{name}'; {hint}")
     return _ENTRIES[name]

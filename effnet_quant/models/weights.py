@@ -6,6 +6,7 @@ import io
 import json
 import pickle
 import re
+from collections import OrderedDict
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -20,8 +21,13 @@ from effnet_quant.errors import UserError
 from effnet_quant.files import replace_file
 
 METADATA_KEY = "effnet_quant"
-_RANGE_SUFFIX = "_quantizer._amax"
-_TRACKED_SUFFIXES = ("output._low", "output._high")
+EMA_KEY = "state_dict_ema"  # in checkpoints, as in NVIDIA's
+_RANGE_SUFFIXES = ("_quantizer._amax", "_quantizer._amin")
+# In torchvision's published files: classifiers that only training from scratch needs, and layers' names of old
+_AUXILIARY_PREFIXES = ("aux1.", "aux2.", "AuxLogits.")
+_OLD_DENSENET = re.compile(r"(\.denselayer\d+\.(?:norm|conv))\.([12])(?=\.)")
+_TRACKED_SUFFIXES = ("._low", "._high")
+_COUNT_SUFFIX = "num_batches_tracked"  # weights from before PyTorch 0.4.1 have none, and nothing needs it
 
 # NVIDIA's checkpoints hold the learning rate of their cosine schedule as a NumPy number; these only build numbers.
 _scalar = np.float64(0).__reduce__()[0]
@@ -48,10 +54,9 @@ class Weights:
     source: str = "the weights"
 
     @property
-    def num_classes(self) -> int | None:
-        """Outputs of the classifier, None if the file holds no classifier of this family."""
-        bias = next((tensor for name, tensor in self.tensors.items() if name.endswith("classifier.fc.bias")), None)
-        return None if bias is None else len(bias)
+    def has_ranges(self) -> bool:
+        """Whether they are a quantized network's."""
+        return any(name.endswith(_RANGE_SUFFIXES) for name in self.tensors)
 
 
 def read_torch_file(path: str | Path) -> Any:
@@ -82,14 +87,20 @@ def read_torch_file(path: str | Path) -> Any:
         ) from error
 
 
-def read_weights(path: str | Path) -> Weights:
+def read_weights(path: str | Path, *, ema: bool = False) -> Weights:
     """Read a ``.safetensors``, ``.pth`` or ``.pth.tar`` file: a state dict, or a checkpoint that holds one.
 
+    Args:
+        path: the file.
+        ema: take the exponential moving average of the weights that a checkpoint holds beside them.
+
     Raises:
-        UserError: the file is missing, damaged, refused, or holds no tensors.
+        UserError: the file is missing, damaged, refused, or holds no tensors, or no such average.
     """
     path = _existing_file(path)
     if path.suffix == ".safetensors":
+        if ema:
+            raise _no_average(path)
         try:
             with safetensors.safe_open(path, framework="pt") as file:
                 tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
@@ -101,9 +112,11 @@ def read_weights(path: str | Path) -> Weights:
         return Weights(tensors, metadata if isinstance(metadata, dict) else {}, str(path))
     content = read_torch_file(path)
     metadata = {}
+    if ema and not (isinstance(content, dict) and isinstance(content.get(EMA_KEY), dict)):
+        raise _no_average(path)
     if isinstance(content, dict) and isinstance(content.get("state_dict"), dict):
         metadata = content.get("metadata") or {}
-        content = content["state_dict"]
+        content = content[EMA_KEY if ema else "state_dict"]
     if not isinstance(content, dict) or not content or not all(isinstance(value, Tensor) for value in content.values()):
         raise UserError(f"{path} holds no weights: expected a state_dict of tensors or a checkpoint with one.")
     return Weights(dict(content), metadata, str(path))
@@ -128,12 +141,19 @@ def write_weights(path: str | Path, tensors: dict[str, Tensor], metadata: dict[s
     replace_file(path, content)
 
 
-def load_weights(model: nn.Module, weights: Weights) -> bool:
+def load_weights(model: nn.Module, weights: Weights, *, new_classifier: bool = False) -> bool:
     """Load ``weights`` into ``model``, translating published names and shapes.
 
-    Accepted are the prefixes ``module.`` and ``_orig_mod.``, stages called ``layer1`` instead of ``layers.0``, and
-    squeeze-and-excitation weights as linear layers (out, in) or 1x1 convolutions (out, in, 1, 1). Float weights fit a
-    quantized model, whose ranges then stay unset, and quantized weights a float model, which drops the ranges.
+    Accepted are the prefixes ``module.`` and ``_orig_mod.``, EfficientNet's stages called ``layer1`` instead of
+    ``layers.0``, squeeze-and-excitation weights as linear layers (out, in) or 1x1 convolutions (out, in, 1, 1), and
+    torchvision's files with auxiliary classifiers, which are left out. Float weights fit a quantized model, whose ranges
+    then stay unset, and quantized weights a float model, which drops the ranges.
+
+    Args:
+        model: the network.
+        weights: what to load.
+        new_classifier: where the weights are for another number of classes, leave the model's classifier as it is
+            (and the ranges, if there are any, unset), instead of an error.
 
     Returns:
         Whether every quantizer of the model has a range now (True for a float model).
@@ -142,25 +162,25 @@ def load_weights(model: nn.Module, weights: Weights) -> bool:
         UserError: another class count, or entries that are missing, unexpected or of another shape; nothing is loaded.
     """
     own = model.state_dict()
-    given = {_canonical_name(name): tensor for name, tensor in weights.tensors.items()}
-    ranges = {name for name in own if name.endswith(_RANGE_SUFFIX)}
-    given = {name: tensor for name, tensor in given.items() if name in own or not name.endswith(_RANGE_SUFFIX)}
-    for name, tensor in given.items():
-        if name in own and tensor.shape != own[name].shape and _same_matrix(tensor, own[name]):
-            given[name] = tensor.reshape(own[name].shape)
-
-    classes = own.get("classifier.fc.bias")
-    if classes is not None and weights.num_classes not in (None, len(classes)):
+    given = _as_named_by(own, weights)
+    ranges = {name for name in own if name.endswith(_RANGE_SUFFIXES)}
+    reshaped = _reshaped(own, given)
+    classifier = _classifier(own, given)
+    if classifier and not new_classifier:
+        count, own_count = len(given[classifier[0]]), len(own[classifier[0]])
         raise UserError(
-            f"{weights.source} has {weights.num_classes} classes, but the model has {len(classes)}; "
-            f"pass --num-classes {weights.num_classes} (num_classes={weights.num_classes}), or other weights."
+            f"{weights.source} has {count} classes, but the model has {own_count}; "
+            f"pass --num-classes {count} (num_classes={count}), or other weights."
         )
+    if classifier:
+        given = {name: tensor for name, tensor in given.items() if name not in classifier and name not in ranges}
+        reshaped = []
     given_ranges = ranges & set(given)
-    missing = [name for name in own if name not in given and name not in ranges]
+    missing = [name for name in own if name not in given and name not in ranges and name not in classifier]
     if given_ranges:  # half a set of ranges is a mistake, none at all is a float file
         missing += [name for name in own if name in ranges and name not in given]
+    missing = [name for name in missing if not name.endswith(_COUNT_SUFFIX)]
     unexpected = [name for name in given if name not in own and not name.endswith(_TRACKED_SUFFIXES)]
-    reshaped = [name for name in given if name in own and given[name].shape != own[name].shape]
     if missing or unexpected or reshaped:
         raise UserError(
             f"{weights.source} does not fit the model: "
@@ -171,13 +191,54 @@ def load_weights(model: nn.Module, weights: Weights) -> bool:
             )
             + "; check --arch."
         )
-    model.load_state_dict(given, strict=False)
+    tensors = OrderedDict(given)
+    # Versions of the modules that the names belong to; torchvision's MNASNets refuse a state dict without them.
+    tensors._metadata = getattr(own, "_metadata", None)  # type: ignore[attr-defined]
+    model.load_state_dict(tensors, strict=False)
     return not ranges or (bool(given_ranges) and all(bool(torch.isfinite(given[name]).all()) for name in ranges))
 
 
-def _canonical_name(name: str) -> str:
-    name = re.sub(r"^(?:module\.|_orig_mod\.)+", "", name)
-    return re.sub(r"^layer(\d+)\.", lambda match: f"layers.{int(match.group(1)) - 1}.", name)
+def other_class_count(model: nn.Module, weights: Weights) -> int | None:
+    """Classes of the network that ``weights`` belong to, if they fit ``model`` but for another number of classes."""
+    own = model.state_dict()
+    given = _as_named_by(own, weights)
+    classifier = _classifier(own, given)
+    return len(given[classifier[0]]) if classifier else None
+
+
+def _as_named_by(own: dict[str, Tensor], weights: Weights) -> dict[str, Tensor]:
+    """The entries of ``weights`` with the names and the forms that a model's state dict has for them."""
+    stages = any(name.startswith("layers.") for name in own)
+    # To a symmetric grid an affine range would mean something else: in a quantized model it is unexpected.
+    dropped = _RANGE_SUFFIXES[:1] if any(name.endswith(_RANGE_SUFFIXES) for name in own) else _RANGE_SUFFIXES
+    given = {}
+    for name, published in weights.tensors.items():
+        tensor = published
+        known = re.sub(r"^(?:module\.|_orig_mod\.)+", "", name)
+        if stages:
+            known = re.sub(r"^layer(\d+)\.", lambda match: f"layers.{int(match.group(1)) - 1}.", known)
+        known = _OLD_DENSENET.sub(r"\1\2", known)
+        if known in own and tensor.shape != own[known].shape and _same_matrix(tensor, own[known]):
+            tensor = tensor.reshape(own[known].shape)
+        if known in own or not (known.endswith(dropped) or known.startswith(_AUXILIARY_PREFIXES)):
+            given[known] = tensor
+    return given
+
+
+def _reshaped(own: dict[str, Tensor], given: dict[str, Tensor]) -> list[str]:
+    return [name for name in given if name in own and given[name].shape != own[name].shape]
+
+
+def _classifier(own: dict[str, Tensor], given: dict[str, Tensor]) -> list[str]:
+    """The entries of the classifier, if another number of classes is what keeps ``given`` from fitting: the entries of
+    other shapes then differ in their first dimension alone, in the same two numbers, and belong to layers whose weights
+    are among them."""
+    reshaped = _reshaped(own, given)
+    counts = {(given[name].shape[:1], own[name].shape[:1]) for name in reshaped}
+    alike = all(given[name].shape[1:] == own[name].shape[1:] for name in reshaped)
+    layers = {re.sub(r"\.(?:_weight_quantizer\._amax|[^.]+)$", "", name) for name in reshaped}
+    complete = all(f"{layer}.weight" in reshaped for layer in layers)
+    return reshaped if len(counts) == 1 and alike and complete else []
 
 
 def _same_matrix(given: Tensor, own: Tensor) -> bool:
@@ -191,3 +252,7 @@ def _existing_file(path: str | Path) -> Path:
     if not path.is_file():
         raise UserError(f"there is no file {path}; check the path.")
     return path
+
+
+def _no_average(path: Path) -> UserError:
+    return UserError(f"{path} holds no moving average of the weights; leave out --ema, or train with --use-ema.")

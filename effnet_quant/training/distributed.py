@@ -12,6 +12,10 @@ import torch.distributed as dist
 from torch import Tensor
 
 
+class PeerLost(Exception):
+    """Another process of the job has ended, so this one can't go on; the other one knows why."""
+
+
 @dataclass(frozen=True)
 class World:
     """The processes of a job, as one of them sees them; without arguments, a process alone.
@@ -76,6 +80,9 @@ def joined_world() -> Iterator[World]:
     """Join the processes that torchrun (or multiproc.py) started together, for as long as the block runs.
 
     Tensors on GPUs travel by NCCL, those on the CPU by Gloo. A process that was started alone is a world of its own.
+
+    Raises:
+        PeerLost: another process ended while this one waited for it.
     """
     size = int(os.environ.get("WORLD_SIZE", "1"))
     if size == 1:
@@ -89,5 +96,9 @@ def joined_world() -> Iterator[World]:
         dist.init_process_group("gloo")
     try:
         yield world
+    except RuntimeError as error:
+        if isinstance(error, dist.DistError) or "gloo" in str(error):
+            raise PeerLost(f"process {world.rank} lost the others: {str(error).splitlines()[0]}") from error
+        raise
     finally:
         dist.destroy_process_group()

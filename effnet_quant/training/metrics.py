@@ -19,17 +19,19 @@ class Recorder:
     """Appends metrics to the raport file, one JSON object a line.
 
     Each line holds ``timestamp`` (seconds since 1970), ``step`` ([] for the run, [epoch] for an epoch) and ``data`` (the
-    metrics by name; a number that is not finite is written as null).
+    metrics by name; a number that is not finite is written as null), and ``machine`` where one is given.
 
     Args:
         path: the raport file, None to write nothing.
+        machine: what the figures are measured on, for benchmarks.
 
     Raises:
         UserError: the file can't be written.
     """
 
-    def __init__(self, path: Path | None) -> None:
+    def __init__(self, path: Path | None, machine: dict[str, Any] | None = None) -> None:
         self._path = path
+        self._machine = {} if machine is None else {"machine": machine}
         if path is not None:
             try:
                 path.open("a", encoding="utf-8").close()
@@ -43,7 +45,7 @@ class Recorder:
         if self._path is None:
             return
         finite = {name: None if isinstance(v, float) and not math.isfinite(v) else v for name, v in data.items()}
-        line = {"timestamp": time.time(), "step": [] if epoch is None else [epoch], "data": finite}
+        line = {"timestamp": time.time(), "step": [] if epoch is None else [epoch], "data": finite, **self._machine}
         try:
             with self._path.open("a", encoding="utf-8") as file:
                 file.write(json.dumps(line) + "\n")

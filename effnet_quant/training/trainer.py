@@ -154,7 +154,9 @@ class Trainer:
         accuracy = Accuracy(self.config.topk, self.device)
         total = self._batches_of(loader)
         stopwatch = self._stopwatch(total)
+        done = 0
         for images, labels in progress(islice(loader.epoch(), total), total, title, self.config.print_freq):
+            done += 1
             stopwatch.data_ready()
             with self._precision.autocast():
                 logits = model(self._inputs(images))
@@ -164,7 +166,7 @@ class Trainer:
             self._synchronize()
             stopwatch.batch_done(len(labels))
             self._stop_if_signalled()
-        for _ in range(self._world.any(total) - total):  # other processes have a batch more
+        for _ in range(self._world.any(total) - done):  # other processes have a batch more
             self._stop_if_signalled()
         return accuracy.metrics(prefix, self._world) | self._speeds(stopwatch, prefix)
 

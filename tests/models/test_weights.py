@@ -12,7 +12,9 @@ import torch
 
 from effnet_quant import create_model
 from effnet_quant.errors import UserError
+from effnet_quant.models.registry import get_entry
 from effnet_quant.models.weights import Weights, load_weights, read_torch_file, read_weights, write_weights
+from effnet_quant.quantization.insertion import quantizers
 
 CLASSES = 4
 METADATA = {"arch": "efficientnet-b0", "classes": ["a", "b", "c", "d"], "preprocessing": {"image_size": 32}}
@@ -145,7 +147,7 @@ def test_missing_unexpected_and_reshaped_entries_are_named_and_nothing_is_loaded
 
 
 def test_long_lists_of_names_are_cut_short(model):
-    with pytest.raises(UserError, match=r"360 missing \(stem\.conv\.weight, [^,]+, [^,]+, …\)"):
+    with pytest.raises(UserError, match=r"311 missing \(stem\.conv\.weight, [^,]+, [^,]+, …\)"):
         load_weights(model, Weights({"nothing.of.this": torch.zeros(1)}))
 
 
@@ -153,6 +155,57 @@ def test_long_lists_of_names_are_cut_short(model):
 def test_another_class_count_names_both_and_the_way_out(published, arch):
     with pytest.raises(UserError, match=r"four\.pth has 4 classes, but the model has 7; pass --num-classes 4"):
         load_weights(create_model(arch, 7), Weights(published, source="four.pth"))
+
+
+@pytest.mark.parametrize(
+    "arch", ["efficientnet-quant-b0", "cifar-resnet20", "timm:vgg11_bn", "torchvision:squeezenet1_0"]
+)
+def test_the_class_count_is_the_classifiers_whatever_its_name(arch):
+    with torch.device("meta"):
+        state = get_entry(arch).create(7).state_dict()
+    assert get_entry(arch).class_count(Weights(state)) == 7
+    assert get_entry(arch).class_count(Weights({}, {"num_classes": 5})) == 5
+    assert get_entry(arch).class_count(Weights({"nothing.of.this": torch.zeros(3)})) == get_entry(arch).num_classes
+
+
+def test_a_new_classifier_is_made_only_when_asked(published_quantized):
+    other = create_model("efficientnet-quant-b0", 7)
+    before = other.classifier.fc.weight.clone()
+    assert load_weights(other, Weights(published_quantized), new_classifier=True) is False
+    assert torch.equal(other.classifier.fc.weight, before)
+    assert torch.equal(other.stem.conv.weight, published_quantized["stem.conv.weight"])
+    assert not any(quantizer.calibrated for _, quantizer in quantizers(other))
+
+
+def test_a_new_classifier_excuses_nothing_else(published):
+    wrong = {name: tensor for name, tensor in published.items() if name != "stem.bn.bias"}
+    with pytest.raises(UserError, match=r"1 missing \(stem\.bn\.bias\)"):
+        load_weights(create_model("efficientnet-b0", 7), Weights(wrong), new_classifier=True)
+    wrong = {**published, "features.conv.weight": torch.zeros(7, 320, 1, 1)}
+    with pytest.raises(UserError, match=r"3 of another shape"):
+        load_weights(create_model("efficientnet-b0", 7), Weights(wrong), new_classifier=True)
+
+
+def test_quantizers_of_linear_squeeze_excitation_take_the_ranges_of_convolutions(published_quantized):
+    linear = create_model("efficientnet-quant-b0", CLASSES, se_as_conv=False)
+    assert linear.state_dict()["layers.1.block0.se.squeeze._weight_quantizer._amax"].shape == (4, 1)
+    assert load_weights(linear, Weights(published_quantized)) is True
+    assert_holds(linear, published_quantized)
+
+
+@pytest.mark.parametrize("key", ["state_dict", "state_dict_ema"])
+def test_a_checkpoints_moving_average_is_read_when_asked_for(tmp_path, key):
+    checkpoint = {"epoch": 1, "state_dict": {"a": torch.zeros(1)}, "state_dict_ema": {"a": torch.ones(1)}}
+    torch.save(checkpoint, tmp_path / "c.pth.tar")
+    weights = read_weights(tmp_path / "c.pth.tar", ema=key == "state_dict_ema")
+    assert weights.tensors == checkpoint[key]
+
+
+@pytest.mark.parametrize("suffix", [".safetensors", ".pth"])
+def test_a_file_without_a_moving_average_is_named(tmp_path, suffix):
+    write_weights(tmp_path / f"w{suffix}", {"a": torch.ones(2)}, {})
+    with pytest.raises(UserError, match=rf"w\{suffix} holds no moving average.*--ema"):
+        read_weights(tmp_path / f"w{suffix}", ema=True)
 
 
 @pytest.mark.parametrize("suffix", [".safetensors", ".pth"])
@@ -165,7 +218,6 @@ def test_round_trip_keeps_every_bit(tmp_path, published, suffix):
         assert weights.tensors[name].dtype == tensor.dtype
         assert torch.equal(weights.tensors[name], tensor)
     assert weights.source == str(path)
-    assert weights.num_classes == CLASSES
     assert [entry.name for entry in tmp_path.iterdir()] == [path.name]
 
 
@@ -210,7 +262,7 @@ def test_checkpoint_of_nvidias_scripts_holds_weights(tmp_path, model, published)
         path,
     )
     weights = read_weights(path)
-    assert (weights.metadata, weights.num_classes) == ({}, CLASSES)
+    assert weights.metadata == {}
     assert load_weights(model, weights) is True
     assert_holds(model, published)
 
@@ -219,7 +271,6 @@ def test_checkpoint_of_ours_brings_its_metadata(tmp_path):
     torch.save({"epoch": 1, "state_dict": {"a": torch.ones(2)}, "metadata": METADATA}, tmp_path / "c.pth.tar")
     weights = read_weights(tmp_path / "c.pth.tar")
     assert weights.metadata == METADATA
-    assert weights.num_classes is None
 
 
 def test_files_of_the_old_pytorch_format_load(tmp_path):

@@ -128,7 +128,7 @@ def mistakes(stage, write_images):
         ),
         "another class count": Mistake(
             "quant_main.py",
-            ["digits", *QUANTIZED, "--num-classes", 10, "--pretrained-from-file", stage.weights],
+            ["digits", *QUANTIZED, "--num-classes", 10, "--evaluate", "--pretrained-from-file", stage.weights],
             r"/good\.safetensors has 3 classes, but the model has 10; pass --num-classes 3",
         ),
         "hostile pickle": Mistake(
@@ -223,11 +223,8 @@ def assert_refused(run_script, tmp_path):
 @pytest.mark.parametrize(
     ("flags", "says"),
     [
-        (["--mixup", 0.2], "--mixup is not available yet; leave it at 0"),
-        (["--pretrained"], "--pretrained can't download weights yet; .*https://.*--pretrained-from-file"),
-        (["--use-ema", 0.999], "--use-ema is not available yet"),
-        (["--jit", "script"], "--jit script is not available yet"),
-        (["--gpu-affinity", "socket"], "--gpu-affinity is not available yet"),
+        (["--data-backend", "dali-gpu"], "--data-backend dali-gpu needs an NVIDIA GPU, and there is none"),
+        (["--crop-pct", 1.5], "--crop-pct must be above 0 and at most 1, not 1.5"),
     ],
 )
 def test_flag_that_does_nothing_yet_is_refused(assert_refused, stage, flags, says):
@@ -260,6 +257,11 @@ def test_flag_that_does_nothing_yet_is_refused(assert_refused, stage, flags, say
         ("--rmsprop-alpha", -1),
         ("--rmsprop-eps", -1),
         ("--seed", 2**70),
+        ("--mixup", -1),
+        ("--use-ema", 1.5),
+        ("--gather-checkpoints", -2),
+        ("--checkpoint-every-steps", -1),
+        ("--static-loss-scale", 0),
     ],
 )
 def test_number_out_of_range_is_refused(assert_refused, stage, flag, value):
@@ -284,10 +286,36 @@ def test_damaged_or_hostile_file_yields_no_weights(assert_refused, stage, tmp_pa
     assert not stage.marker.exists()
 
 
-@pytest.mark.parametrize("flag", ["--resume", "--pretrained-from-file"])
-def test_weights_of_another_class_count_are_refused(assert_refused, stage, flag):
+@pytest.mark.parametrize("how", [["--resume"], ["--evaluate", "--pretrained-from-file"]])
+def test_weights_of_another_class_count_are_refused(assert_refused, stage, how):
     says = r"/good\.pth\.tar has 3 classes, but the model has 10; pass --num-classes 3"
-    assert_refused(says, "main.py", "digits", *FLOAT, "--num-classes", 10, flag, stage.checkpoint)
+    assert_refused(says, "main.py", "digits", *FLOAT, "--num-classes", 10, *how, stage.checkpoint)
+
+
+@pytest.mark.parametrize(
+    ("flags", "says"),
+    [
+        (["--pretrained"], "--pretrained and --pretrained-from-file both bring weights"),
+        (["--resume", "any.pth.tar"], "no file any.pth.tar"),
+        (["--ema"], r"/good\.safetensors holds no moving average of the weights; leave out --ema"),
+        (["--arch", "timm:nothing"], "timm has no model 'nothing'"),
+        (["--arch", "cifar-resnet20", "--trt", "True"], "cifar-resnet20 has no option 'se_as_conv'; leave it out"),
+    ],
+)
+def test_weights_and_options_that_do_not_go_together_are_refused(assert_refused, stage, flags, says):
+    assert_refused(says, "main.py", stage.good, *FLOAT, "--pretrained-from-file", stage.weights, *flags)
+
+
+def test_ema_wants_a_checkpoint(assert_refused, stage):
+    assert_refused("--ema chooses among the weights of a checkpoint", "main.py", stage.good, *FLOAT, "--ema")
+    output = ["--weight-path", stage.root / "never.pth"]
+    says = r"/good\.pth\.tar holds no moving average"
+    assert_refused(says, "checkpoint2model.py", "--checkpoint-path", stage.checkpoint, "--ema", *output)
+
+
+def test_published_weights_that_do_not_exist_are_refused(assert_refused, stage):
+    says = "no weights of efficientnet-b1 are published; give a file with --pretrained-from-file"
+    assert_refused(says, "main.py", stage.good, *FLOAT, "--arch", "efficientnet-b1", "--pretrained")
 
 
 def test_data_of_another_class_count_is_refused(assert_refused, stage):

@@ -9,6 +9,7 @@ from torch import nn
 from effnet_quant.data.loaders import Loader
 from effnet_quant.data.transforms import Preprocessing, evaluation_transform, training_transform
 from effnet_quant.training.config import TrainConfig
+from effnet_quant.training.distributed import ALONE
 from effnet_quant.training.metrics import Recorder
 from effnet_quant.training.trainer import Trainer
 
@@ -66,7 +67,7 @@ def _tiny_network(seed=0, *, batch_norm=True, dropout=0.5):
     )
 
 
-def _make_trainer(model, workspace, recorder=None, **config):
+def _make_trainer(model, workspace, recorder=None, world=ALONE, **config):
     config = {"epochs": 2, "lr": 0.05, "lr_schedule": "cosine", "batch_size": 4, **config}
     metadata = {"arch": "tiny", "num_classes": 3}
     return Trainer(
@@ -77,13 +78,15 @@ def _make_trainer(model, workspace, recorder=None, **config):
         workspace,
         recorder or Recorder(None),
         metadata,
+        world,
     )
 
 
-def _make_loaders(batch_size=4, *, count=22, augment=True):
+def _make_loaders(batch_size=4, *, count=22, val_count=10, augment=True, world=ALONE):
     transform = training_transform(PREPROCESSING) if augment else evaluation_transform(PREPROCESSING)
-    train = Loader(RandomImages(count), transform, batch_size, shuffle=True, seed=5)
-    return train, Loader(RandomImages(10, seed=1), evaluation_transform(PREPROCESSING), batch_size)
+    share = {"rank": world.rank, "ranks": world.size}
+    train = Loader(RandomImages(count), transform, batch_size, shuffle=True, seed=5, **share)
+    return train, Loader(RandomImages(val_count, seed=1), evaluation_transform(PREPROCESSING), batch_size, **share)
 
 
 @pytest.fixture(scope="session")
@@ -100,13 +103,13 @@ def tiny_network():
 
 @pytest.fixture(scope="session")
 def make_trainer():
-    """Builds a trainer on the CPU: (model, workspace, recorder=None, **config)."""
+    """Builds a trainer on the CPU: (model, workspace, recorder=None, world=ALONE, **config)."""
     return _make_trainer
 
 
 @pytest.fixture(scope="session")
 def make_loaders():
-    """Builds (train, val) loaders of 5 and 3 batches: (batch_size=4, count=22, augment=True)."""
+    """Builds (train, val) loaders of 5 and 3 batches: (batch_size=4, count=22, val_count=10, augment=True, world=ALONE)."""
     return _make_loaders
 
 

@@ -6,6 +6,7 @@ import errno
 import json
 import os
 import signal
+import time
 
 import pytest
 import torch
@@ -356,3 +357,72 @@ def test_resuming_within_an_epoch_needs_the_same_batch_size(make_trainer, tiny_n
     state = {"state_dict": trainer.model.state_dict(), "epoch": 0, "batch": 2, "config": {"batch_size": 3}}
     with pytest.raises(UserError, match=r"middle of an epoch of batches of 3; resume it with -b 3"):
         trainer.resume(state, "checkpoint.pth.tar")
+
+
+def test_mixup_trains_on_blended_images_and_targets(tiny_network, make_trainer, make_loaders, preprocessing, tmp_path):
+    seen = []
+    trainer = make_trainer(tiny_network(dropout=0.0), tmp_path, epochs=1, mixup=0.2, label_smoothing=0.1)
+    own = trainer.loss
+
+    def loss(logits, targets, images):
+        seen.append((logits.detach(), targets, images))
+        return own(logits, targets, images)
+
+    trainer.loss = loss
+    train, val = make_loaders()
+    trainer.fit(train, val)
+    shares = []
+    for (logits, targets, images), (pixels, labels) in zip(seen, train.epoch(0), strict=True):
+        plain = normalize(pixels, preprocessing)
+        one_hot = F.one_hot(labels, 3).float()
+        blended = plain.roll(1, 0)
+        # one share a batch: images = share * plain + (1 - share) * its neighbour
+        share = ((images - blended) * (plain - blended)).sum() / (plain - blended).pow(2).sum()
+        torch.testing.assert_close(images, share * plain + (1 - share) * blended, rtol=1e-4, atol=1e-4)
+        torch.testing.assert_close(targets, share * one_hot + (1 - share) * one_hot.roll(1, 0), rtol=1e-4, atol=1e-4)
+        smoothed = 0.9 * targets.double() + 0.1 / 3
+        expected = -(smoothed * logits.double().log_softmax(1)).sum(1).mean()
+        assert own(logits, targets, images).item() == pytest.approx(expected.item(), rel=1e-5)
+        shares.append(float(share))
+    assert len(set(shares)) == 5
+
+
+def test_checkpoints_within_an_epoch_come_every_so_many_steps(
+    straight, tiny_network, make_trainer, make_loaders, watch, tmp_path, same_weights
+):
+    class Killed(Exception):
+        pass
+
+    def die():
+        raise Killed
+
+    train, val = make_loaders()
+    with pytest.raises(Killed):  # before the fifth batch
+        make_trainer(tiny_network(), tmp_path, checkpoint_every_steps=2).fit(watch(train, 5, die), val)
+    state = load_checkpoint(tmp_path / CHECKPOINT)
+    assert (state["epoch"], state["batch"], state["step"]) == (0, 4, 4)
+    model = tiny_network(seed=7)
+    go_on(model, make_trainer(model, tmp_path), tmp_path / CHECKPOINT, (train, val))
+    assert same_weights(model, straight)
+
+
+def test_the_loss_of_a_resumed_epoch_is_that_of_the_whole(tiny_network, make_trainer, make_loaders, watch, tmp_path):
+    raports = [tmp_path / "straight.json", tmp_path / "resumed.json"]
+    make_trainer(tiny_network(), tmp_path, Recorder(raports[0]), epochs=1).fit(*make_loaders())
+    trainer = make_trainer(tiny_network(), tmp_path, epochs=1)
+    train, val = make_loaders()
+    fit_until(trainer, watch(train, 3, lambda: trainer.note_signal(signal.SIGUSR1)), val)
+    model = tiny_network(seed=7)
+    go_on(model, make_trainer(model, tmp_path, Recorder(raports[1]), epochs=1), tmp_path / CHECKPOINT, (train, val))
+    losses = [json.loads(path.read_text())["data"]["train.loss"] for path in raports]
+    assert losses[1] == pytest.approx(losses[0], rel=1e-12)
+
+
+def test_the_first_tenth_of_a_profiled_epoch_does_not_count(tiny_network, make_trainer, make_loaders, watch, tmp_path):
+    raport = tmp_path / "raport.json"
+    train, val = make_loaders(count=80)
+    # the second batch arrives late
+    make_trainer(tiny_network(), tmp_path, Recorder(raport), epochs=1, prof=20).fit(
+        watch(train, 2, lambda: time.sleep(1)), val
+    )
+    assert json.loads(raport.read_text())["data"]["train.data_time"] < 0.05

@@ -1,0 +1,86 @@
+"""launch.py: main.py or quant_main.py with a recipe's values."""
+
+from __future__ import annotations
+
+import argparse
+import shlex
+from collections.abc import Sequence
+from typing import Any
+
+import yaml
+
+from effnet_quant.cli import main as main_script
+from effnet_quant.cli import quant_main as quant_script
+from effnet_quant.cli.arguments import Parser
+from effnet_quant.cli.process import run
+from effnet_quant.errors import UserError
+from effnet_quant.models.registry import get_entry
+from effnet_quant.recipes.recipe import Recipes, load_recipes, nearest, resolve
+
+
+def job(arguments: Sequence[str]) -> int:
+    """Run the recipe that the command line names; the other flags are the script's and win over it."""
+    parser = argparse.ArgumentParser(
+        description="Train, evaluate, calibrate or benchmark with a recipe. Flags of main.py or quant_main.py that follow "
+        "win over the recipe's values.",
+        allow_abbrev=False,
+    )
+    parser.add_argument("--model", help="e.g. efficientnet-b0")
+    parser.add_argument("--mode", help="e.g. convergence, evaluate, benchmark_training, benchmark_inference, qat")
+    parser.add_argument("--platform", help="e.g. DGXA100, H100, CPU")
+    parser.add_argument("--precision", help="AMP, TF32 or FP32")
+    parser.add_argument(
+        "--cfg_file", "--cfg-file", metavar="FILE", help="recipes of your own (YAML), over the built-in ones"
+    )
+    parser.add_argument("--list", action="store_true", help="show the recipes and exit")
+    parser.add_argument("--dry-run", action="store_true", help="show the resolved configuration and exit")
+    parsed, rest = parser.parse_known_args(arguments)
+    recipes = load_recipes(parsed.cfg_file)
+    if parsed.list:
+        print(_listing(recipes))
+        return 0
+    chosen = {name: getattr(parsed, name) for name in ("model", "mode", "platform", "precision")}
+    missing = [f"--{name}" for name, value in chosen.items() if value is None]
+    if missing:
+        raise UserError(f"{', '.join(missing)} must be given; --list shows what there is.")
+    values = resolve(recipes, **chosen)
+    script = quant_script if get_entry(values["arch"]).quantized else main_script
+    command = [*_flags(values, script.build_parser(), parsed.cfg_file or "the recipe"), *rest]
+    if parsed.dry_run:
+        resolved = vars(script.build_parser().parse(command))
+        del resolved["explicit"]
+        name = script.__name__.rpartition(".")[2]
+        print(f"# python {name}.py {shlex.join(command)}\n{yaml.safe_dump(resolved, sort_keys=True)}", end="")
+        return 0
+    return script.job(command)
+
+
+def _flags(values: dict[str, Any], parser: Parser, source: str) -> list[str]:
+    """A recipe's values as the flags that stand for them."""
+    actions = {action.dest: action for action in parser._actions if action.option_strings}
+    flags: list[str] = []
+    for name, value in values.items():
+        if name not in actions:
+            raise UserError(f"{source} has an unknown key '{name}'; did you mean: {nearest(name, actions)}?")
+        action = actions[name]
+        flag = next(flag for flag in reversed(action.option_strings) if flag.startswith("--"))
+        if action.nargs == 0:  # a switch, which its presence sets to the opposite of its default
+            flags += [flag] if value != action.default else []
+        elif value is not None:
+            flags += [flag, str(value)]
+    return flags
+
+
+def _listing(recipes: Recipes) -> str:
+    lines = ["modes", *(f"  {mode}" for mode in recipes["mode"]), "models, platforms and precisions (batch size)"]
+    for model, platforms in recipes["models"].items():
+        lines.append(f"  {model}")
+        for platform, precisions in platforms.items():
+            cells = [f"{name} ({values.get('batch_size', 'default')})" for name, values in precisions.items()]
+            lines.append(f"    {platform:10} {', '.join(cells)}")
+    return "\n".join(lines)
+
+
+def main() -> None:
+    """Entry point of the script."""
+    run(job)

@@ -1,0 +1,123 @@
+"""multiproc.py: a script in several processes that train together, on one machine or several, by torchrun's engine."""
+
+from __future__ import annotations
+
+import argparse
+import logging
+import os
+import sys
+import uuid
+from collections.abc import Sequence
+from pathlib import Path
+
+from torch.distributed.elastic.multiprocessing import DefaultLogsSpecs, SignalException, Std
+from torch.distributed.elastic.multiprocessing.errors import ChildFailedError, ProcessFailure
+from torch.distributed.launcher.api import LaunchConfig, elastic_launch
+
+from effnet_quant.cli.process import LOST_PEER_STATUS, run
+from effnet_quant.errors import UserError
+
+SIGNALS = "SIGTERM,SIGINT,SIGHUP,SIGQUIT,SIGUSR1"
+_LINES_SHOWN = 20
+
+
+def job(arguments: Sequence[str]) -> int:
+    """Start the processes as the command line says and wait for them; returns the exit status."""
+    parsed = _parser().parse_args(arguments)
+    if not Path(parsed.training_script).is_file():
+        raise UserError(f"there is no script {parsed.training_script}; check the path.")
+    if parsed.nproc_per_node < 1:
+        raise UserError(f"--nproc_per_node must be at least 1, not {parsed.nproc_per_node}.")
+    # the engine tells of every step of its own; what matters is said below
+    logging.getLogger("torch.distributed.elastic").setLevel(logging.CRITICAL)
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    os.environ.setdefault("OMP_NUM_THREADS", str(max(1, cores // parsed.nproc_per_node)))
+    config = _launch_config(parsed)
+    command = [sys.executable, "-u", parsed.training_script, *parsed.training_script_args]
+    try:
+        elastic_launch(config, command[0])(*command[1:])
+    except ChildFailedError as error:
+        return _report(error.failures, Path(parsed.log_dir), config.run_id)
+    except SignalException as error:
+        return 128 + error.sigval
+    return 0
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        description="Run a script in several processes that train together. The output of process 0 is shown, that of the "
+        "others goes to files; when one dies, all end.",
+        allow_abbrev=False,
+    )
+    add = parser.add_argument
+    add("--nnodes", default="1", help="machines, or MIN:MAX with --rdzv_backend c10d")
+    add("--node_rank", "--node-rank", type=int, default=0, help="number of this machine")
+    add("--nproc_per_node", "--nproc-per-node", type=int, default=1, help="processes on this machine, one for each GPU")
+    add("--master_addr", "--master-addr", default="127.0.0.1", help="address of machine 0")
+    add("--master_port", "--master-port", type=int, default=29500, help="a free port of machine 0")
+    add("--rdzv_backend", "--rdzv-backend", help="how machines find each other (c10d, etcd) in the place of --master_*")
+    add("--rdzv_endpoint", "--rdzv-endpoint", default="", help="HOST:PORT where they meet")
+    add("--rdzv_id", "--rdzv-id", help="name of the job, the same on all machines")
+    add("--max_restarts", "--max-restarts", type=int, default=0, help="starts again after a process died")
+    add("--log_dir", "--log-dir", default="multiproc_logs", help="folder for the output of processes other than 0")
+    add("--debug", action="store_true", help="show the traceback of an error")
+    add("training_script", help="main.py, quant_main.py or launch.py")
+    add("training_script_args", nargs=argparse.REMAINDER, help="its arguments")
+    return parser
+
+
+def _launch_config(parsed: argparse.Namespace) -> LaunchConfig:
+    least, _, most = parsed.nnodes.partition(":")
+    try:
+        nodes = int(least), int(most or least)
+    except ValueError:
+        raise UserError(f"--nnodes is a number or MIN:MAX, not '{parsed.nnodes}'.") from None
+    if parsed.rdzv_backend:
+        meeting = {"rdzv_backend": parsed.rdzv_backend, "rdzv_endpoint": parsed.rdzv_endpoint}
+        configs: dict[str, object] = {}
+    elif nodes == (1, 1):
+        meeting = {"rdzv_backend": "c10d", "rdzv_endpoint": "localhost:0"}  # any free port
+        configs = {}
+    else:
+        meeting = {"rdzv_backend": "static", "rdzv_endpoint": f"{parsed.master_addr}:{parsed.master_port}"}
+        configs = {"rank": parsed.node_rank}
+    # machine 0 shows its first process; what happens on others is seen there
+    shown = {0: Std.NONE} if parsed.node_rank == 0 else {}
+    redirects = {rank: shown.get(rank, Std.ALL) for rank in range(parsed.nproc_per_node)}
+    config = LaunchConfig(
+        min_nodes=nodes[0],
+        max_nodes=nodes[1],
+        nproc_per_node=parsed.nproc_per_node,
+        run_id=parsed.rdzv_id or ("effnet_quant" if nodes != (1, 1) else uuid.uuid4().hex[:8]),
+        rdzv_configs=configs,
+        max_restarts=parsed.max_restarts,
+        logs_specs=DefaultLogsSpecs(log_dir=parsed.log_dir, redirects=redirects),
+        **meeting,
+    )
+    config.signals_to_handle = SIGNALS
+    return config
+
+
+def _report(failures: dict[int, ProcessFailure], log_dir: Path, run_id: str) -> int:
+    """Show why the job ended: the error of the process that ended of itself, not of those that ended with it."""
+    rank, failure = min(failures.items(), key=lambda item: (_is_consequence(item[1]), item[1].timestamp))
+    status = 128 - failure.exitcode if failure.exitcode < 0 else failure.exitcode
+    how = f"was killed by {failure.signal_name()}" if failure.exitcode < 0 else f"ended with status {status}"
+    print(f"process {rank} {how}; the job has ended", file=sys.stderr)
+    logs = log_dir.glob(f"{run_id}_*/attempt_*/{failure.local_rank}/stderr.log")
+    latest = max(logs, key=lambda path: path.stat().st_mtime, default=None)
+    if latest is not None:
+        print(f"its last lines, from {latest}:", file=sys.stderr)
+        for line in latest.read_text(errors="replace").splitlines()[-_LINES_SHOWN:]:
+            print(f"  {line}", file=sys.stderr)
+    return status
+
+
+def _is_consequence(failure: ProcessFailure) -> bool:
+    """Whether a process ended because another had: it lost the connection, or the engine ended it (SIGTERM)."""
+    return failure.exitcode in (LOST_PEER_STATUS, -15, 143)
+
+
+def main() -> None:
+    """Entry point of the script."""
+    run(job)

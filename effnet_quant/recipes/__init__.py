@@ -1,0 +1,1 @@
+"""Hyperparameters by model, mode, platform and precision."""

@@ -1,0 +1,92 @@
+"""Reads recipes and puts one together: precision, platform, model and mode, each winning over those before it."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterable
+from importlib import resources
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from effnet_quant.errors import UserError
+
+SECTIONS = ("precision", "platform", "models", "mode", "model_mode")
+Recipes = dict[str, dict[str, Any]]
+
+
+def load_recipes(path: str | Path | None = None) -> Recipes:
+    """The recipes of the package and, over them, those of a file in the same form (NVIDIA's configs.yml is one).
+
+    Returns:
+        Values by section and name: ``precision[name]``, ``platform[name]``, ``models[model][platform][precision]``,
+        ``mode[name]``, ``model_mode[model][mode]``.
+
+    Raises:
+        UserError: the file is missing or not of this form.
+    """
+    recipes: Recipes = {section: {} for section in SECTIONS}
+    for file in sorted(resources.files(__package__).iterdir(), key=lambda entry: entry.name):
+        if file.name.endswith(".yml"):
+            _merge(recipes, _read(file.read_text(encoding="utf-8"), file.name))
+    if path is not None:
+        if not Path(path).is_file():
+            raise UserError(f"there is no recipe file {path}; check the path.")
+        own = _read(Path(path).read_text(encoding="utf-8"), str(path))
+        if not any(own.values()):
+            raise UserError(f"{path} holds no recipes: it has none of the sections {', '.join(SECTIONS)}.")
+        _merge(recipes, own)
+    return recipes
+
+
+def resolve(recipes: Recipes, *, model: str, mode: str, platform: str, precision: str) -> dict[str, Any]:
+    """The values for one run.
+
+    Raises:
+        UserError: there is no such model, mode, platform or precision; the sentence names the nearest.
+    """
+    by_platform = _pick(recipes["models"], model, "model")
+    by_precision = _pick(by_platform, platform, f"platform for {model}")
+    return {
+        **_pick(recipes["precision"], precision, "precision"),
+        **recipes["platform"].get(platform, {}),
+        **_pick(by_precision, precision, f"precision for {model} on {platform}"),
+        **_pick(recipes["mode"], mode, "mode"),
+        **recipes["model_mode"].get(model, {}).get(mode, {}),
+        "arch": model,
+    }
+
+
+def nearest(name: str, known: Iterable[str]) -> str:
+    """The known names closest to ``name``, or all if none is close."""
+    known = list(known)
+    return ", ".join(difflib.get_close_matches(name, known, n=3, cutoff=0.5) or known)
+
+
+def _pick(values: dict[str, Any], name: str, what: str) -> dict[str, Any]:
+    if name not in values:
+        raise UserError(f"there is no {what} '{name}' in the recipes; did you mean: {nearest(name, values)}?")
+    return values[name] or {}
+
+
+def _read(text: str, source: str) -> Recipes:
+    try:
+        content = yaml.safe_load(text)
+    except yaml.YAMLError as error:
+        raise UserError(f"{source} is no YAML: {' '.join(str(error).split())}; correct it.") from error
+    if not isinstance(content, dict):
+        raise UserError(f"{source} holds no recipes: it has none of the sections {', '.join(SECTIONS)}.")
+    sections = {section: content.get(section) or {} for section in SECTIONS}
+    if not all(isinstance(section, dict) for section in sections.values()):
+        raise UserError(f"{source}: each of the sections {', '.join(SECTIONS)} is a mapping from names to values.")
+    return sections
+
+
+def _merge(base: dict[str, Any], own: dict[str, Any]) -> None:
+    for name, value in own.items():
+        if isinstance(value, dict) and isinstance(base.get(name), dict):
+            base[name] = dict(base[name])  # a YAML alias is one object in several places
+            _merge(base[name], value)
+        else:
+            base[name] = value

@@ -1,0 +1,89 @@
+"""Binding a process to the CPU cores next to its GPU, so that images don't cross between sockets on their way."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+
+MODES = (
+    "none",
+    "socket",
+    "socket_single",
+    "socket_single_unique",
+    "socket_unique_interleaved",
+    "socket_unique_contiguous",
+)
+_CPUS = Path("/sys/devices/system/cpu")
+_PCI = Path("/sys/bus/pci/devices")
+
+
+def bind_to_gpu(mode: str, gpu: int) -> str:
+    """Bind this process, and those it will start, to cores near its GPU; returns what was done, for people.
+
+    Args:
+        mode: one of ``MODES``, see ``choose_cores``.
+        gpu: number of the GPU.
+    """
+    if not torch.cuda.is_available() or not hasattr(os, "sched_setaffinity"):
+        return "no GPU with cores of its own here: the process may use all"
+    allowed = os.sched_getaffinity(0)
+    near = [_cores_near(index) & allowed or allowed for index in range(torch.cuda.device_count())]
+    cores = choose_cores(mode, gpu, near, {core: _first_sibling(core) for core in allowed})
+    os.sched_setaffinity(0, cores)
+    return f"cores {', '.join(map(str, sorted(cores)))}"
+
+
+def choose_cores(mode: str, gpu: int, near: Sequence[set[int]], first_sibling: dict[int, int]) -> set[int]:
+    """The cores for the process of one GPU.
+
+    "socket" is all cores near the GPU; "socket_single" the first of them; "socket_single_unique" one that no other GPU's
+    process has; "socket_unique_interleaved" and "socket_unique_contiguous" deal the physical cores of a socket out to its
+    GPUs, in turn or in blocks, each with its hardware threads.
+
+    Args:
+        mode: one of ``MODES`` but "none".
+        gpu: number of the GPU.
+        near: for each GPU, the cores of its socket.
+        first_sibling: for each core, the first hardware thread of the same physical core.
+    """
+    socket = near[gpu]
+    if mode == "socket":
+        return set(socket)
+    physical = sorted({first_sibling[core] for core in socket})
+    if mode == "socket_single":
+        return {physical[0]}
+    neighbours = [index for index, cores in enumerate(near) if cores == socket]
+    place, sharing = neighbours.index(gpu), len(neighbours)
+    if mode == "socket_single_unique":
+        return {physical[place % len(physical)]}
+    if mode == "socket_unique_interleaved":
+        mine = physical[place % len(physical) :: sharing]
+    else:
+        block = max(1, len(physical) // sharing)
+        start = place * block % len(physical)
+        mine = physical[start : start + block]
+    return {core for core in socket if first_sibling[core] in mine}
+
+
+def _cores_near(gpu: int) -> set[int]:
+    properties: Any = torch.cuda.get_device_properties(gpu)
+    if not hasattr(properties, "pci_bus_id"):  # an older torch does not know the address
+        return set()
+    address = f"{properties.pci_domain_id:04x}:{properties.pci_bus_id:02x}:{properties.pci_device_id:02x}.0"
+    return _read_list(_PCI / address / "local_cpulist")
+
+
+def _first_sibling(core: int) -> int:
+    return min(_read_list(_CPUS / f"cpu{core}" / "topology" / "thread_siblings_list") or {core})
+
+
+def _read_list(path: Path) -> set[int]:
+    """The numbers of a kernel list such as 0-3,8; none if there is no such file."""
+    if not path.is_file():
+        return set()
+    ranges = [part.partition("-") for part in path.read_text().strip().split(",") if part]
+    return {core for first, _, last in ranges for core in range(int(first), int(last or first) + 1)}

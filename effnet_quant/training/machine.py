@@ -1,0 +1,55 @@
+"""What a speed was measured on."""
+
+from __future__ import annotations
+
+import os
+import platform
+import subprocess
+from pathlib import Path
+from typing import Any
+
+import torch
+
+import effnet_quant
+
+
+def describe_machine(processes: int = 1) -> dict[str, Any]:
+    """Device, processor, library versions and commit, as plain values; what can't be found out is None.
+
+    Args:
+        processes: of the job.
+    """
+    on_gpu = torch.cuda.is_available()
+    return {
+        "device": torch.cuda.get_device_name() if on_gpu else "CPU",
+        "devices": torch.cuda.device_count() if on_gpu else 0,
+        "driver": _output("nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader") if on_gpu else None,
+        "cuda": torch.version.cuda if on_gpu else None,
+        "cudnn": torch.backends.cudnn.version() if on_gpu else None,
+        "processor": _processor(),
+        "cores": os.cpu_count(),
+        "threads": torch.get_num_threads(),
+        "processes": processes,
+        "python": platform.python_version(),
+        "torch": str(torch.__version__),
+        "effnet_quant": effnet_quant.__version__,
+        "commit": _output("git", "-C", str(Path(__file__).parent), "rev-parse", "HEAD"),
+    }
+
+
+def _processor() -> str:
+    information = Path("/proc/cpuinfo")
+    if information.is_file():
+        for line in information.read_text().splitlines():
+            if line.startswith("model name"):
+                return line.partition(":")[2].strip()
+    return platform.processor() or platform.machine()
+
+
+def _output(*command: str) -> str | None:
+    """The first line a command prints, None if it is not there or fails."""
+    try:
+        result = subprocess.run(command, capture_output=True, text=True, timeout=20, check=True)
+    except (OSError, subprocess.SubprocessError):
+        return None
+    return next(iter(result.stdout.splitlines()), None)

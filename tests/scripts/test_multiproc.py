@@ -1,0 +1,211 @@
+"""multiproc.py: several processes give what one would, and say what went wrong in any of them."""
+
+from __future__ import annotations
+
+import json
+import re
+import shlex
+import signal
+import socket
+import textwrap
+import threading
+import time
+
+import pytest
+import torch
+
+# the larger the batches, the less a value's rounding matters to BatchNorm over it
+RUN = shlex.split(
+    "digits --num-classes 10 --image-size 32 --data-backend pytorch -j 0 --epochs 1 --lr 0.01 --seed 3 --dropout 0 "
+    "--training-only -b 8"
+)
+FLOAT = ["--arch", "efficientnet-b0", *RUN]
+TOGETHER = ["--nproc_per_node", 2]
+
+
+@pytest.fixture
+def script(tmp_path):
+    """Writes a small script and returns its path."""
+
+    def write(text):
+        path = tmp_path / "script.py"
+        path.write_text(textwrap.dedent(text))
+        return path
+
+    return write
+
+
+def train_loss(workspace):
+    (line,) = (workspace / "experiment_raport.json").read_text().splitlines()
+    return json.loads(line)["data"]["train.loss"]
+
+
+def compare_with_accumulation(run_process, run_script, tmp_path, script, arguments, steps):
+    """Two processes against one that adds up the gradients of the same two batches, so that BatchNorm sees the same."""
+    one, two = tmp_path / "one", tmp_path / "two"
+    result = run_process(
+        "multiproc.py", *TOGETHER, script, *arguments, "--prof", steps, "--workspace", two, cwd=tmp_path
+    )
+    assert result.code == 0, result.err
+    accumulate = ["--optimizer-batch-size", 16, "--prof", 2 * steps]
+    result = run_script(script.name, *arguments, *accumulate, "--workspace", one)
+    assert result.code == 0, result.err
+    assert train_loss(two) == pytest.approx(train_loss(one), abs=1e-4)
+    states = [torch.load(folder / "checkpoint.pth.tar", weights_only=True) for folder in (one, two)]
+    assert [state["step"] for state in states] == [steps, steps]
+    for name, tensor in states[0]["state_dict"].items():
+        if "running" not in name and "num_batches" not in name and "output._" not in name:
+            torch.testing.assert_close(states[1]["state_dict"][name], tensor, rtol=1e-3, atol=1e-4, msg=name)
+
+
+def test_main_in_two_processes_is_one_with_the_doubled_batch(run_process, run_script, repository, tmp_path):
+    compare_with_accumulation(run_process, run_script, tmp_path, repository / "main.py", FLOAT, 2)
+    assert len(list((tmp_path / "multiproc_logs").glob("*/attempt_0/1/stdout.log"))) == 1
+    # process 1 wrote nothing but its log
+    assert sorted(path.name for path in (tmp_path / "two").iterdir()) == [
+        "checkpoint.pth.tar",
+        "experiment_raport.json",
+    ]
+
+
+@pytest.mark.slow
+def test_quant_main_in_two_processes_is_one_with_the_doubled_batch(run_process, run_script, repository, tmp_path):
+    start = ["--training-only", "--epochs", 1, "--prof", 1, "--workspace", tmp_path / "float"]
+    result = run_script("main.py", *FLOAT, *start)
+    assert result.code == 0, result.err
+    weights = ["--pretrained-from-file", tmp_path / "float" / "checkpoint.pth.tar", "--calibration-images", 16]
+    calibrated = tmp_path / "calibrated"
+    arguments = ["--arch", "efficientnet-quant-b0", *RUN]
+    result = run_script("quant_main.py", *arguments, *weights, "--epochs", 0, "--workspace", calibrated)
+    assert result.code == 0, result.err
+    weights[1] = calibrated / "checkpoint.pth.tar"
+    compare_with_accumulation(
+        run_process, run_script, tmp_path, repository / "quant_main.py", [*arguments, *weights], 2
+    )
+
+
+@pytest.mark.slow
+def test_two_machines_on_loopback(start_process, run_script, repository, tmp_path):
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    workspace = tmp_path / "workspace"
+    nodes = [
+        start_process(
+            "multiproc.py", "--nnodes", 2, "--node_rank", rank, "--master_addr", "127.0.0.1", "--master_port", port,
+            "--nproc_per_node", 1, repository / "main.py", *FLOAT, "--prof", 2, "--workspace", workspace,
+            cwd=tmp_path,
+        )
+        for rank in range(2)
+    ]  # fmt: skip
+    outputs = [node.communicate(timeout=200) for node in nodes]
+    assert [node.returncode for node in nodes] == [0, 0], outputs
+    assert "train.loss" in outputs[0][0]
+    assert outputs[1][0] == ""
+    result = run_script("main.py", *FLOAT, "--optimizer-batch-size", 16, "--prof", 4, "--workspace", tmp_path / "one")
+    assert result.code == 0
+    assert train_loss(workspace) == pytest.approx(train_loss(tmp_path / "one"), abs=1e-4)
+
+
+def test_a_process_that_dies_ends_the_job_with_its_own_error(run_process, script, tmp_path):
+    path = script(
+        """
+        import os, sys, time
+        if os.environ["RANK"] == "1":
+            print("error: image 7 is damaged", file=sys.stderr)
+            sys.exit(2)
+        time.sleep(60)
+        """
+    )
+    start = time.monotonic()
+    result = run_process("multiproc.py", *TOGETHER, path, cwd=tmp_path)
+    assert time.monotonic() - start < 40
+    assert result.code == 2
+    assert "process 1 ended with status 2; the job has ended" in result.err
+    assert "  error: image 7 is damaged" in result.err
+
+
+def test_the_cause_is_told_from_its_consequences(run_process, repository, script, tmp_path):
+    # process 0 loses its peer while it waits for it, and may be found dead first
+    path = script(
+        f"""
+        import os, sys
+        sys.path.insert(0, {str(repository)!r})
+        import torch
+        from effnet_quant.cli.process import run
+        from effnet_quant.training.distributed import joined_world
+
+        def job(arguments):
+            with joined_world() as world:
+                world.wait()
+                if world.rank == 1:
+                    os.kill(os.getpid(), 9)
+                world.sum(torch.ones(3))
+            return 0
+
+        run(job)
+        """
+    )
+    result = run_process("multiproc.py", *TOGETHER, path, cwd=tmp_path)
+    assert result.code == 128 + signal.SIGKILL
+    assert "process 1 was killed by SIGKILL" in result.err
+    assert "Traceback" not in result.err
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1])
+def test_signals_reach_every_process(start_process, script, tmp_path, number):
+    path = script(
+        """
+        import os, signal, sys, time
+        def handler(number, frame):
+            open("seen" + os.environ["RANK"], "w").write(str(number))
+            sys.exit(128 + number)
+        for number in (signal.SIGTERM, signal.SIGUSR1):
+            signal.signal(number, handler)
+        if os.environ["RANK"] == "0":
+            while not os.path.exists("ready1"):
+                time.sleep(0.05)
+            print("ready", flush=True)
+        else:
+            open("ready1", "w").close()
+        time.sleep(60)
+        """
+    )
+    with start_process("multiproc.py", *TOGETHER, path, cwd=tmp_path) as process:
+        guard = threading.Timer(60, process.kill)
+        guard.start()
+        assert process.stdout.readline() == "ready\n"
+        process.send_signal(number)
+        process.communicate()
+        guard.cancel()
+    assert process.returncode == 128 + number
+    assert [(tmp_path / f"seen{rank}").read_text() for rank in range(2)] == [str(int(number))] * 2
+
+
+def test_processes_start_again_as_often_as_allowed(run_process, script, tmp_path):
+    path = script(
+        """
+        import os, sys
+        count = os.environ["TORCHELASTIC_RESTART_COUNT"]
+        if os.environ["RANK"] == "0":
+            print("start", count, flush=True)
+        sys.exit(0 if count == "1" else 5)
+        """
+    )
+    result = run_process("multiproc.py", *TOGETHER, "--max_restarts", 1, path, cwd=tmp_path)
+    assert (result.code, result.out) == (0, "start 0\nstart 1\n")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "says"),
+    [
+        (["nowhere.py"], r"there is no script nowhere\.py"),
+        (["--nproc_per_node", "0", "main.py"], "--nproc_per_node must be at least 1, not 0"),
+        (["--nnodes", "two", "main.py"], "--nnodes is a number or MIN:MAX, not 'two'"),
+    ],
+)
+def test_bad_command_lines(run_script, repository, monkeypatch, arguments, says):
+    monkeypatch.chdir(repository)
+    result = run_script("multiproc.py", *arguments)
+    assert result.code == 2
+    assert re.search(says, result.error_lines[0])
