@@ -8,7 +8,9 @@ import torch
 
 from effnet_quant.data.dali import DaliLoader
 from effnet_quant.data.loaders import Loader
+from effnet_quant.data.shards import ShardSource
 from effnet_quant.data.sources import ImageSource
+from effnet_quant.data.streaming import ShardLoader
 from effnet_quant.data.transforms import EvaluationTransform, TrainingTransform
 from effnet_quant.errors import UserError
 
@@ -36,6 +38,10 @@ def open_loader(
     """
     if backend == "dali-gpu" and device.type != "cuda":
         raise UserError("--data-backend dali-gpu needs an NVIDIA GPU, and there is none; use dali-cpu or pytorch.")
+    if isinstance(source, ShardSource):
+        if backend.startswith("dali"):
+            raise UserError(f"--data-backend {backend} reads no shards; use --data-backend pytorch.")
+        return ShardLoader(source, transform, batch_size, **options)
     if backend.startswith("dali"):
         return DaliLoader(
             source, transform, batch_size, device if backend == "dali-gpu" else torch.device("cpu"), **options

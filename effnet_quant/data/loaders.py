@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import atexit
 import gc
 import multiprocessing
 import os
 import signal
-import weakref
+import threading
 from collections.abc import Iterator
 from typing import Any
 
@@ -86,7 +85,6 @@ class Loader:
         self._keys = _Keys()
         self._at = torch.empty(0, 2, dtype=torch.int64)
         self._batches: DataLoader[_Item] | None = None
-        self._ends_at_exit = False
 
     def __len__(self) -> int:
         """Batches in an epoch."""
@@ -111,9 +109,6 @@ class Loader:
             self._batches = self._start()
         self._keys.start(self._order.batches(epoch, first_batch), mix(self._seed, epoch, -2))
         batches = iter(self._batches)
-        if self._workers and not self._ends_at_exit:
-            atexit.register(_end_workers, weakref.ref(batches))
-            self._ends_at_exit = True
         while True:
             try:
                 images, labels, bad = next(batches)
@@ -141,7 +136,7 @@ class Loader:
             prefetch_factor=self._prefetch if self._workers else None,
             persistent_workers=self._workers > 0,
             collate_fn=_unchanged,
-            worker_init_fn=_prepare_worker,
+            worker_init_fn=prepare_worker,
             # its workers' base seed; drawn from the global generator, it would shift the dropout of a resumed epoch
             generator=torch.Generator(),
             pin_memory=torch.cuda.is_available(),
@@ -231,18 +226,21 @@ def stack(images: list[Tensor], *, shared: bool) -> Tensor:
     return batch
 
 
-def _end_workers(batches: weakref.ref[Any]) -> None:
-    """End the workers that are left when the program ends: multiprocessing's SIGTERM, which they don't heed, would not."""
-    if (iterator := batches()) is not None:
-        iterator._shutdown_workers()
-
-
 def _unchanged(item: Any) -> Any:
     return item
 
 
-def _prepare_worker(worker: int) -> None:
-    # what asks a run to stop reaches the whole process group; the main process decides when its workers end
-    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1):
-        signal.signal(number, signal.SIG_IGN)
+def prepare_worker(worker: int) -> None:
+    """What a loader's worker process does first."""
+    # Ctrl-C and SIGTERM reach the whole process group; the main process decides when its workers end
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
+    threading.Thread(target=_end_when_told, args=(os.getppid(),), daemon=True).start()
     quiet_libjpeg()
+
+
+def _end_when_told(parent: int) -> None:
+    """Heed SIGTERM from the main process alone, which sends it when it ends, and then waits."""
+    while signal.sigwaitinfo({signal.SIGTERM}).si_pid != parent:
+        pass
+    os._exit(0)

@@ -142,7 +142,9 @@ def mistakes(stage, write_images):
             r"/file/below: Not a directory; choose another folder with --workspace",
         ),
         "image that is no image": Mistake(
-            "main.py", [spoiled, *FLOAT, "-j", 1], r"/spoiled/train/\w+/0\d\.jpg is not an image.*replace or remove it"
+            "main.py",
+            [spoiled, *FLOAT, "-j", 1, "--max-bad-images", 0],
+            r"/spoiled/train/\w+/0\d\.jpg is not an image.*replace or remove it",
         ),
     }
 
