@@ -36,9 +36,16 @@ class GraphWriter:
 
     def node(self, op_type: str, inputs: list[str], path: str, **attributes: Any) -> str:
         """Append a node with one output and return the output's name."""
+        return self.node_with_outputs(op_type, inputs, path, 1, **attributes)[0]
+
+    def node_with_outputs(
+        self, op_type: str, inputs: list[str], path: str, outputs: int, **attributes: Any
+    ) -> list[str]:
+        """Append a node and return the names of its outputs."""
         name = self._unique(f"{path}/{op_type}" if path else op_type)
-        self.nodes.append(helper.make_node(op_type, inputs, [name], name=name, **attributes))
-        return name
+        names = [name, *(self._unique(f"{name}.{index}") for index in range(1, outputs))]
+        self.nodes.append(helper.make_node(op_type, inputs, names, name=name, **attributes))
+        return names
 
     def quantized_activation(self, x: str, scale: float, zero_point: int, path: str) -> str:
         """QuantizeLinear and DequantizeLinear behind ``x``; the same pair on the same value is written once."""
@@ -73,6 +80,7 @@ class GraphWriter:
 
     def model(self, input_name: str, image_shape: tuple[int, int, int], output: str, opset: int) -> onnx.ModelProto:
         """The finished model, "input" (batch, C, H, W) to "logits" (batch, classes), with a dynamic batch."""
+        self._sort_nodes(output)
         for node in self.nodes:  # the graph's output takes its public name
             node.output[:] = ["logits" if name == output else name for name in node.output]
             node.input[:] = ["logits" if name == output else name for name in node.input]
@@ -84,6 +92,25 @@ class GraphWriter:
             [numpy_helper.from_array(value, name) for name, value in self.initializers.items()],
         )
         return helper.make_model(graph, opset_imports=[helper.make_opsetid("", opset)], ir_version=8)
+
+    def _sort_nodes(self, output: str) -> None:
+        """Put every node behind those it needs, and drop what the output does not need."""
+        producers = {name: node for node in self.nodes for name in node.output}
+        done: dict[str, onnx.NodeProto] = {}
+        needed: set[str] = set()
+        stack = [producers[output]] if output in producers else []
+        while stack:
+            node = stack[-1]
+            waiting = [producers[name] for name in reversed(node.input) if name in producers]
+            waiting = [producer for producer in waiting if producer.name not in done]
+            if waiting:
+                stack += waiting
+                continue
+            stack.pop()
+            done[node.name] = node
+            needed.update(node.input)
+        self.nodes = list(done.values())
+        self.initializers = {name: value for name, value in self.initializers.items() if name in needed}
 
     def _unique(self, name: str) -> str:
         candidate, count = name, 1

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-import math
+import operator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -15,16 +15,22 @@ from numpy.typing import NDArray
 from torch import Tensor, fx, nn
 
 from effnet_quant.deploy.graph import LARGEST_BIAS, GraphWriter
-from effnet_quant.deploy.operators import IDENTITIES, OPERATION_KINDS, OPERATIONS
-from effnet_quant.deploy.ranges import NeededRanges, affine_uint8
-from effnet_quant.deploy.tracing import FAKE_QUANTIZE, TRACKED_RANGE, TracedModel, module_path, trace
+from effnet_quant.deploy.operators import IDENTITIES, OPERATION_KINDS, OPERATIONS, Operation, shape_of
+from effnet_quant.deploy.ranges import NeededRanges
+from effnet_quant.deploy.rounding import round_before_activations
+from effnet_quant.deploy.tracing import FAKE_QUANTIZE, QUANTIZE_OUTPUT, TracedModel, module_path, trace
 from effnet_quant.errors import UserError
 from effnet_quant.files import replace_file
 from effnet_quant.models.weights import METADATA_KEY
+from effnet_quant.quantization.output_quantizer import affine_uint8
 from effnet_quant.quantization.targets import get_target
 
 aten = torch.ops.aten
 OPSET = 17
+SIZE_TYPES = (int, float, bool, torch.SymInt, torch.SymFloat, torch.SymBool)
+
+_CONVOLUTIONS = frozenset({aten.conv2d.default, aten.conv2d.padding, aten.conv1d.default})
+_LAYERS = _CONVOLUTIONS | {aten.linear.default}
 
 
 @dataclass
@@ -61,8 +67,9 @@ def export_onnx(
     """Write ``model`` as ONNX (opset 17): "input" (batch, 3, image_size, image_size) float32 -> "logits", any batch.
 
     BatchNorm is folded into the convolutions. A quantized model gets int8 weights and QDQ nodes where ``target`` wants
-    them; its ranges serve every target. For ONNX Runtime, outputs of convolutions get ranges too, so that they run as
-    integer kernels: what calibration saw there, less what the next quantizer could not tell apart (see ``ranges.py``).
+    them; its ranges serve every target. For ONNX Runtime, outputs of convolutions are quantized too, so that they run as
+    integer kernels: as the simulation does where calibration has been, else over the range that the next quantizer can
+    tell apart (see ``ranges.py``).
 
     Args:
         model: a float or calibrated quantized model; left untouched.
@@ -99,9 +106,9 @@ class _Exporter:
         self.writer = writer
         self.target = writer.target
         self.names: dict[fx.Node, str] = {}
+        self.parts: dict[fx.Node, list[str]] = {}  # of operations with several results
         self.input_scales: dict[str, float] = {}  # of values behind a quantizer
         self.integer_convolutions: set[str] = set()
-        self.tracked: dict[str, tuple[float, float]] = {}  # extremes of values that calibration has seen
 
     def run(self, image_size: int) -> onnx.ModelProto:
         self.names[self.traced.input] = "input"
@@ -109,39 +116,49 @@ class _Exporter:
             if node.op == "call_function":
                 self._emit(node)
         if self.target.quantized_outputs:
+            round_before_activations(self.writer)
             self._quantize_outputs()
         output = self.names[self.traced.output]
         return self.writer.model("input", (3, image_size, image_size), output, OPSET)
 
     def _emit(self, node: fx.Node) -> None:
         path = module_path(node)
-        if node.target is FAKE_QUANTIZE:
-            if node.args[0] not in self.traced.constants:  # quantized weights are written with their layer
-                self.names[node] = self._quantized_activation(node)
-        elif node.target in (aten.conv2d.default, aten.linear.default):
+        if node.target is FAKE_QUANTIZE and node.args[0] not in self.traced.constants:
+            self.names[node] = self._quantized_activation(node)
+        elif isinstance(node.meta.get("val"), SIZE_TYPES) or not node.users:
+            return  # a size, or a check of one: shapes are known when the graph is written
+        elif self.traced.fold_constant(node):
+            return
+        elif node.target in _LAYERS:
             self.names[node] = self._weighted(node, path)
-        elif node.target is aten.batch_norm.default:
-            source = _foldable(node)
-            if source is None:
-                raise UserError(f"{path}: a BatchNorm that does not follow a convolution can't be exported.")
-            self.names[node] = self.names[source]
-        elif node.target is TRACKED_RANGE:
-            self.names[node] = self.names[node.args[0]]  # type: ignore[index]
-            self.tracked[self.names[node]] = node.args[1:]  # type: ignore[assignment]
-        elif node.target in IDENTITIES:
-            self.names[node] = self.names[node.args[0]]  # type: ignore[index]
+        elif (folded_into := _foldable(node)) is not None:
+            self.names[node] = self.names[folded_into]
+        elif node.target is QUANTIZE_OUTPUT and self.target.quantized_outputs:
+            scale, zero_point = node.args[1:]
+            self.names[node] = self.writer.quantized_activation(self._tensor(node.args[0]), scale, zero_point, path)  # type: ignore[arg-type]
+        elif node.target in IDENTITIES or node.target is QUANTIZE_OUTPUT:
+            self.names[node] = self._tensor(node.args[0])
+        elif node.target is operator.getitem:
+            self.names[node] = self.parts[node.args[0]][node.args[1]]  # type: ignore[index]
         elif node.target in OPERATIONS:
-            inputs = [self.names[argument] for argument in node.all_input_nodes]
-            if node.target in (aten.add.Tensor, aten.mul.Tensor):  # x + x names its input twice
-                inputs = [self.names[argument] for argument in node.args if isinstance(argument, fx.Node)]
-            self.names[node] = OPERATIONS[node.target](self.writer, inputs, node, path)
+            written = OPERATIONS[node.target](Operation(self.writer, node, self._tensor, path))
+            if isinstance(written, list):
+                self.parts[node] = written
+            else:
+                self.names[node] = written
         else:
             raise UserError(f"{path or 'the model'}: the operation {node.target} can't be exported to ONNX yet.")
 
+    def _tensor(self, value: Any) -> str:
+        if not isinstance(value, fx.Node):
+            return self.writer.constant("number", np.array(value, np.float32))
+        if value not in self.names and value in self.traced.constants:
+            self.names[value] = self.writer.constant(value.name, self.traced.constants[value].numpy())
+        return self.names[value]
+
     def _quantized_activation(self, node: fx.Node) -> str:
-        source = self.names[node.args[0]]  # type: ignore[index]
-        kinds = {OPERATION_KINDS.get(user.target) for user in node.users}
-        if not kinds & self.target.quantized_inputs:
+        source = self._tensor(node.args[0])
+        if not _consumer_kinds(node) & self.target.quantized_inputs:
             return source
         scale = float(self._constant(node.args[1]))
         zero_point = 128 if self.target.activation_dtype == "uint8" else 0
@@ -154,27 +171,35 @@ class _Exporter:
         normalisation = next((user for user in node.users if _foldable(user) is node), None)
         if normalisation is not None:
             layer.fold(*self._batch_norm(normalisation))
-        x = self.names[node.args[0]]  # type: ignore[index]
-        names = [x, *self._weight_and_bias(layer, self.input_scales.get(x), path)]
         if node.target is aten.linear.default:
-            return self.writer.node("Gemm", names, path, transB=1)
-        given: list[Any] = list(node.args[3:])
-        stride, padding, dilation, groups = given + [1, 0, 1, 1][len(given) :]
-        if isinstance(padding, str):
-            raise UserError(f"{path}: padding={padding!r} can't be exported; give the padding as numbers.")
+            x = self._tensor(node.args[0])
+            names = [x, *self._weight_and_bias(layer, self.input_scales.get(x), path)]
+            if len(shape_of(node)) == 2:
+                return self.writer.node("Gemm", names, path, transB=1)
+            return self._linear_over_last_dimension(names, path)
+        source, padding = _spatial_padding(node)
+        x = self._tensor(source)
+        names = [x, *self._weight_and_bias(layer, self.input_scales.get(x), path)]
+        operation = Operation(self.writer, node, self._tensor, path)
         name = self.writer.node(
             "Conv",
             names,
             path,
             kernel_shape=layer.weight.shape[2:],
-            strides=_pair(stride),
-            pads=_pair(padding) * 2,
-            dilations=_pair(dilation),
-            group=groups,
+            strides=_per_dimension(operation["stride"], layer.weight.ndim - 2),
+            pads=padding,
+            dilations=_per_dimension(operation["dilation"], layer.weight.ndim - 2),
+            group=operation["groups"],
         )
         if layer.scale is not None and x in self.input_scales:
             self.integer_convolutions.add(name)
         return name
+
+    def _linear_over_last_dimension(self, names: list[str], path: str) -> str:
+        """A linear layer on more than two dimensions: Gemm takes matrices only."""
+        weight = self.writer.node("Transpose", [names[1]], path, perm=[1, 0])
+        product = self.writer.node("MatMul", [names[0], weight], path)
+        return self.writer.node("Add", [product, names[2]], path) if len(names) > 2 else product
 
     def _weight_and_bias(self, layer: _Layer, input_scale: float | None, path: str) -> list[str]:
         bias = layer.bias
@@ -194,7 +219,7 @@ class _Exporter:
         bias_node = node.args[2] if len(node.args) > 2 else None
         bias = None if bias_node is None else self._constant(bias_node).float().numpy()
         assert isinstance(weight_node, fx.Node)
-        if weight_node in self.traced.constants:
+        if weight_node.target is not FAKE_QUANTIZE:
             return _Layer(self._constant(weight_node).float().numpy(), bias, None)
         weight, scale = self._constant(weight_node.args[0]).float(), self._constant(weight_node.args[1]).float()
         low, high = weight_node.args[2:]
@@ -214,7 +239,8 @@ class _Exporter:
         return self.traced.constants[argument]
 
     def _quantize_outputs(self) -> None:
-        """Put QDQ behind integer convolutions whose output is not quantized yet."""
+        """Put QDQ behind integer convolutions whose output is not quantized: where calibration has not been, as with
+        NVIDIA's published weights, and for rounding that the simulation does before the activation."""
         writer = self.writer
         ranges = NeededRanges(writer.nodes, writer.initializers)
         for layer in [node for node in writer.nodes if node.name in self.integer_convolutions]:
@@ -222,20 +248,50 @@ class _Exporter:
             consumers = [node for node in writer.nodes if value in node.input]
             if len(consumers) == 1 and consumers[0].op_type == "QuantizeLinear":
                 continue
-            needed, tracked = ranges.of(value), self.tracked.get(value)
-            if needed is None and tracked is None:
+            needed = ranges.of(value)
+            if needed is None:
                 continue  # stays a float convolution on dequantized inputs
-            low, high = tracked or (-math.inf, math.inf)
-            if needed is not None:
-                low, high = max(low, needed.low), min(high, needed.high)
-            scale, zero_point = affine_uint8(low, high)
+            scale, zero_point = affine_uint8(needed.low, needed.high)
             replacement = writer.quantized_activation(value, scale, zero_point, f"{layer.name}.output")
             for node in consumers:
                 node.input[:] = [replacement if name == value else name for name in node.input]
-            pair = writer.nodes[-2:]
-            del writer.nodes[-2:]
-            position = writer.nodes.index(layer) + 1
-            writer.nodes[position:position] = pair
+
+
+def _consumer_kinds(node: fx.Node) -> set[str]:
+    """What the operations behind a quantizer count as; padding and operations that do nothing are looked through."""
+    kinds: set[str] = set()
+    for user in node.users:
+        if user.target in IDENTITIES or user.target in (aten.pad.default, aten.constant_pad_nd.default):
+            kinds |= _consumer_kinds(user)
+        elif user.target in OPERATION_KINDS:
+            kinds.add(OPERATION_KINDS[user.target])
+    return kinds
+
+
+def _spatial_padding(node: fx.Node) -> tuple[fx.Node, list[int]]:
+    """A convolution's input and its padding as ONNX lists it (all begins, all ends), zeros padded before it included."""
+    convolution = Operation(None, node, str, module_path(node))  # type: ignore[arg-type]
+    source, padding = node.args[0], convolution["padding"]
+    kernel = [int(size) for size in shape_of(node.args[1])[2:]]
+    dims = len(kernel)
+    if padding in ("same", "valid"):
+        dilation = _per_dimension(convolution["dilation"], dims)
+        totals = [(size - 1) * step * (padding == "same") for size, step in zip(kernel, dilation, strict=True)]
+        begins = [total // 2 for total in totals]
+        ends = [total - begin for total, begin in zip(totals, begins, strict=True)]
+    else:
+        begins, ends = _per_dimension(padding, dims), _per_dimension(padding, dims)
+    assert isinstance(source, fx.Node)
+    if source.target in (aten.pad.default, aten.constant_pad_nd.default):
+        pad = Operation(None, source, str, "")  # type: ignore[arg-type]
+        amounts = list(pad["pad"])
+        constant = source.target is aten.constant_pad_nd.default or pad["mode"] == "constant"
+        if constant and not pad["value"] and len(amounts) == 2 * dims and min(amounts) >= 0:
+            for index in range(dims):  # PyTorch lists the last dimension first
+                begins[dims - 1 - index] += amounts[2 * index]
+                ends[dims - 1 - index] += amounts[2 * index + 1]
+            return source.args[0], [*begins, *ends]  # type: ignore[return-value]
+    return source, [*begins, *ends]
 
 
 def _foldable(node: fx.Node) -> fx.Node | None:
@@ -243,7 +299,7 @@ def _foldable(node: fx.Node) -> fx.Node | None:
     if node.target is not aten.batch_norm.default or node.args[5]:
         return None
     source = node.args[0]
-    if isinstance(source, fx.Node) and source.target is aten.conv2d.default and len(source.users) == 1:
+    if isinstance(source, fx.Node) and source.target in _CONVOLUTIONS and len(source.users) == 1:
         return source
     return None
 
@@ -264,5 +320,6 @@ def _widen_scale_for_bias(layer: _Layer, input_scale: float) -> None:
     layer.scale = wider
 
 
-def _pair(value: Any) -> list[int]:
-    return [value, value] if isinstance(value, int) else [*value, *value][:2]
+def _per_dimension(value: Any, dims: int) -> list[int]:
+    values = [value] if isinstance(value, int) else list(value)
+    return (values * dims)[:dims]

@@ -4,8 +4,8 @@ ONNX Runtime's integer convolution writes 8-bit integers, so it needs a range fo
 none: there the activation comes first, then the quantizer. What follows tells a range. A quantizer saturates, and a
 sigmoid, SiLU or addition in between can be inverted: outside of the interval found here, every value leads to the same
 integer at the next quantizer as the interval's nearer end. Quantizing over that interval clips nothing that could be told
-apart, for any weights and any data. It may be wider than the values that occur, so the exporter intersects it with the
-extremes that calibration saw, where it did.
+apart, for any weights and any data. It is what serves weights that were calibrated elsewhere, without ranges for these
+outputs; ours bring them (see OutputQuantizer).
 """
 
 from __future__ import annotations
@@ -19,8 +19,6 @@ import onnx
 
 # SiLU falls from 0 to its minimum at this abscissa and rises from there on.
 SILU_MINIMUM_AT = -1.2784645427610738
-# A value that is always zero still needs a scale that is a normal float32.
-SMALLEST_SCALE = 2.0**-110
 
 
 class Needed(NamedTuple):
@@ -29,13 +27,6 @@ class Needed(NamedTuple):
     low: float
     high: float
     step: float
-
-
-def affine_uint8(low: float, high: float) -> tuple[float, int]:
-    """Scale and zero point of the uint8 grid that covers [low, high] and zero."""
-    low, high = min(low, 0.0), max(high, 0.0)
-    scale = max(float(np.float32((high - low) / 255)), SMALLEST_SCALE)
-    return scale, min(255, max(0, round(-low / scale)))
 
 
 class NeededRanges:

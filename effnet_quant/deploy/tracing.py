@@ -9,8 +9,8 @@ from torch import Tensor, fx, nn
 
 from effnet_quant.errors import UserError
 from effnet_quant.quantization.insertion import quantizers
+from effnet_quant.quantization.output_quantizer import OutputQuantizer
 from effnet_quant.quantization.quantizer import TensorQuantizer
-from effnet_quant.quantization.range_tracker import RangeTracker
 
 
 @torch.library.custom_op("effnet_quant::fake_quantize", mutates_args=())
@@ -24,18 +24,18 @@ def _(x: Tensor, scale: Tensor, low: int, high: int) -> Tensor:
     return torch.empty_like(x)
 
 
-@torch.library.custom_op("effnet_quant::tracked_range", mutates_args=())
-def tracked_range_node(x: Tensor, low: float, high: float) -> Tensor:
-    """Marks a value whose range is known in a traced graph."""
-    return x.clone()
+@torch.library.custom_op("effnet_quant::quantize_output", mutates_args=())
+def quantize_output_node(x: Tensor, scale: float, zero_point: int) -> Tensor:
+    """Marks an OutputQuantizer in a traced graph; computes what it does."""
+    return (torch.clamp(torch.round(x / scale) + zero_point, 0, 255) - zero_point) * scale
 
 
-@tracked_range_node.register_fake
-def _(x: Tensor, low: float, high: float) -> Tensor:
+@quantize_output_node.register_fake
+def _(x: Tensor, scale: float, zero_point: int) -> Tensor:
     return torch.empty_like(x)
 
 
-TRACKED_RANGE = torch.ops.effnet_quant.tracked_range.default
+QUANTIZE_OUTPUT = torch.ops.effnet_quant.quantize_output.default
 FAKE_QUANTIZE = torch.ops.effnet_quant.fake_quantize.default
 
 
@@ -54,15 +54,15 @@ class _MarkedQuantizer(nn.Module):
         return fake_quantize_node(x, self.scale, low, high)
 
 
-class _MarkedRange(nn.Module):
-    """Stands in for a RangeTracker that has seen something."""
+class _MarkedOutput(nn.Module):
+    """Stands in for an OutputQuantizer that has a range."""
 
-    def __init__(self, low: float, high: float) -> None:
+    def __init__(self, scale: float, zero_point: int) -> None:
         super().__init__()
-        self.low, self.high = low, high
+        self.scale, self.zero_point = scale, zero_point
 
     def forward(self, x: Tensor) -> Tensor:
-        return tracked_range_node(x, self.low, self.high)
+        return quantize_output_node(x, self.scale, self.zero_point)
 
 
 class TracedModel:
@@ -70,7 +70,7 @@ class TracedModel:
 
     Attributes:
         nodes: the graph's nodes; each ``call_function`` node has an ATen overload or ``FAKE_QUANTIZE``
-            or ``TRACKED_RANGE`` as target.
+            or ``QUANTIZE_OUTPUT`` as target.
         constants: the value of every placeholder node but the input's, as float32 (or integer) CPU tensors.
         input: the placeholder of the images.
         output: the node that computes the logits.
@@ -93,6 +93,15 @@ class TracedModel:
         output_node = next(node for node in self.nodes if node.op == "output")
         self.output: fx.Node = output_node.args[0][0]
 
+    def fold_constant(self, node: fx.Node) -> bool:
+        """Compute ``node`` and count it among the constants, if it depends on no input; says whether it did."""
+        inputs = node.all_input_nodes
+        if not inputs or any(value not in self.constants for value in inputs):
+            return False
+        args, kwargs = fx.map_arg((node.args, node.kwargs), lambda value: self.constants[value])
+        self.constants[node] = node.target(*args, **kwargs)  # type: ignore[operator]
+        return True
+
 
 def trace(model: nn.Module, image_size: int, in_channels: int = 3) -> TracedModel:
     """Trace ``model`` on an image batch of dynamic size; the model itself is left untouched.
@@ -110,8 +119,8 @@ def trace(model: nn.Module, image_size: int, in_channels: int = 3) -> TracedMode
     for name, module in list(marked.named_modules()):
         if isinstance(module, TensorQuantizer):
             marked.set_submodule(name, _MarkedQuantizer(module) if module.enabled else nn.Identity())
-        elif isinstance(module, RangeTracker):
-            marked.set_submodule(name, nn.Identity() if module.range is None else _MarkedRange(*module.range))
+        elif isinstance(module, OutputQuantizer):
+            marked.set_submodule(name, nn.Identity() if module.grid is None else _MarkedOutput(*module.grid))
     images = torch.zeros(2, in_channels, image_size, image_size)
     batch = torch.export.Dim("batch", min=1)
     try:

@@ -30,7 +30,7 @@ class BasicBlock(nn.Module):
         self.conv2 = nn.Conv2d(channels, channels, 3, padding=1, bias=False)
         self.bn2 = nn.BatchNorm2d(channels, eps=bn_epsilon, momentum=bn_momentum)
         self.output = OutputPoint()
-        self.residual_quantizer = QuantPoint()
+        self.residual_quantizer = QuantPoint("add")
 
     def forward(self, x: Tensor) -> Tensor:
         out = F.relu(self.bn1(self.conv1(x)), inplace=True)

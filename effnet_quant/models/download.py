@@ -75,7 +75,7 @@ def _download(url: str, path: Path) -> bytes:
         raise UserError(f"can't download {url}: the server answers {error.code} {error.reason}; {way_out}.") from error
     except (OSError, http.client.HTTPException) as error:
         reason = getattr(error, "reason", None) or error
-        raise UserError(f"can't download {url}: {reason}; {way_out}.") from error
+        raise UserError(f"can't download {url}: {getattr(reason, 'strerror', None) or reason}; {way_out}.") from error
     if expected is not None and len(content) != expected:
         raise UserError(f"the download of {url} ended after {len(content):,} of {expected:,} bytes; {way_out}.")
     return bytes(content)

@@ -73,10 +73,10 @@ class MBConv(nn.Module):
         self.depsep = ConvBNAct(hidden, hidden, stage.kernel_size, stride=stage.stride, groups=hidden, **bn)
         squeezed = max(1, int((hidden if wide_se else stage.in_channels) * SQUEEZE_RATIO))
         self.se = SqueezeExcitation(hidden, squeezed, as_conv=se_as_conv)
-        self.proj = ConvBNAct(hidden, stage.out_channels, 1, activation=False, **bn)
         self.has_shortcut = stage.stride == 1 and stage.in_channels == stage.out_channels
+        self.proj = ConvBNAct(hidden, stage.out_channels, 1, activation=False, added=self.has_shortcut, **bn)
         if self.has_shortcut:
-            self.residual_quantizer = QuantPoint()
+            self.residual_quantizer = QuantPoint("add")
             self.stochastic_depth = StochasticDepth(drop_probability, "row")
 
     def forward(self, x: Tensor) -> Tensor:

@@ -15,7 +15,7 @@ from torch import nn
 from effnet_quant.errors import UserError
 from effnet_quant.models.download import fetch
 from effnet_quant.models.entry import InputSpec, ModelEntry
-from effnet_quant.models.weights import Weights
+from effnet_quant.models.weights import Weights, read_weights
 
 # Our options -> the libraries' keywords.
 _TIMM_KEYWORDS = {"dropout": "drop_rate", "survival_prob": "drop_path_rate", "in_channels": "in_chans"}
@@ -121,21 +121,13 @@ def _torchvision_entry(model: str) -> ModelEntry:
             tuple(_INCEPTION_STD if fixed else transform.std),
         ),
         weights_at=weights.url,
-        fetch_weights=partial(_torchvision_weights, model, weights),
+        fetch_weights=partial(_torchvision_weights, weights),
     )
 
 
-def _torchvision_weights(model: str, weights: Any) -> Weights:
-    from torchvision import models
-
-    fetch(weights.url)  # where torchvision looks for it
-    built = models.get_model(model, weights=weights, progress=False)
-    tensors = {
-        name: tensor
-        for name, tensor in built.state_dict().items()
-        if not name.startswith(("aux1.", "aux2.", "AuxLogits."))
-    }
-    return Weights(tensors, {"classes": list(weights.meta["categories"])}, f"torchvision's weights of {model}")
+def _torchvision_weights(weights: Any) -> Weights:
+    published = read_weights(fetch(weights.url))
+    return Weights(published.tensors, {"classes": list(weights.meta["categories"])}, published.source)
 
 
 def _build(

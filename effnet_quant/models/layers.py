@@ -11,18 +11,27 @@ class QuantPoint(nn.Identity):
 
     Convolutions and linear layers carry their quantizers themselves. Elementwise operations have no module of their own,
     so the definition marks their operands with a QuantPoint, and float and quantized networks stay one definition.
+
+    Args:
+        operation: what the operand goes into, "add" or "mul"; targets choose by it.
     """
+
+    def __init__(self, operation: str) -> None:
+        super().__init__()
+        self.operation = operation
 
 
 class OutputPoint(nn.Identity):
-    """Marks what a convolution (with its BatchNorm) puts out, before the activation; the identity.
+    """Marks what a convolution (with its BatchNorm) puts out where no quantizer follows at once; the identity.
 
-    NVIDIA's placement has no quantizer there, but some runtimes need the range of it for an integer convolution.
+    NVIDIA's placement has no quantizer there, but some runtimes need one for an integer convolution.
     """
 
 
 class ConvBNAct(nn.Sequential):
     """Convolution without bias, BatchNorm, and (unless ``activation`` is False) SiLU; children conv, bn, output, act.
+
+    ``added`` says that the result goes into an addition, where no quantizer follows the convolution.
 
     Padding is ``(kernel_size - 1) // 2`` on every side, as in NVIDIA's definition, so an even input of size n gives
     n / stride.
@@ -37,6 +46,7 @@ class ConvBNAct(nn.Sequential):
         stride: int = 1,
         groups: int = 1,
         activation: bool = True,
+        added: bool = False,
         bn_momentum: float = 0.01,
         bn_epsilon: float = 1e-3,
     ) -> None:
@@ -44,7 +54,8 @@ class ConvBNAct(nn.Sequential):
         padding = (kernel_size - 1) // 2
         self.conv = nn.Conv2d(in_channels, out_channels, kernel_size, stride, padding, groups=groups, bias=False)
         self.bn = nn.BatchNorm2d(out_channels, eps=bn_epsilon, momentum=bn_momentum)
-        self.output = OutputPoint()
+        if activation or added:
+            self.output = OutputPoint()
         if activation:
             self.act = nn.SiLU(inplace=True)
 
@@ -74,8 +85,8 @@ class SqueezeExcitation(nn.Module):
         self.squeeze_output = OutputPoint()
         self.expand_output = OutputPoint()
         self.act = nn.SiLU(inplace=True)
-        self.mul_a_quantizer = QuantPoint()
-        self.mul_b_quantizer = QuantPoint()
+        self.mul_a_quantizer = QuantPoint("mul")
+        self.mul_b_quantizer = QuantPoint("mul")
 
     def forward(self, x: Tensor) -> Tensor:
         gate = self.pooling(x)

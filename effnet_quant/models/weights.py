@@ -6,6 +6,7 @@ import io
 import json
 import pickle
 import re
+from collections import OrderedDict
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -22,6 +23,9 @@ from effnet_quant.files import replace_file
 METADATA_KEY = "effnet_quant"
 EMA_KEY = "state_dict_ema"  # in checkpoints, as in NVIDIA's
 _RANGE_SUFFIX = "_quantizer._amax"
+# In torchvision's published files: classifiers that only training from scratch needs, and layers' names of old
+_AUXILIARY_PREFIXES = ("aux1.", "aux2.", "AuxLogits.")
+_OLD_DENSENET = re.compile(r"(\.denselayer\d+\.(?:norm|conv))\.([12])(?=\.)")
 _TRACKED_SUFFIXES = ("._low", "._high")
 _COUNT_SUFFIX = "num_batches_tracked"  # weights from before PyTorch 0.4.1 have none, and nothing needs it
 
@@ -141,9 +145,9 @@ def load_weights(model: nn.Module, weights: Weights, *, new_classifier: bool = F
     """Load ``weights`` into ``model``, translating published names and shapes.
 
     Accepted are the prefixes ``module.`` and ``_orig_mod.``, EfficientNet's stages called ``layer1`` instead of
-    ``layers.0``, and squeeze-and-excitation weights as linear layers (out, in) or 1x1 convolutions (out, in, 1, 1). Float
-    weights fit a quantized model, whose ranges then stay unset, and quantized weights a float model, which drops the
-    ranges.
+    ``layers.0``, squeeze-and-excitation weights as linear layers (out, in) or 1x1 convolutions (out, in, 1, 1), and
+    torchvision's files with auxiliary classifiers, which are left out. Float weights fit a quantized model, whose ranges
+    then stay unset, and quantized weights a float model, which drops the ranges.
 
     Args:
         model: the network.
@@ -187,7 +191,10 @@ def load_weights(model: nn.Module, weights: Weights, *, new_classifier: bool = F
             )
             + "; check --arch."
         )
-    model.load_state_dict(given, strict=False)
+    tensors = OrderedDict(given)
+    # Versions of the modules that the names belong to; torchvision's MNASNets refuse a state dict without them.
+    tensors._metadata = getattr(own, "_metadata", None)  # type: ignore[attr-defined]
+    model.load_state_dict(tensors, strict=False)
     return not ranges or (bool(given_ranges) and all(bool(torch.isfinite(given[name]).all()) for name in ranges))
 
 
@@ -208,9 +215,10 @@ def _as_named_by(own: dict[str, Tensor], weights: Weights) -> dict[str, Tensor]:
         known = re.sub(r"^(?:module\.|_orig_mod\.)+", "", name)
         if stages:
             known = re.sub(r"^layer(\d+)\.", lambda match: f"layers.{int(match.group(1)) - 1}.", known)
+        known = _OLD_DENSENET.sub(r"\1\2", known)
         if known in own and tensor.shape != own[known].shape and _same_matrix(tensor, own[known]):
             tensor = tensor.reshape(own[known].shape)
-        if known in own or not known.endswith(_RANGE_SUFFIX):
+        if known in own or not (known.endswith(_RANGE_SUFFIX) or known.startswith(_AUXILIARY_PREFIXES)):
             given[known] = tensor
     return given
 

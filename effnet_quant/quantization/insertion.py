@@ -16,16 +16,18 @@ from effnet_quant.quantization.modules import (
     QuantConvSubclass,
     QuantLinear,
 )
+from effnet_quant.quantization.output_quantizer import OutputQuantizer
 from effnet_quant.quantization.placement import place_between_modules
 from effnet_quant.quantization.quantizer import TensorQuantizer
-from effnet_quant.quantization.range_tracker import RangeTracker
 from effnet_quant.quantization.spec import QuantSpec, resolve_spec
+from effnet_quant.quantization.targets import Target, get_target
 from effnet_quant.quantization.tracing import replace_forward, trace_operations
 
 
-def quantize(model: nn.Module, spec: str | QuantSpec = "w8a8") -> nn.Module:
+def quantize(model: nn.Module, spec: str | QuantSpec = "w8a8", *, target: str = "onnxruntime") -> nn.Module:
     """Place quantizers in ``model``, in place: on the inputs and weights of convolutions and linear layers, on the inputs
-    of average pooling and on every QuantPoint. OutputPoints get range trackers, for the engines that need them.
+    of average pooling and on every QuantPoint, where the target's rules want them. For a target whose convolutions write
+    integers, OutputPoints get an OutputQuantizer: in eval mode the simulation then rounds where the engine does.
 
     A model without such marks is traced (torch.fx), and the same places are found in its graph: the shortcut of an
     addition, both operands of a product, the inputs of a concatenation (with one range) and of functional pooling. It
@@ -38,26 +40,27 @@ def quantize(model: nn.Module, spec: str | QuantSpec = "w8a8") -> nn.Module:
     Args:
         model: any module with Conv2d, Linear or average pooling modules.
         spec: a preset's name or a QuantSpec.
+        target: the runtime to simulate, "onnxruntime", "openvino" or "tensorrt"; ``export_onnx`` takes the same name.
 
     Returns:
         The same model.
 
     Raises:
-        UserError: unknown preset, a model that is quantized already, or one with nothing to quantize.
+        UserError: unknown preset or target, a model that is quantized already, or one with nothing to quantize.
     """
-    resolved = resolve_spec(spec)
+    resolved, rules = resolve_spec(spec), get_target(target)
     if any(True for _ in quantizers(model)):
         raise UserError("the model is quantized already; create a float model to quantize it another way.")
     marked = any(isinstance(module, (QuantPoint, OutputPoint)) for module in model.modules())
-    _place(model, resolved)
+    _place(model, resolved, rules)
     if not any(True for _ in quantizers(model)):
         raise UserError("the model has no convolution, linear layer or pooling that could be quantized.")
     if not marked:
-        _place_on_graph(model, resolved)
+        _place_on_graph(model, resolved, rules)
     return model
 
 
-def _place_on_graph(model: nn.Module, spec: QuantSpec) -> None:
+def _place_on_graph(model: nn.Module, spec: QuantSpec, target: Target) -> None:
     graph, opaque = trace_operations(model)
     if graph is None:
         warnings.warn(
@@ -72,7 +75,7 @@ def _place_on_graph(model: nn.Module, spec: QuantSpec) -> None:
             "stay in float.",
             stacklevel=3,
         )
-    place_between_modules(model, graph, spec)
+    place_between_modules(model, graph, spec, target)
     replace_forward(model, graph)
 
 
@@ -83,24 +86,37 @@ def quantizers(model: nn.Module) -> Iterator[tuple[str, TensorQuantizer]]:
             yield name, module
 
 
-def _place(module: nn.Module, spec: QuantSpec) -> None:
+def _place(module: nn.Module, spec: QuantSpec, target: Target) -> None:
+    wanted = target.quantized_inputs
     for name, child in module.named_children():
         if isinstance(child, QuantPoint):
-            twin: nn.Module = TensorQuantizer(spec.activation)
+            if child.operation in wanted:
+                setattr(module, name, TensorQuantizer(spec.activation))
         elif isinstance(child, OutputPoint):
-            twin = RangeTracker()
+            if target.quantized_outputs:
+                setattr(module, name, OutputQuantizer().train(child.training))
         elif type(child) is nn.Conv2d:
-            twin = QuantConv2d.from_float(child, spec)
+            setattr(module, name, QuantConv2d.from_float(child, spec))
         elif type(child) is nn.Linear:
-            twin = QuantLinear.from_float(child, spec)
-        elif type(child) is nn.AdaptiveAvgPool2d:
-            twin = QuantAdaptiveAvgPool2d.from_float(child, spec)
-        elif type(child) is nn.AvgPool2d:
-            twin = QuantAvgPool2d.from_float(child, spec)
+            setattr(module, name, QuantLinear.from_float(child, spec))
+        elif type(child) is nn.AdaptiveAvgPool2d and "pool" in wanted:
+            setattr(module, name, QuantAdaptiveAvgPool2d.from_float(child, spec))
+        elif type(child) is nn.AvgPool2d and "pool" in wanted:
+            setattr(module, name, QuantAvgPool2d.from_float(child, spec))
         elif isinstance(child, nn.Conv2d):
             QuantConvSubclass.convert(child, spec)
-            continue
         else:
-            _place(child, spec)
-            continue
-        setattr(module, name, twin)
+            _place(child, spec, target)
+
+
+def simulate_target(model: nn.Module, target: str) -> nn.Module:
+    """Let a quantized model, in eval mode, round where the engine of ``target`` does; in place, returns the model.
+
+    Raises:
+        UserError: there is no such target.
+    """
+    rules = get_target(target)
+    for module in model.modules():
+        if isinstance(module, OutputQuantizer):
+            module.enabled = rules.quantized_outputs and module.range is not None
+    return model

@@ -11,39 +11,55 @@ from torch import fx, nn
 from torch.nn import functional as F
 from torch.nn.modules.batchnorm import _BatchNorm
 
+from effnet_quant.quantization.output_quantizer import OutputQuantizer
 from effnet_quant.quantization.quantizer import TensorQuantizer
-from effnet_quant.quantization.range_tracker import RangeTracker
 from effnet_quant.quantization.spec import QuantSpec
+from effnet_quant.quantization.targets import Target
 
 _ADD = {operator.add, operator.iadd, torch.add, "add", "add_"}
 _MUL = {operator.mul, operator.imul, torch.mul, "mul", "mul_"}
 _CAT = {torch.cat, torch.concat}
 _POOL = {F.adaptive_avg_pool2d, F.avg_pool2d, torch.mean, "mean"}
+# Activations that keep the order of values and clip only: rounding may come before or after them.
+_CLIPPING = {F.relu, F.relu_, torch.relu, torch.relu_, "relu", "relu_", F.relu6, F.hardtanh, torch.clamp, "clamp"}
+_CLIPPING_MODULES = (nn.ReLU, nn.ReLU6, nn.Hardtanh)
+# What only picks or moves values.
+_MOVING = {F.max_pool2d, torch.flatten, "flatten", "view", "reshape", "permute", "transpose", "contiguous", "chunk"}
+_MOVING |= {torch.chunk, torch.transpose, torch.permute, operator.getitem}
+_MOVING_MODULES = (nn.MaxPool2d, nn.Identity, nn.Dropout, nn.Flatten)
 
 
-def place_between_modules(model: nn.Module, graph: fx.Graph, spec: QuantSpec) -> None:
-    """Put quantizers on the edges of ``graph``, and range trackers behind its convolutions, as modules of ``model``.
+def place_between_modules(model: nn.Module, graph: fx.Graph, spec: QuantSpec, target: Target) -> None:
+    """Put quantizers on the edges of ``graph``, as modules of ``model``, where the target's rules want them.
 
     - Addition: the shortcut's operand; the one that comes from a convolution stays in float and fuses with it.
     - Product of two tensors (squeeze-and-excitation): both operands.
     - Concatenation: all inputs, with one range.
     - Functional average pooling and means: the input.
+    - Output of a convolution, for a target whose convolutions write integers: an OutputQuantizer, unless the next
+      quantizer on its way rounds it anyway.
     """
     placement = _Placement(model, graph, spec)
+    placement.split_activations()
+    wanted = target.quantized_inputs
     for node in list(graph.nodes):
         tensors = [argument for argument in node.args[:2] if isinstance(argument, fx.Node)]
-        if _is(node, _ADD) and len(tensors) == 2:
+        if _is(node, _ADD) and len(tensors) == 2 and "add" in wanted:
             shortcut = placement.shortcut(*tensors)
             placement.quantize_operand(node, shortcut, "residual_quantizer")
-        elif _is(node, _MUL) and len(tensors) == 2 and not any(map(placement.is_parameter, tensors)):
+        elif (
+            _is(node, _MUL) and len(tensors) == 2 and "mul" in wanted and not any(map(placement.is_parameter, tensors))
+        ):
             placement.quantize_operand(node, tensors[0], "mul_a_quantizer")
             placement.quantize_operand(node, tensors[1], "mul_b_quantizer")
-        elif _is(node, _CAT):
+        elif _is(node, _CAT) and "concat" in wanted:
             placement.quantize_concatenation(node)
-        elif _is(node, _POOL):
+        elif _is(node, _POOL) and "pool" in wanted:
             placement.quantize_operand(node, node.args[0], "pooling_quantizer")
-        elif placement.is_convolution(node):
-            placement.track_output(node)
+    if target.quantized_outputs:
+        for node in list(graph.nodes):
+            if placement.is_convolution(node):
+                placement.quantize_output(node)
     graph.lint()
 
 
@@ -58,17 +74,22 @@ class _Placement:
         self._model = model
         self._graph = graph
         self._spec = spec
+        self._constants: set[fx.Node] = set()
+        for node in graph.nodes:
+            inputs = node.all_input_nodes
+            if node.op == "get_attr" or (inputs and self._constants.issuperset(inputs)):
+                self._constants.add(node)
 
     def module(self, node: fx.Node) -> nn.Module | None:
         return self._model.get_submodule(str(node.target)) if node.op == "call_module" else None
 
     def is_convolution(self, node: fx.Node) -> bool:
-        return hasattr(self.module(node), "_weight_quantizer")
+        module = self.module(node)
+        return isinstance(module, nn.Conv2d) and hasattr(module, "_weight_quantizer")
 
     def is_parameter(self, node: fx.Node) -> bool:
         """Whether the value depends on no input: a product with a learned scale, say, is fused and stays in float."""
-        inputs = node.all_input_nodes
-        return node.op == "get_attr" or (bool(inputs) and all(self.is_parameter(value) for value in inputs))
+        return node in self._constants
 
     def shortcut(self, first: fx.Node, second: fx.Node) -> fx.Node:
         """The operand of an addition that does not come straight from a convolution (the first if neither or both do:
@@ -81,7 +102,7 @@ class _Placement:
             module = self.module(node)
             if self.is_convolution(node):
                 return True
-            passes = isinstance(module, (_BatchNorm, nn.Identity, nn.Dropout, RangeTracker)) or (
+            passes = isinstance(module, (_BatchNorm, nn.Identity, nn.Dropout, OutputQuantizer)) or (
                 module is not None and type(module).__name__ == "DropPath"
             )
             if not passes or not isinstance(node.args[0], fx.Node):
@@ -106,17 +127,47 @@ class _Placement:
             quantized = [self._graph.call_module(shared, (value,)) for value in inputs]
         node.args = (quantized, *node.args[1:])
 
-    def track_output(self, node: fx.Node) -> None:
-        """A range tracker behind the convolution, or behind the plain BatchNorm that alone uses it."""
-        user = next(iter(node.users), None)
-        if len(node.users) == 1 and user is not None and isinstance(self.module(user), _BatchNorm):
-            if type(self.module(user)) is not nn.BatchNorm2d:
-                return  # the activation is inside; what follows bounds the range
+    def split_activations(self) -> None:
+        """Take timm's BatchNorm-with-activation modules apart, so that a quantizer can sit in between: the BatchNorm
+        becomes a plain one, and the graph calls its children ``drop`` and ``act`` after it."""
+        for node in list(self._graph.nodes):
+            module = self.module(node)
+            if not isinstance(module, nn.BatchNorm2d) or not isinstance(getattr(module, "act", None), nn.Module):
+                continue
+            module.__class__ = nn.BatchNorm2d
+            value = node
+            for name in ("drop", "act"):
+                if not isinstance(getattr(module, name, None), (nn.Identity, type(None))):
+                    with self._graph.inserting_after(value):
+                        following = self._graph.call_module(f"{node.target}.{name}", (value,))
+                    value.replace_all_uses_with(following, delete_user_cb=lambda user, own=following: user is not own)
+                    value = following
+
+    def quantize_output(self, node: fx.Node) -> None:
+        """An OutputQuantizer behind the convolution, its BatchNorm and an activation that only clips; none where all
+        that follows is the quantizers of one value, or the model's output."""
+        value = self._follow(node, (nn.BatchNorm2d,), set())
+        value = self._follow(value, _CLIPPING_MODULES, _CLIPPING)
+        end = self._follow(value, _CLIPPING_MODULES + _MOVING_MODULES, _CLIPPING | _MOVING)
+        if all(self._quantizes(user) for user in end.users) or all(user.op == "output" for user in end.users):
+            return
+        quantizer = self._add_module(node, "output", OutputQuantizer)
+        with self._graph.inserting_after(value):
+            rounded = self._graph.call_module(quantizer, (value,))
+        value.replace_all_uses_with(rounded, delete_user_cb=lambda user: user is not rounded)
+
+    def _follow(self, node: fx.Node, modules: tuple[type[nn.Module], ...], functions: set[Any]) -> fx.Node:
+        """The last value on the only way from ``node`` through such modules and functions."""
+        while len(node.users) == 1:
+            user = next(iter(node.users))
+            if not (isinstance(self.module(user), modules) or _is(user, functions)):
+                break
             node = user
-        tracker = self._add_module(node, "output", RangeTracker)
-        with self._graph.inserting_after(node):
-            tracked = self._graph.call_module(tracker, (node,))
-        node.replace_all_uses_with(tracked, delete_user_cb=lambda other: other is not tracked)
+        return node
+
+    def _quantizes(self, node: fx.Node) -> bool:
+        module = self.module(node)
+        return isinstance(module, TensorQuantizer) or hasattr(module, "_input_quantizer")
 
     def _add_module(self, node: fx.Node, name: str, build: Callable[[], nn.Module]) -> str:
         """Add a module beside the node's own (in the module whose forward it belongs to); returns its path."""
@@ -130,5 +181,5 @@ class _Placement:
         unique, count = name, 1
         while hasattr(parent, unique):
             unique, count = f"{name}_{count}", count + 1
-        parent.add_module(unique, build().to(next(self._model.parameters()).device))
+        parent.add_module(unique, build().train(parent.training).to(next(self._model.parameters()).device))
         return f"{owner}.{unique}" if owner else unique

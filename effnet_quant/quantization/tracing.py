@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import inspect
 import types
 from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import fx, nn
@@ -57,10 +59,16 @@ def _untraceable(module: nn.Module, prefix: str, opaque: set[str]) -> set[str]:
             continue
         inner = {name.removeprefix(f"{path}.") for name in opaque if name.startswith(f"{path}.")}
         try:
-            _Tracer(inner).trace(child)
+            _Tracer(inner).trace(child, _defaults(child))
         except Exception:  # see above
             found |= _untraceable(child, f"{path}.", opaque) or {path}
     return found
+
+
+def _defaults(module: nn.Module) -> dict[str, Any]:
+    """The arguments of its forward that have defaults, which is how the model calls it as a rule."""
+    parameters = inspect.signature(module.forward).parameters.values()
+    return {parameter.name: parameter.default for parameter in parameters if parameter.default is not parameter.empty}
 
 
 def replace_forward(model: nn.Module, graph: fx.Graph) -> None:

@@ -6,7 +6,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from effnet_quant.deploy.ranges import NeededRanges, affine_uint8
+from effnet_quant.deploy.ranges import NeededRanges
+from effnet_quant.quantization.output_quantizer import affine_uint8
 
 node = onnx.helper.make_node
 

@@ -1,8 +1,12 @@
 """Networks of timm and torchvision under our names."""
 
 import dataclasses
+import hashlib
+import io
+import re
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 import timm
@@ -16,7 +20,9 @@ from effnet_quant.models.registry import get_entry
 from effnet_quant.models.weights import Weights, load_weights
 
 
-@pytest.mark.parametrize("name", ["timm:resnet18", "timm:mobilenetv3_small_050", "torchvision:squeezenet1_1"])
+@pytest.mark.parametrize(
+    "name", ["timm:resnet18", "timm:mobilenetv3_small_050", "torchvision:squeezenet1_1", "torchvision:mnasnet0_5"]
+)
 @torch.no_grad()
 def test_a_network_is_the_librarys_own(name: str) -> None:
     library, _, model = name.partition(":")
@@ -62,6 +68,33 @@ def test_torchvisions_own_normalisation_of_the_input_is_in_the_preprocessing_ins
     own = v2.functional.normalize(pixels, list(entry.input.mean), list(entry.input.std))
     torch.testing.assert_close(ours(own), theirs(imagenet), rtol=1e-4, atol=1e-5)
     assert isinstance(ours.train()(own), torch.Tensor)  # no auxiliary logits
+
+
+@pytest.mark.parametrize("model", ["googlenet", "mnasnet0_5", "densenet121"])
+@torch.no_grad()
+def test_torchvisions_published_weights_load(model: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Files as torchvision publishes them, from its cache: auxiliary classifiers, versions, names of old layers."""
+    monkeypatch.setenv("TORCH_HOME", str(tmp_path))
+    weights = torchvision.models.get_model_weights(model).DEFAULT
+    state = torchvision.models.get_model(model, weights=None).state_dict()
+    if model == "densenet121":  # of 2017
+        names = [name for name in state if not name.endswith("num_batches_tracked")]
+        state = {re.sub(r"(denselayer\d+\.(?:norm|conv))([12])", r"\1.\2", name): state[name] for name in names}
+    content = io.BytesIO()
+    torch.save(state, content)
+    (tmp_path / "hub/checkpoints").mkdir(parents=True)
+    path = tmp_path / "hub/checkpoints" / weights.url.rpartition("/")[2]
+    path.write_bytes(content.getvalue())
+    digest = hashlib.sha256(content.getvalue()).hexdigest()
+    path.with_name(f"{path.name}.sha256").write_text(digest)
+    ours = create_model(f"torchvision:{model}", pretrained=True)
+    theirs = torchvision.models.get_model(model, weights=weights)
+    images = torch.randn(2, 3, 64, 64)
+    if model == "googlenet":
+        theirs.transform_input = False
+    torch.testing.assert_close(ours.eval()(images), theirs.eval()(images), rtol=0, atol=0)
+    published = get_entry(f"torchvision:{model}").pretrained()
+    assert published.metadata["classes"][:2] == ["tench", "goldfish"]
 
 
 def test_own_names_starting_with_layer1_stay_as_they_are() -> None:

@@ -12,8 +12,8 @@ from effnet_quant.quantization.calibration.maximum import MaxObserver
 from effnet_quant.quantization.calibration.percentile import PercentileObserver
 from effnet_quant.quantization.insertion import quantizers
 from effnet_quant.quantization.modules import float_weight
+from effnet_quant.quantization.output_quantizer import OutputQuantizer
 from effnet_quant.quantization.quantizer import TensorQuantizer
-from effnet_quant.quantization.range_tracker import RangeTracker
 
 METHODS = ("max", "percentile")
 
@@ -85,22 +85,22 @@ def calibrate(
 
 @torch.no_grad()
 def track_outputs(model: nn.Module, batches: Iterable[Tensor], progress: Callable[[int], None] | None = None) -> None:
-    """Renew the range trackers of ``model`` in one pass over ``batches``; its quantizers stay as they are.
+    """Renew the ranges of convolution outputs (OutputQuantizer) in one pass over ``batches``; other ranges stay.
 
-    ``calibrate`` does this too; after training has moved the weights, this alone brings the trackers up to date. The
+    ``calibrate`` does this too; after training has moved the weights, this alone brings these ranges up to date. The
     model runs in eval mode and is returned to the mode it was in.
 
     Raises:
         UserError: there are no images.
     """
     modes = {module: module.training for module in model.modules()}
-    trackers = [module for module in model.modules() if isinstance(module, RangeTracker)]
+    trackers = [module for module in model.modules() if isinstance(module, OutputQuantizer)]
     device = next(model.parameters()).device
     images = 0
     try:
         model.eval()
         for tracker in trackers:
-            tracker.start()
+            tracker.start_tracking()
         for batch in batches:
             model(batch.to(device))
             images += len(batch)
@@ -108,7 +108,7 @@ def track_outputs(model: nn.Module, batches: Iterable[Tensor], progress: Callabl
                 progress(len(batch))
     finally:
         for tracker in trackers:
-            tracker.tracking = False
+            tracker.stop_tracking()
         for module, training in modes.items():
             module.training = training
     if images == 0:

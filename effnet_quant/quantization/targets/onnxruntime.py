@@ -10,7 +10,7 @@ from effnet_quant.quantization.targets.rules import Target
 ONNXRUNTIME = Target(
     name="onnxruntime",
     activation_dtype="uint8",
-    quantized_inputs=frozenset({"conv", "linear", "pool", "mul", "add"}),
+    quantized_inputs=frozenset({"conv", "linear", "pool", "mul", "add", "concat"}),
     quantized_outputs=True,
     quantized_bias=True,
 )

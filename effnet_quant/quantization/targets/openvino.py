@@ -9,7 +9,7 @@ from effnet_quant.quantization.targets.rules import Target
 OPENVINO = Target(
     name="openvino",
     activation_dtype="uint8",
-    quantized_inputs=frozenset({"conv", "linear", "pool", "mul", "add"}),
+    quantized_inputs=frozenset({"conv", "linear", "pool", "mul", "add", "concat"}),
     quantized_outputs=False,
     quantized_bias=False,
 )

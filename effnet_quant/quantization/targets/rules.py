@@ -13,7 +13,7 @@ class Target:
         name: as on the command line.
         activation_dtype: "int8" (zero point 0) or "uint8" (zero point 128): two encodings of the same symmetric grid.
         quantized_inputs: operations whose inputs carry QDQ where the model has quantizers there, out of "conv", "linear",
-            "pool", "mul" and "add"; quantizers elsewhere are left out of the graph.
+            "pool", "mul", "add" and "concat"; others stay in float.
         quantized_outputs: whether a convolution needs QDQ on its output too, to run as an integer kernel.
         quantized_bias: whether biases are written as int32 with scale s_input * s_weight, or stay float.
     """
