@@ -35,6 +35,7 @@ from effnet_quant.training.distributed import World, joined_world
 from effnet_quant.training.machine import describe_machine
 from effnet_quant.training.metrics import Recorder
 from effnet_quant.training.signals import Interrupted
+from effnet_quant.training.sinks import Sink, TensorBoard, WandB
 from effnet_quant.training.trainer import Trainer
 
 SYNTHETIC_IMAGES = 1_281_167  # of ImageNet's training set, so that an epoch has its length
@@ -111,8 +112,7 @@ def _prepare(arguments: argparse.Namespace, world: World, *, quantized: bool) ->
     workspace = Path(arguments.workspace)
     if world.is_main:
         prepare_workspace(workspace)
-    machine = describe_machine(world.size) if config.prof > 0 and world.is_main else None
-    recorder = Recorder(workspace / arguments.raport_file if world.is_main else None, machine)
+    recorder = _recorder(arguments, config, workspace, world)
     world.wait()
     if "data_backend" not in arguments.explicit:
         print("data backend: pytorch", flush=True)
@@ -185,6 +185,19 @@ def _device(arguments: argparse.Namespace, config: TrainConfig, world: World) ->
     if "tf32" in arguments.explicit and arguments.tf32:
         print("no GPU: TF32 means FP32", flush=True)
     return torch.device("cpu")
+
+
+def _recorder(arguments: argparse.Namespace, config: TrainConfig, workspace: Path, world: World) -> Recorder:
+    """The run's metrics, to the raport file and the sinks asked for; process 0 writes them all."""
+    if not world.is_main:
+        return Recorder(None)
+    sinks: list[Sink] = []
+    if arguments.tensorboard:
+        sinks.append(TensorBoard(workspace))
+    if arguments.wandb:
+        sinks.append(WandB(arguments.wandb, workspace, asdict(config)))
+    machine = describe_machine(world.size) if config.prof > 0 else None
+    return Recorder(workspace / arguments.raport_file, machine, sinks)
 
 
 def _config(arguments: argparse.Namespace, checkpoint: dict[str, Any] | None, world: World) -> TrainConfig:
