@@ -16,6 +16,7 @@ _PUBLIC = {
     "list_models": "effnet_quant.models.registry",
     "load_engine": "effnet_quant.deploy.engine",
     "quantize": "effnet_quant.quantization.insertion",
+    "simulate_target": "effnet_quant.quantization.insertion",
 }
 
 __all__ = ["__version__", *sorted(_PUBLIC)]  # noqa: PLE0604

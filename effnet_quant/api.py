@@ -49,7 +49,8 @@ def create_model(
         num_classes = entry.num_classes if given is None else entry.class_count(given)
     model = entry.create(num_classes, **options)
     if quantized:
-        quantize(model)
+        # the networks that NVIDIA published in quantized form compute NVIDIA's numbers
+        quantize(model, target="tensorrt" if entry.quantized else "onnxruntime")
     if given is not None:
         load_weights(model, given)
     return model

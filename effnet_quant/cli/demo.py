@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import shlex
 import shutil
 import subprocess
@@ -29,6 +30,7 @@ from effnet_quant.deploy.engine import cpu_has_exact_int8, load_engine
 from effnet_quant.deploy.latency import median_seconds
 from effnet_quant.deploy.verify import compare
 from effnet_quant.errors import UserError
+from effnet_quant.quantization.insertion import simulate_target
 from effnet_quant.report.summary import Row, draw_summary, format_table, write_summary
 from effnet_quant.training.checkpoint import prepare_workspace
 
@@ -141,7 +143,8 @@ def _measure(paths: dict[str, Path]) -> list[Row]:
         for runtime, title in RUNTIMES.items():
             path = paths[f"{precision.lower()}_{runtime}"]
             engine = load_engine(path, runtime)
-            variants.append(_Variant(f"{precision} engine ({title})", path, engine, models[simulation], is_engine=True))
+            simulated = simulate_target(copy.deepcopy(models[simulation]), runtime)
+            variants.append(_Variant(f"{precision} engine ({title})", path, engine, simulated, is_engine=True))
     comparisons = [compare(variant.logits, variant.simulation, batches) for variant in variants]
     many = batches[0][0].numpy()
     single = median_seconds([partial(variant.logits, many[:1]) for variant in variants])

@@ -161,8 +161,13 @@ class _Exporter:
         if not _consumer_kinds(node) & self.target.quantized_inputs:
             return source
         scale = float(self._constant(node.args[1]))
-        zero_point = 128 if self.target.activation_dtype == "uint8" else 0
-        name = self.writer.quantized_activation(source, scale, zero_point, module_path(node))
+        low, high = _bounds(node)
+        path = module_path(node)
+        zero_point = _zero_point(low, high, self.target.activation_dtype, path)
+        if high - low < 255:  # the engine's integers are wider than the grid: saturate before
+            ends = [self.writer.constant(f"{path}.{end}", np.array(end * scale, np.float32)) for end in (low, high)]
+            source = self.writer.node("Clip", [source, *ends], path)
+        name = self.writer.quantized_activation(source, scale, zero_point, path)
         self.input_scales[name] = scale
         return name
 
@@ -222,10 +227,10 @@ class _Exporter:
         if weight_node.target is not FAKE_QUANTIZE:
             return _Layer(self._constant(weight_node).float().numpy(), bias, None)
         weight, scale = self._constant(weight_node.args[0]).float(), self._constant(weight_node.args[1]).float()
-        low, high = weight_node.args[2:]
-        if (low, high) != (-128, 127):
+        low, high = _bounds(weight_node)
+        if low < -128 or high > 127:
             raise UserError(f"{module_path(node)}: weights on the grid {low} … {high} can't be exported; int8 can.")
-        integers = torch.clamp(torch.round(weight / scale), -128, 127)
+        integers = torch.clamp(torch.round(weight / scale), low, high)
         channels = len(weight)
         return _Layer(integers.numpy(), bias, scale.flatten().expand(channels).contiguous().numpy())
 
@@ -302,6 +307,27 @@ def _foldable(node: fx.Node) -> fx.Node | None:
     if isinstance(source, fx.Node) and source.target in _CONVOLUTIONS and len(source.users) == 1:
         return source
     return None
+
+
+def _bounds(node: fx.Node) -> tuple[int, int]:
+    """Ends of the grid of a FAKE_QUANTIZE node, less the zero point."""
+    low, high = node.args[2:]
+    assert isinstance(low, int) and isinstance(high, int)
+    return low, high
+
+
+def _zero_point(low: int, high: int, dtype: str, path: str) -> int:
+    """The integer that stands for 0.0 where the grid ``low`` … ``high`` around zero is stored as ``dtype``."""
+    smallest = np.iinfo(dtype).min
+    if high - low > 255:
+        raise UserError(f"{path}: activations on the grid {low} … {high} can't be exported; 8 bits or fewer can.")
+    zero_point = smallest + 128 if low >= -128 and high <= 127 else smallest - low
+    if dtype == "int8" and zero_point != 0:
+        raise UserError(
+            f"{path}: this target takes no zero point, which activations on the grid {low} … {high} need; quantize "
+            "with a symmetric preset."
+        )
+    return zero_point
 
 
 def _widen_scale_for_bias(layer: _Layer, input_scale: float) -> None:

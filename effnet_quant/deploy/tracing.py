@@ -40,13 +40,17 @@ FAKE_QUANTIZE = torch.ops.effnet_quant.fake_quantize.default
 
 
 class _MarkedQuantizer(nn.Module):
-    """Stands in for a TensorQuantizer while the model is traced."""
+    """Stands in for a TensorQuantizer while the model is traced; its bounds are the grid's, less the zero point."""
 
     scale: Tensor
 
-    def __init__(self, quantizer: TensorQuantizer) -> None:
+    def __init__(self, name: str, quantizer: TensorQuantizer) -> None:
         super().__init__()
-        self.bounds = quantizer.spec.bounds
+        zero_points = quantizer.zero_point.unique()
+        if len(zero_points) > 1:
+            raise UserError(f"{name}: a zero point per channel can't be exported; choose a symmetric grid.")
+        low, high = quantizer.spec.bounds
+        self.bounds = low - int(zero_points), high - int(zero_points)
         self.register_buffer("scale", quantizer.scale.clone())
 
     def forward(self, x: Tensor) -> Tensor:
@@ -118,7 +122,7 @@ def trace(model: nn.Module, image_size: int, in_channels: int = 3) -> TracedMode
     marked = copy.deepcopy(model).cpu().float().eval().to(memory_format=torch.contiguous_format)
     for name, module in list(marked.named_modules()):
         if isinstance(module, TensorQuantizer):
-            marked.set_submodule(name, _MarkedQuantizer(module) if module.enabled else nn.Identity())
+            marked.set_submodule(name, _MarkedQuantizer(name, module) if module.enabled else nn.Identity())
         elif isinstance(module, OutputQuantizer):
             marked.set_submodule(name, nn.Identity() if module.grid is None else _MarkedOutput(*module.grid))
     images = torch.zeros(2, in_channels, image_size, image_size)

@@ -22,7 +22,7 @@ from effnet_quant.files import replace_file
 
 METADATA_KEY = "effnet_quant"
 EMA_KEY = "state_dict_ema"  # in checkpoints, as in NVIDIA's
-_RANGE_SUFFIX = "_quantizer._amax"
+_RANGE_SUFFIXES = ("_quantizer._amax", "_quantizer._amin")
 # In torchvision's published files: classifiers that only training from scratch needs, and layers' names of old
 _AUXILIARY_PREFIXES = ("aux1.", "aux2.", "AuxLogits.")
 _OLD_DENSENET = re.compile(r"(\.denselayer\d+\.(?:norm|conv))\.([12])(?=\.)")
@@ -56,7 +56,7 @@ class Weights:
     @property
     def has_ranges(self) -> bool:
         """Whether they are a quantized network's."""
-        return any(name.endswith(_RANGE_SUFFIX) for name in self.tensors)
+        return any(name.endswith(_RANGE_SUFFIXES) for name in self.tensors)
 
 
 def read_torch_file(path: str | Path) -> Any:
@@ -163,7 +163,7 @@ def load_weights(model: nn.Module, weights: Weights, *, new_classifier: bool = F
     """
     own = model.state_dict()
     given = _as_named_by(own, weights)
-    ranges = {name for name in own if name.endswith(_RANGE_SUFFIX)}
+    ranges = {name for name in own if name.endswith(_RANGE_SUFFIXES)}
     reshaped = _reshaped(own, given)
     classifier = _classifier(own, given)
     if classifier and not new_classifier:
@@ -209,6 +209,8 @@ def other_class_count(model: nn.Module, weights: Weights) -> int | None:
 def _as_named_by(own: dict[str, Tensor], weights: Weights) -> dict[str, Tensor]:
     """The entries of ``weights`` with the names and the forms that a model's state dict has for them."""
     stages = any(name.startswith("layers.") for name in own)
+    # To a symmetric grid an affine range would mean something else: in a quantized model it is unexpected.
+    dropped = _RANGE_SUFFIXES[:1] if any(name.endswith(_RANGE_SUFFIXES) for name in own) else _RANGE_SUFFIXES
     given = {}
     for name, published in weights.tensors.items():
         tensor = published
@@ -218,7 +220,7 @@ def _as_named_by(own: dict[str, Tensor], weights: Weights) -> dict[str, Tensor]:
         known = _OLD_DENSENET.sub(r"\1\2", known)
         if known in own and tensor.shape != own[known].shape and _same_matrix(tensor, own[known]):
             tensor = tensor.reshape(own[known].shape)
-        if known in own or not (known.endswith(_RANGE_SUFFIX) or known.startswith(_AUXILIARY_PREFIXES)):
+        if known in own or not (known.endswith(dropped) or known.startswith(_AUXILIARY_PREFIXES)):
             given[known] = tensor
     return given
 

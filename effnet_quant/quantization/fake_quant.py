@@ -1,11 +1,13 @@
 """Pure functions between float tensors and the integer grid; the arithmetic every engine must reproduce.
 
-The rules are those of ONNX QuantizeLinear / DequantizeLinear: divide by the scale, round half to even, saturate. All
-functions compute in float32 with plain elementwise operations, so that torch.compile fuses them into their neighbours.
+The rules are those of ONNX QuantizeLinear / DequantizeLinear: divide by the scale, round half to even, add the zero point,
+saturate. All functions compute in float32 with plain elementwise operations, so that torch.compile fuses them into their
+neighbours.
 """
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import torch
@@ -14,57 +16,160 @@ from torch import Tensor
 from effnet_quant.quantization.spec import TensorSpec
 
 # A range of zero (an all-zero channel) or a denormal one would give a scale that divides to inf or NaN; ONNX asks for
-# a positive scale. This floor keeps scale = amax / 127 a normal float32, and any value that small rounds to itself or 0.
+# a positive scale. This floor keeps scale = amax / 32767 a normal float32, and any value that small rounds to itself or 0.
 SMALLEST_AMAX = 2.0**-110
 
 
 def scale_from_amax(amax: Tensor, spec: TensorSpec) -> Tensor:
-    """Step of the grid that maps ``amax`` to its largest integer; float32, the shape of ``amax``."""
+    """Step of the symmetric grid that maps ``amax`` to its largest integer; float32, the shape of ``amax``."""
     return amax.float().clamp(min=SMALLEST_AMAX) / spec.bounds[1]
 
 
-def quantize(x: Tensor, scale: Tensor, spec: TensorSpec) -> Tensor:
-    """Integers of the grid nearest to x / scale, as float32; halves round to even, the rest saturates, NaN stays NaN."""
+def affine_grid(amin: Tensor, amax: Tensor, spec: TensorSpec) -> tuple[Tensor, Tensor]:
+    """Scale and zero point of the grid that spreads [amin, amax], widened to hold zero, over all its integers.
+
+    Both are float32 of the shape of ``amax``; the zero point holds an integer of the grid.
+    """
     low, high = spec.bounds
-    return torch.clamp(torch.round(x.float() / scale), low, high)
+    steps = high - low
+    start, end = amin.float().clamp(max=0), amax.float().clamp(min=0)
+    # divided before they are added: the width of the largest ranges is beyond float32
+    scale = (end / steps - start / steps).clamp(min=SMALLEST_AMAX / steps)
+    return scale, torch.clamp(low - torch.round(start / scale), low, high)
 
 
-def dequantize(integers: Tensor, scale: Tensor) -> Tensor:
+def quantize(x: Tensor, scale: Tensor, spec: TensorSpec, zero_point: Tensor | None = None) -> Tensor:
+    """Integers of the grid nearest to x / scale + zero point, as float32; halves round to even, the rest saturates, NaN
+    stays NaN."""
+    low, high = spec.bounds
+    integers = torch.round(x.float() / scale)
+    return torch.clamp(integers if zero_point is None else integers + zero_point, low, high)
+
+
+def dequantize(integers: Tensor, scale: Tensor, zero_point: Tensor | None = None) -> Tensor:
     """The real numbers that the integers stand for; float32."""
-    return integers.float() * scale
+    integers = integers.float()
+    return (integers if zero_point is None else integers - zero_point) * scale
 
 
-def fake_quantize(x: Tensor, amax: Tensor, spec: TensorSpec) -> Tensor:
-    """Quantize and dequantize ``x``, with a straight-through gradient (Bengio et al. 2013).
+def fake_quantize(x: Tensor, amax: Tensor, spec: TensorSpec, amin: Tensor | None = None) -> Tensor:
+    """Quantize and dequantize ``x``. The result lies on the grid to the last bit.
 
-    The gradient passes unchanged where rounding alone decides, and is zero where ``x`` saturates (more than half a step
-    beyond the grid). ``amax`` gets none. The result lies on the grid to the last bit.
+    With a fixed range the gradient is straight-through (Bengio et al. 2013): it passes unchanged where rounding alone
+    decides, is zero where ``x`` saturates (more than half a step beyond the grid), and the range gets none. With a learned
+    range the gradients of ``x`` and of the range are those of LSQ (Esser et al. 2020) and, on an affine grid, LSQ+
+    (Bhalgat et al. 2020); see ``_LearnedStep``.
 
     Args:
         x: any shape, any floating dtype; the arithmetic is float32.
-        amax: a positive range that broadcasts to ``x``.
+        amax: upper end of the range, of shape () or one that broadcasts to ``x``; on a symmetric grid the largest magnitude.
         spec: the grid.
+        amin: lower end of the range, for affine grids.
 
     Returns:
         A tensor of the shape and dtype of ``x``.
     """
+    low: int | Tensor
+    high: int | Tensor
     low, high = spec.bounds
-    result: Tensor = _StraightThrough.apply(x.float(), scale_from_amax(amax.detach(), spec), low, high)
+    steps = high - low
+    if spec.symmetric:
+        scale = scale_from_amax(amax.detach(), spec)
+    else:
+        assert amin is not None
+        scale, zero_point = affine_grid(amin.detach(), amax.detach(), spec)
+        low, high = low - zero_point, high - zero_point
+    if not spec.learned:
+        result: Tensor = _StraightThrough.apply(x.float(), scale, low, high)
+    elif spec.symmetric:
+        result = _LearnedScale.apply(x.float(), amax, scale, low, high, math.sqrt(spec.bounds[1] / _features(x, amax)))
+    else:
+        result = _LearnedRange.apply(
+            x.float(), amin, amax, scale, low, high, steps, math.sqrt(steps / _features(x, amax))
+        )
     return result.to(x.dtype)
+
+
+def _features(x: Tensor, amax: Tensor) -> int:
+    """How many values of a layer share a range, LSQ's N: weights of the layer or channel, activations of one image."""
+    shared = x.numel() // amax.numel()
+    return shared if isinstance(x, torch.nn.Parameter) else shared // x.shape[0]
 
 
 class _StraightThrough(torch.autograd.Function):
     """One tensor saved, four passes forward and one backward: eager QAT lives on memory bandwidth."""
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, scale: Tensor, low: int, high: int) -> Tensor:
+    def forward(ctx: Any, x: Tensor, scale: Tensor, low: int | Tensor, high: int | Tensor) -> Tensor:
         ratio = x / scale
         ctx.save_for_backward(ratio)
         ctx.bounds = (low, high)
-        return torch.round(ratio).clamp_(low, high).mul_(scale)
+        return torch.round(ratio).clamp_(low, high).mul_(scale)  # type: ignore[arg-type]
 
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None, None, None]:
         (ratio,) = ctx.saved_tensors
         low, high = ctx.bounds
+        if isinstance(low, Tensor):
+            return torch.where((ratio > low - 0.5) & (ratio < high + 0.5), gradient, 0), None, None, None
         return torch.ops.aten.hardtanh_backward(gradient, ratio, low - 0.5, high + 0.5), None, None, None
+
+
+class _LearnedScale(torch.autograd.Function):
+    """LSQ on a symmetric grid.
+
+    The parameter is amax = Qp * s, where LSQ's is the step s. The gradient of amax is that of s times Qp, with LSQ's factor
+    1 / sqrt(N Qp), so that a step of gradient descent on amax moves s as LSQ's would: in all, sqrt(Qp / N).
+    """
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, amax: Tensor, scale: Tensor, low: int, high: int, gradient_scale: float) -> Tensor:
+        ratio = x / scale
+        ctx.save_for_backward(ratio)
+        ctx.constants = (low, high, gradient_scale, amax.shape)
+        return torch.round(ratio).clamp_(low, high).mul_(scale)
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
+        (ratio,) = ctx.saved_tensors
+        low, high, gradient_scale, shape = ctx.constants
+        inside = (ratio > low) & (ratio < high)
+        slope = torch.where(inside, torch.round(ratio) - ratio, torch.clamp(ratio, low, high))
+        to_amax = (gradient * slope).sum_to_size(shape) * gradient_scale
+        return torch.where(inside, gradient, 0), to_amax, None, None, None, None
+
+
+class _LearnedRange(torch.autograd.Function):
+    """LSQ+ on an affine grid of n steps, by its ends instead of its scale and offset.
+
+    s = (amax - amin) / n, so within the grid amax gets 1/n of the gradient of s and amin the opposite; a saturated value
+    is the end itself. Both gradients are scaled as ``_LearnedScale`` does, with n in the place of Qp: n**2 / sqrt(N n).
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        x: Tensor,
+        amin: Tensor,
+        amax: Tensor,
+        scale: Tensor,
+        low: Tensor,
+        high: Tensor,
+        steps: int,
+        gradient_scale: float,
+    ) -> Tensor:
+        ratio = x / scale
+        ctx.save_for_backward(ratio, low, high)
+        ctx.constants = (steps, steps * gradient_scale, amax.shape)
+        return torch.round(ratio).clamp_(low, high).mul_(scale)
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
+        ratio, low, high = ctx.saved_tensors
+        steps, gradient_scale, shape = ctx.constants
+        above, below = ratio >= high, ratio <= low
+        inside = ~(above | below)
+        slope = torch.where(inside, (torch.round(ratio) - ratio) / steps, 0)
+        to_amin = (gradient * (below.float() - slope)).sum_to_size(shape) * gradient_scale
+        to_amax = (gradient * (above.float() + slope)).sum_to_size(shape) * gradient_scale
+        return torch.where(inside, gradient, 0), to_amin, to_amax, None, None, None, None, None

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
+from typing import Any
 
 from torch import nn
 
@@ -15,6 +16,7 @@ from effnet_quant.quantization.modules import (
     QuantConv2d,
     QuantConvSubclass,
     QuantLinear,
+    float_weight,
 )
 from effnet_quant.quantization.output_quantizer import OutputQuantizer
 from effnet_quant.quantization.placement import place_between_modules
@@ -24,10 +26,12 @@ from effnet_quant.quantization.targets import Target, get_target
 from effnet_quant.quantization.tracing import replace_forward, trace_operations
 
 
-def quantize(model: nn.Module, spec: str | QuantSpec = "w8a8", *, target: str = "onnxruntime") -> nn.Module:
+def quantize(
+    model: nn.Module, spec: str | QuantSpec | Mapping[str, Any] = "w8a8", *, target: str = "onnxruntime"
+) -> nn.Module:
     """Place quantizers in ``model``, in place: on the inputs and weights of convolutions and linear layers, on the inputs
-    of average pooling and on every QuantPoint, where the target's rules want them. For a target whose convolutions write
-    integers, OutputPoints get an OutputQuantizer: in eval mode the simulation then rounds where the engine does.
+    of average pooling and on every QuantPoint, where the target's rules want them. Every OutputPoint gets an
+    OutputQuantizer: for a target whose convolutions write integers, the simulation then rounds where the engine does.
 
     A model without such marks is traced (torch.fx), and the same places are found in its graph: the shortcut of an
     addition, both operands of a product, the inputs of a concatenation (with one range) and of functional pooling. It
@@ -39,14 +43,15 @@ def quantize(model: nn.Module, spec: str | QuantSpec = "w8a8", *, target: str = 
 
     Args:
         model: any module with Conv2d, Linear or average pooling modules.
-        spec: a preset's name or a QuantSpec.
+        spec: a preset's name, a QuantSpec, or a mapping as ``resolve_spec`` takes it.
         target: the runtime to simulate, "onnxruntime", "openvino" or "tensorrt"; ``export_onnx`` takes the same name.
 
     Returns:
         The same model.
 
     Raises:
-        UserError: unknown preset or target, a model that is quantized already, or one with nothing to quantize.
+        UserError: unknown preset or target, a model that is quantized already, one with nothing to quantize, or an
+            override that matches nothing.
     """
     resolved, rules = resolve_spec(spec), get_target(target)
     if any(True for _ in quantizers(model)):
@@ -57,6 +62,7 @@ def quantize(model: nn.Module, spec: str | QuantSpec = "w8a8", *, target: str = 
         raise UserError("the model has no convolution, linear layer or pooling that could be quantized.")
     if not marked:
         _place_on_graph(model, resolved, rules)
+    _apply_overrides(model, resolved)
     return model
 
 
@@ -86,6 +92,33 @@ def quantizers(model: nn.Module) -> Iterator[tuple[str, TensorQuantizer]]:
             yield name, module
 
 
+def output_quantizers(model: nn.Module) -> Iterator[OutputQuantizer]:
+    """Every OutputQuantizer of the model."""
+    return (module for module in model.modules() if isinstance(module, OutputQuantizer))
+
+
+def _apply_overrides(model: nn.Module, spec: QuantSpec) -> None:
+    """Exchange the quantizers that ``spec.overrides`` speaks of, for others or for nothing."""
+    places = dict(quantizers(model))
+    unmatched = spec.unmatched(list(places))
+    if unmatched:
+        raise UserError(f"the override '{unmatched[0]}' matches no quantizer of the model; check the name.")
+    for name, quantizer in places.items():
+        override = spec.override(name)
+        if override == "base":
+            continue
+        if override is None:
+            model.set_submodule(name, nn.Identity())
+            continue
+        owner = model.get_submodule(name.rpartition(".")[0])
+        if name.rpartition(".")[2] == "_weight_quantizer":
+            weight = float_weight(owner)
+            twin = TensorQuantizer(override.weight, override.weight.amax_shape(tuple(weight.shape))).to(weight.device)
+        else:
+            twin = TensorQuantizer(override.activation).to(quantizer.amax.device)
+        model.set_submodule(name, twin)
+
+
 def _place(module: nn.Module, spec: QuantSpec, target: Target) -> None:
     wanted = target.quantized_inputs
     for name, child in module.named_children():
@@ -93,8 +126,7 @@ def _place(module: nn.Module, spec: QuantSpec, target: Target) -> None:
             if child.operation in wanted:
                 setattr(module, name, TensorQuantizer(spec.activation))
         elif isinstance(child, OutputPoint):
-            if target.quantized_outputs:
-                setattr(module, name, OutputQuantizer().train(child.training))
+            setattr(module, name, OutputQuantizer(target.quantized_outputs).train(child.training))
         elif type(child) is nn.Conv2d:
             setattr(module, name, QuantConv2d.from_float(child, spec))
         elif type(child) is nn.Linear:
@@ -116,7 +148,6 @@ def simulate_target(model: nn.Module, target: str) -> nn.Module:
         UserError: there is no such target.
     """
     rules = get_target(target)
-    for module in model.modules():
-        if isinstance(module, OutputQuantizer):
-            module.enabled = rules.quantized_outputs and module.range is not None
+    for quantizer in output_quantizers(model):
+        quantizer.simulated = rules.quantized_outputs
     return model

@@ -1,4 +1,4 @@
-"""OutputQuantizer: the rounding of a convolution's output that some engines need and NVIDIA's placement has not."""
+"""OutputQuantizer: the rounding of a convolution's output that some engines need and NVIDIA's placement does not have."""
 
 from __future__ import annotations
 
@@ -6,6 +6,8 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+
+from effnet_quant.quantization.extremes import extremes
 
 # A value that is always zero still needs a scale that is a normal float32.
 SMALLEST_SCALE = 2.0**-110
@@ -19,19 +21,23 @@ def affine_uint8(low: float, high: float) -> tuple[float, int]:
 
 
 class OutputQuantizer(nn.Module):
-    """Rounds to 256 steps between the extremes that calibration saw, in eval mode; in training the value passes as it is.
+    """Knows the extremes of a value, and where ``simulated`` rounds it to 256 steps between them, in eval mode.
 
     ONNX Runtime's integer convolution writes 8-bit integers, so what leaves it is rounded before the activation. The
-    simulation that is compared with such an engine has to round there too; training does not pay for it.
-    The range spans everything seen, zero included, on an affine grid. Without a range the value passes, and nothing is
-    in the state dict, so that a network as built has NVIDIA's names.
+    simulation of such an engine has to round there too; training does not pay for it, and simulations of other engines
+    let the value pass. The grid is affine and spans all that calibration saw, and zero. Without a range the value passes,
+    and nothing is in the state dict, so that a network as built has NVIDIA's names.
+
+    Args:
+        simulated: whether the simulated engine rounds here.
     """
 
     _low: Tensor
     _high: Tensor
 
-    def __init__(self) -> None:
+    def __init__(self, simulated: bool) -> None:
         super().__init__()
+        self.simulated = simulated
         self.tracking = False
         self.enabled = False
         self.register_buffer("_low", torch.tensor(torch.inf))
@@ -60,10 +66,10 @@ class OutputQuantizer(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         if self.tracking:
-            low, high = torch.aminmax(x.detach().float())
+            low, high = extremes(x)
             self._low.copy_(torch.minimum(self._low, low))
             self._high.copy_(torch.maximum(self._high, high))
-        if self.training or not self.enabled:
+        if self.training or not (self.simulated and self.enabled):
             return x
         low, high = self._low.clamp(max=0), self._high.clamp(min=0)
         scale = ((high - low) / 255).clamp(min=SMALLEST_SCALE)
@@ -81,4 +87,5 @@ class OutputQuantizer(nn.Module):
             self.enabled = self.range is not None
 
     def extra_repr(self) -> str:
-        return "no range yet" if self.range is None else "uint8, {:.4g} … {:.4g}".format(*self.range)
+        ends = "no range yet" if self.range is None else "uint8, {:.4g} … {:.4g}".format(*self.range)
+        return ends if self.simulated else f"{ends}, off"

@@ -36,8 +36,7 @@ def place_between_modules(model: nn.Module, graph: fx.Graph, spec: QuantSpec, ta
     - Product of two tensors (squeeze-and-excitation): both operands.
     - Concatenation: all inputs, with one range.
     - Functional average pooling and means: the input.
-    - Output of a convolution, for a target whose convolutions write integers: an OutputQuantizer, unless the next
-      quantizer on its way rounds it anyway.
+    - Output of a convolution: an OutputQuantizer, unless the next quantizer on its way rounds it anyway.
     """
     placement = _Placement(model, graph, spec)
     placement.split_activations()
@@ -56,10 +55,9 @@ def place_between_modules(model: nn.Module, graph: fx.Graph, spec: QuantSpec, ta
             placement.quantize_concatenation(node)
         elif _is(node, _POOL) and "pool" in wanted:
             placement.quantize_operand(node, node.args[0], "pooling_quantizer")
-    if target.quantized_outputs:
-        for node in list(graph.nodes):
-            if placement.is_convolution(node):
-                placement.quantize_output(node)
+    for node in list(graph.nodes):
+        if placement.is_convolution(node):
+            placement.quantize_output(node, target.quantized_outputs)
     graph.lint()
 
 
@@ -143,7 +141,7 @@ class _Placement:
                     value.replace_all_uses_with(following, delete_user_cb=lambda user, own=following: user is not own)
                     value = following
 
-    def quantize_output(self, node: fx.Node) -> None:
+    def quantize_output(self, node: fx.Node, simulated: bool) -> None:
         """An OutputQuantizer behind the convolution, its BatchNorm and an activation that only clips; none where all
         that follows is the quantizers of one value, or the model's output."""
         value = self._follow(node, (nn.BatchNorm2d,), set())
@@ -151,7 +149,7 @@ class _Placement:
         end = self._follow(value, _CLIPPING_MODULES + _MOVING_MODULES, _CLIPPING | _MOVING)
         if all(self._quantizes(user) for user in end.users) or all(user.op == "output" for user in end.users):
             return
-        quantizer = self._add_module(node, "output", OutputQuantizer)
+        quantizer = self._add_module(node, "output", lambda: OutputQuantizer(simulated))
         with self._graph.inserting_after(value):
             rounded = self._graph.call_module(quantizer, (value,))
         value.replace_all_uses_with(rounded, delete_user_cb=lambda user: user is not rounded)

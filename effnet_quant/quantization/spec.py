@@ -1,29 +1,58 @@
-"""What a quantized number looks like: bits and granularity, for weights and for activations."""
+"""What a quantized number looks like: bits, granularity, symmetry, and where which choice holds."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+import fnmatch
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, fields, replace
+from typing import Any, Literal
 
 from effnet_quant.errors import UserError
+
+WIDTHS = (2, 3, 4, 5, 6, 7, 8, 16)
 
 
 @dataclass(frozen=True)
 class TensorSpec:
-    """Symmetric signed integers of ``bits`` bits: scale = amax / (2**(bits - 1) - 1), zero point 0.
+    """An integer grid, and how many ranges a tensor has on it.
+
+    With ``symmetric``, scale = amax / largest integer and the zero point is 0. Otherwise (affine) the range [amin, amax],
+    widened to hold zero, is spread over the whole grid, and the zero point is the integer that stands for 0.0.
 
     Attributes:
-        bits: width of the integer; 8 gives the grid -128 … 127.
-        axis: None for one range per tensor (amax of shape ()), or the dimension that has a range per index (amax of the
+        bits: width of the integer, 2 to 8 or 16; 8 gives the grid -128 … 127.
+        axis: None for one range per tensor (shape ()), or the dimension that has a range per index (the range has the
             tensor's rank, all other dimensions 1).
+        symmetric: zero point 0, or affine.
+        signed: -2**(bits - 1) … 2**(bits - 1) - 1, or 0 … 2**bits - 1. A symmetric unsigned grid has no negative values.
+        narrow: leave out the smallest integer of a signed grid: -127 … 127.
+        learned: the range is a parameter that training moves (LSQ), or stays what calibration made it.
+
+    Raises:
+        UserError: another width, or a narrow unsigned grid.
     """
 
     bits: int = 8
     axis: int | None = None
+    symmetric: bool = True
+    signed: bool = True
+    narrow: bool = False
+    learned: bool = False
+
+    def __post_init__(self) -> None:
+        if self.bits not in WIDTHS:
+            raise UserError(
+                f"a grid of {self.bits} bits is not supported; choose one of {', '.join(map(str, WIDTHS))}."
+            )
+        if self.narrow and not self.signed:
+            raise UserError("a narrow grid leaves out the smallest negative integer, so it must be signed.")
 
     @property
     def bounds(self) -> tuple[int, int]:
         """Smallest and largest integer of the grid."""
-        return -(2 ** (self.bits - 1)), 2 ** (self.bits - 1) - 1
+        if not self.signed:
+            return 0, 2**self.bits - 1
+        return -(2 ** (self.bits - 1)) + self.narrow, 2 ** (self.bits - 1) - 1
 
     def amax_shape(self, shape: tuple[int, ...]) -> tuple[int, ...]:
         """Shape of the range of a tensor of the given shape: (C, 1, 1, 1) for a convolution's weights, () otherwise."""
@@ -31,26 +60,127 @@ class TensorSpec:
             return ()
         return tuple(size if dim == self.axis else 1 for dim, size in enumerate(shape))
 
+    def __str__(self) -> str:
+        words = [f"{'int' if self.signed else 'uint'}{self.bits}"]
+        words += [word for word, given in (("narrow", self.narrow), ("affine", not self.symmetric)) if given]
+        words.append("per tensor" if self.axis is None else f"per index of dim {self.axis}")
+        return ", ".join([*words, "learned"] if self.learned else words)
+
 
 @dataclass(frozen=True)
 class QuantSpec:
-    """How a network is quantized: weights per output channel, activations per tensor."""
+    """How a network is quantized.
+
+    Attributes:
+        weight: the grid of weights; by default per output channel.
+        activation: the grid of activations; always one range per tensor.
+        overrides: (pattern, QuantSpec, or None for float), in order; the last pattern that matches a place wins. A pattern
+            matches a module by its name, with wildcards, and then everything inside it: "stem", "layers.0.*",
+            "*._weight_quantizer". ``with_overrides`` takes them as a mapping.
+
+    Raises:
+        UserError: activations with an axis.
+    """
 
     weight: TensorSpec = TensorSpec(bits=8, axis=0)
     activation: TensorSpec = TensorSpec(bits=8)
+    overrides: tuple[tuple[str, QuantSpec | None], ...] = ()
+
+    def __post_init__(self) -> None:
+        if self.activation.axis is not None:
+            raise UserError("activations have one range per tensor; only weights take an axis.")
+
+    def with_overrides(self, overrides: Mapping[str, str | QuantSpec | Mapping[str, Any] | None]) -> QuantSpec:
+        """The same spec with more overrides, e.g. ``{"stem.*": "w8a16", "classifier": None}``."""
+        resolved = ((pattern, None if spec is None else resolve_spec(spec)) for pattern, spec in overrides.items())
+        return replace(self, overrides=(*self.overrides, *resolved))
+
+    def override(self, name: str) -> QuantSpec | Literal["base"] | None:
+        """What the overrides say of the module or quantizer ``name``: a spec, None for float, "base" for nothing."""
+        for pattern, spec in reversed(self.overrides):
+            if _matches(name, pattern):
+                return spec
+        return "base"
+
+    def unmatched(self, names: list[str]) -> list[str]:
+        """The patterns that match none of ``names``."""
+        return [pattern for pattern, _ in self.overrides if not any(_matches(name, pattern) for name in names)]
+
+    def learned(self) -> QuantSpec:
+        """The same grids with ranges that training moves (LSQ)."""
+        return replace(
+            self, weight=replace(self.weight, learned=True), activation=replace(self.activation, learned=True)
+        )
+
+    def to_json(self) -> dict[str, Any]:
+        """The spec as plain values, which ``resolve_spec`` reads back."""
+        return {
+            "weight": asdict(self.weight),
+            "activation": asdict(self.activation),
+            "overrides": {name: None if spec is None else spec.to_json() for name, spec in self.overrides},
+        }
 
 
-PRESETS = {"w8a8": QuantSpec()}
+def _matches(name: str, pattern: str) -> bool:
+    parts = name.split(".")
+    return any(fnmatch.fnmatchcase(".".join(parts[: end + 1]), pattern) for end in range(len(parts)))
 
 
-def resolve_spec(spec: str | QuantSpec) -> QuantSpec:
-    """The QuantSpec of a preset's name, or the given one.
+_INT4_WEIGHT = TensorSpec(bits=4, axis=0)
+_FIXED = {
+    "w8a8": QuantSpec(),
+    "w8a8-affine": QuantSpec(activation=TensorSpec(bits=8, symmetric=False, signed=False)),
+    "w8a16": QuantSpec(activation=TensorSpec(bits=16)),
+    "w4a8": QuantSpec(weight=_INT4_WEIGHT),
+    # 16 values are too few to leave half of them unused behind a ReLU: affine
+    "w4a4": QuantSpec(weight=_INT4_WEIGHT, activation=TensorSpec(bits=4, symmetric=False, signed=False)),
+}
+PRESETS = _FIXED | {f"{name}-lsq": spec.learned() for name, spec in _FIXED.items()}
+
+
+def resolve_spec(spec: str | QuantSpec | Mapping[str, Any]) -> QuantSpec:
+    """The QuantSpec of a preset's name, of a mapping (as in YAML), or the given one.
+
+    A mapping starts from ``preset`` (default w8a8) and changes it: ``weight`` and ``activation`` hold the fields of
+    TensorSpec that differ, ``overrides`` maps patterns to specs of any of these forms or to null.
 
     Raises:
-        UserError: there is no preset of that name.
+        UserError: there is no preset of that name, or an entry of the mapping means nothing.
     """
     if isinstance(spec, QuantSpec):
         return spec
-    if spec not in PRESETS:
-        raise UserError(f"there is no quantization preset '{spec}'; choose one of: {', '.join(PRESETS)}.")
-    return PRESETS[spec]
+    if isinstance(spec, str):
+        if spec not in PRESETS:
+            raise UserError(f"there is no quantization preset '{spec}'; choose one of: {', '.join(PRESETS)}.")
+        return PRESETS[spec]
+    if not isinstance(spec, Mapping):
+        raise UserError(f"a quantization spec is a preset's name or a mapping, not {spec!r}.")
+    _check_keys(spec, {"preset", "weight", "activation", "overrides"}, "a quantization spec")
+    base = resolve_spec(spec.get("preset", "w8a8"))
+    resolved = replace(
+        base,
+        weight=_changed(base.weight, spec.get("weight", {}), "weight"),
+        activation=_changed(base.activation, spec.get("activation", {}), "activation"),
+    )
+    overrides = spec.get("overrides") or {}
+    if not isinstance(overrides, Mapping):
+        raise UserError(f"overrides map patterns to specs; {overrides!r} does not.")
+    return resolved.with_overrides(overrides)
+
+
+def _changed(tensor: TensorSpec, changes: Any, role: str) -> TensorSpec:
+    if not isinstance(changes, Mapping):
+        raise UserError(f"{role}: expected entries such as 'bits: 4', not {changes!r}.")
+    kinds = {field.name: type(field.default) for field in fields(TensorSpec)}
+    _check_keys(changes, set(kinds), role)
+    for name, value in changes.items():
+        allowed = (int, type(None)) if name == "axis" else (kinds[name],)
+        if type(value) not in allowed:
+            raise UserError(f"{role}: {name}: {value!r} is not {' or '.join(kind.__name__ for kind in allowed)}.")
+    return replace(tensor, **changes)
+
+
+def _check_keys(given: Mapping[str, Any], known: set[str], what: str) -> None:
+    unknown = [str(name) for name in given if name not in known]
+    if unknown:
+        raise UserError(f"{what} has no entry '{unknown[0]}'; it takes: {', '.join(sorted(known))}.")

@@ -3,85 +3,308 @@
 import numpy as np
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from hypothesis.extra.numpy import arrays
 from torch import nn
 
 from effnet_quant import UserError, calibrate, quantize
+from effnet_quant.quantization.calibration import METHODS, collect, report_ranges, set_ranges
+from effnet_quant.quantization.calibration.histogram import BINS, HistogramObserver, SeenTensors
 from effnet_quant.quantization.calibration.maximum import MaxObserver
-from effnet_quant.quantization.calibration.percentile import BINS, PercentileObserver
+from effnet_quant.quantization.calibration.methods import choose_range, observer_for
+from effnet_quant.quantization.calibration.moving_average import MovingAverageObserver
+from effnet_quant.quantization.calibration.mse import mse_weight_ranges
 from effnet_quant.quantization.insertion import quantizers
+from effnet_quant.quantization.spec import PRESETS, TensorSpec
 
 
-def tiny() -> nn.Module:
+def tiny(preset: str = "w8a8") -> nn.Module:
     torch.manual_seed(0)
     return quantize(
-        nn.Sequential(nn.Conv2d(3, 4, 3), nn.ReLU(), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(4, 2))
+        nn.Sequential(nn.Conv2d(3, 4, 3), nn.ReLU(), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(4, 2)), preset
     )
 
 
-def heavy_tailed(count: int = 200_000) -> torch.Tensor:
-    return torch.from_numpy(np.random.default_rng(1).standard_t(3, count).astype(np.float32))
+def heavy_tailed(count: int = 200_000, seed: int = 1) -> torch.Tensor:
+    return torch.from_numpy(np.random.default_rng(seed).standard_t(3, count).astype(np.float32))
 
 
-@pytest.mark.parametrize("percentile", [50.0, 90.0, 99.0, 99.9, 99.99, 100.0])
-def test_percentile_is_numpys_within_a_bin(percentile: float) -> None:
-    values = heavy_tailed()
-    observer = PercentileObserver(percentile)
-    for batch in values.chunk(7):
+VALUES = {
+    "heavy tails": heavy_tailed(),
+    "behind a ReLU": heavy_tailed(seed=2).relu(),
+    "behind a SiLU": nn.functional.silu(heavy_tailed(seed=3) * 2),
+    "far from zero": heavy_tailed(seed=4).abs() * 0.01 - 5,
+}
+INT8, UINT8, INT4 = TensorSpec(), TensorSpec(signed=False), TensorSpec(bits=4)
+AFFINE8, AFFINE4 = (TensorSpec(bits=bits, symmetric=False, signed=False) for bits in (8, 4))
+
+
+def counted(values: torch.Tensor, batches: int = 7) -> HistogramObserver:
+    observer = HistogramObserver(SeenTensors())
+    for batch in values.chunk(batches):
         observer.observe(batch)
-    largest = values.abs().max().item()
-    bin_width = 2 ** np.ceil(np.log2(largest)) / BINS
-    expected = np.percentile(np.abs(values.numpy().astype(np.float64)), percentile, method="inverted_cdf")
-    assert observer.amax().item() == pytest.approx(expected, abs=1.01 * bin_width)
-    assert observer.amax().item() <= largest
+    return observer
 
 
-def test_ranges_do_not_depend_on_the_split_into_batches() -> None:
+def width(values: torch.Tensor) -> float:
+    """Of a bin: 4096 to the power of two above the largest magnitude."""
+    return 2.0 ** (np.floor(np.log2(values.abs().max().item())) + 1) / 4096
+
+
+@pytest.mark.parametrize("values", VALUES.values(), ids=VALUES)
+@pytest.mark.parametrize("percentile", [50.0, 90.0, 99.0, 99.9, 99.99, 100.0])
+def test_percentile_is_numpys_within_a_bin(percentile: float, values: torch.Tensor) -> None:
+    observer, exact = counted(values), values.double().numpy()
+    low, high = choose_range(observer, INT8, "percentile", percentile)
+    expected = np.percentile(np.abs(exact), percentile, method="inverted_cdf")
+    assert high == -low == pytest.approx(expected, abs=1.01 * width(values))
+    assert high <= np.abs(exact).max()
+    _, high = choose_range(observer, UINT8, "percentile", percentile)
+    expected = np.percentile(np.maximum(exact, 0), percentile, method="inverted_cdf")
+    assert high == pytest.approx(expected, abs=1.01 * width(values))
+    low, high = choose_range(observer, AFFINE8, "percentile", percentile)
+    tail = (100 - percentile) / 2
+    assert high == pytest.approx(np.percentile(exact, 100 - tail, method="inverted_cdf"), abs=1.01 * width(values))
+    assert low == pytest.approx(-np.percentile(-exact, 100 - tail, method="inverted_cdf"), abs=1.01 * width(values))
+    assert exact.min() <= low <= high <= exact.max()
+
+
+def kl_by_the_slides(counts: np.ndarray, levels: int) -> int:
+    """TensorRT's search as its slides write it, a threshold at a time."""
+    counts = counts.astype(np.float64)
+    counts[0] = counts[1]
+    best, chosen = np.inf, len(counts)
+    for size in range(levels, len(counts) + 1):
+        inside = counts[:size]
+        reference = inside.copy()
+        reference[-1] += counts[size:].sum()
+        groups = np.arange(size) * levels // size
+        occupied = np.bincount(groups, inside > 0, levels)
+        mean = np.bincount(groups, inside, levels) / np.maximum(occupied, 1)
+        candidate = np.where(inside > 0, mean[groups], 0)
+        p, q = reference / reference.sum(), candidate / candidate.sum()
+        where = p > 0
+        with np.errstate(divide="ignore"):
+            divergence = (p[where] * np.log(p[where] / q[where])).sum()
+        if divergence <= best:
+            best, chosen = divergence, size
+    return chosen
+
+
+@pytest.mark.parametrize("values", [VALUES["heavy tails"], VALUES["behind a ReLU"]], ids=["two-sided", "one-sided"])
+@pytest.mark.parametrize(("spec", "levels"), [(INT8, 128), (UINT8, 256), (INT4, 8)], ids=str)
+def test_entropy_is_tensorrts_search_within_a_bin(spec: TensorSpec, levels: int, values: torch.Tensor) -> None:
+    exact = values.double().numpy()
+    exact = np.maximum(exact, 0) if not spec.signed else np.abs(exact)
+    bins = int(np.ceil(exact.max() / width(values)))
+    counts = np.histogram(exact, bins, (0, bins * width(values)))[0]
+    expected = min(kl_by_the_slides(counts, levels) * width(values), exact.max())
+    _, high = choose_range(counted(values), spec, "entropy", 0)
+    assert high == pytest.approx(expected, abs=1.01 * width(values))
+
+
+def test_entropy_on_an_affine_grid_keeps_the_side_that_is_there() -> None:
+    low, high = choose_range(counted(VALUES["behind a ReLU"]), AFFINE8, "entropy", 0)
+    assert low == 0
+    assert 0 < high <= VALUES["behind a ReLU"].max()
+    low, high = choose_range(counted(VALUES["behind a SiLU"]), AFFINE8, "entropy", 0)
+    assert low == pytest.approx(VALUES["behind a SiLU"].min().item())
+
+
+def squared_error(values: np.ndarray, spec: TensorSpec, low: float, high: float) -> float:
+    """By the textbook, in float64."""
+    first, last = spec.bounds
+    scale, zero = high / last, 0.0
+    if not spec.symmetric:
+        scale = (high - low) / (last - first)
+        zero = first - np.rint(low / scale)
+    quantized = (np.clip(np.rint(values / scale) + zero, first, last) - zero) * scale
+    return float(((quantized - values) ** 2).sum())
+
+
+@pytest.mark.parametrize("values", VALUES.values(), ids=VALUES)
+@pytest.mark.parametrize("spec", [INT8, INT4, TensorSpec(bits=3, narrow=True), UINT8], ids=str)
+def test_mse_is_the_best_of_all_thresholds(spec: TensorSpec, values: torch.Tensor) -> None:
+    exact = values[:20_000].double().numpy()
+    largest = np.abs(exact).max() if spec.signed else exact.max()
+    _, high = choose_range(counted(values[:20_000]), spec, "mse", 0)
+    if largest <= 0:
+        assert high == 0
+        return
+    step = width(values[:20_000])
+    errors = {edge: squared_error(exact, spec, -edge, edge) for edge in np.arange(step, largest, 3 * step)}
+    best = min(errors, key=errors.__getitem__)
+    # a flat or jagged minimum has many arguments: the error decides
+    assert squared_error(exact, spec, -high, high) <= errors[best] * 1.01
+    if spec.bits < 8 and exact.mean() > -1:  # a narrow peak fits several grids equally well
+        assert high == pytest.approx(best, rel=0.03)
+
+
+@pytest.mark.parametrize("values", VALUES.values(), ids=VALUES)
+@pytest.mark.parametrize("spec", [AFFINE8, AFFINE4], ids=str)
+def test_mse_of_both_ends_beats_every_shrunken_range(spec: TensorSpec, values: torch.Tensor) -> None:
+    exact = values[:20_000].double().numpy()
+    low, high = choose_range(counted(values[:20_000]), spec, "mse", 0)
+    assert low <= 0 <= high
+    smallest, largest = min(exact.min(), 0), max(exact.max(), 0)
+    candidates = [squared_error(exact, spec, smallest * a, largest * b) for a in SHARES for b in SHARES]
+    assert squared_error(exact, spec, low, high) <= min(candidates) * 1.02
+
+
+SHARES = np.linspace(0.02, 1, 50)
+
+
+def test_lsq_starts_where_its_paper_says() -> None:
+    values = VALUES["heavy tails"]
+    _, high = choose_range(counted(values), INT4, "lsq", 0)
+    assert high / 7 == pytest.approx(2 * values.abs().double().mean().item() / 7**0.5, rel=1e-3)
+
+
+def test_moving_average_follows_the_images() -> None:
+    images = torch.randn(9, 3, 5, 5, generator=torch.Generator().manual_seed(0))
+    weights = 0.99 ** np.arange(8, -1, -1)
+    for split in (1, 4, 9):
+        observer = MovingAverageObserver()
+        for batch in images.split(split):
+            observer.observe(batch)
+        low, high = choose_range(observer, AFFINE8, "moving-average", 0)
+        assert high == pytest.approx(np.average(images.amax((1, 2, 3)), weights=weights))
+        assert low == pytest.approx(np.average(images.amin((1, 2, 3)), weights=weights))
+    with pytest.raises(ValueError, match="moving-average"):
+        choose_range(counted(images), AFFINE8, "moving-average", 0)
+
+
+@pytest.mark.parametrize("method", ["percentile", "entropy", "mse", "lsq"])
+def test_ranges_do_not_depend_on_the_split_into_batches(method: str) -> None:
     values = heavy_tailed(20_000)
     results = set()
     for batches in (values.split(7), values.split(1000), values.flip(0).split(3_333), [values]):
-        observer = PercentileObserver(99.9)
+        observer = HistogramObserver(SeenTensors())
         for batch in batches:
             observer.observe(batch)
-        results.add(observer.amax().item())
+        results.add((choose_range(observer, INT8, method, 99.9), choose_range(observer, AFFINE4, method, 99.9)))
     assert len(results) == 1
 
 
+@settings(max_examples=50, deadline=None)
+@given(
+    arrays(np.float32, st.integers(1, 60), elements=st.floats(width=32, allow_nan=False, allow_infinity=False)),
+    st.integers(1, 9),
+)
+def test_counts_are_those_of_the_quotients(values: np.ndarray, batches: int) -> None:
+    histogram = counted(torch.from_numpy(values), batches).histogram
+    quotients = np.trunc(values.astype(np.float64) / histogram.width).astype(int)
+    assert np.array_equal(histogram.counts.numpy(), np.bincount(quotients + BINS - 1, minlength=2 * BINS - 1))
+    assert histogram.seen == (values.min(), values.max())
+
+
+def test_channels_last_and_strided_tensors_are_counted_alike() -> None:
+    x = heavy_tailed(4 * 6 * 5 * 8).reshape(4, 6, 5, 8)
+    expected = counted(x).histogram.counts
+    assert torch.equal(counted(x.contiguous(memory_format=torch.channels_last)).histogram.counts, expected)
+    assert torch.equal(counted(x.transpose(1, 3)).histogram.counts, expected)
+
+
 def test_memory_and_counts_do_not_grow_with_batches() -> None:
-    observer = PercentileObserver(99.0)
+    observer = HistogramObserver(SeenTensors())
     for step in range(50):
         observer.observe(heavy_tailed(1000) * 2.0**step)  # a growing range all the way
-    assert observer._counts is not None
-    assert observer._counts.shape == (BINS,)
-    assert observer._counts.dtype == torch.int64
-    assert observer._counts.sum().item() == 50 * 1000
+    assert observer.histogram.counts.shape == (2 * BINS - 1,)
+    assert observer.histogram.counts.dtype == torch.int64
+    assert observer.histogram.counts.sum().item() == 50 * 1000
 
 
-def test_counts_stay_exact_beyond_float32_integers() -> None:
-    observer = PercentileObserver(100.0)
-    observer.observe(torch.ones(1))
-    observer._counts = observer._counts * (2**24)  # type: ignore[operator]
-    observer.observe(torch.ones(1))
-    assert observer._counts.sum().item() == 2**24 + 1
+def test_counts_are_exact_beyond_float32_integers() -> None:
+    values = torch.ones(2**24 + 3)
+    values[-1] = 2.5
+    histogram = counted(values, 1).histogram
+    assert histogram.counts[BINS - 1 + BINS // 4].item() == 2**24 + 2
+    assert histogram.counts.sum().item() == 2**24 + 3
 
 
-def test_max_is_the_largest_magnitude_of_all_batches() -> None:
+def test_max_holds_all_batches() -> None:
     observer = MaxObserver()
     for batch in ([0.5, -7.25], [3.0, 1.0]):
         observer.observe(torch.tensor(batch))
-    assert observer.amax().item() == 7.25
+    assert choose_range(observer, INT8, "max", 0) == (-7.25, 7.25)
+    assert choose_range(observer, UINT8, "max", 0)[1] == 3
+    assert choose_range(observer, AFFINE8, "max", 0) == (-7.25, 3)
 
 
-@pytest.mark.parametrize("observer", [MaxObserver(), PercentileObserver(99.0)])
-def test_observing_nothing_gives_nan_and_infinity_is_not_hidden(observer: MaxObserver | PercentileObserver) -> None:
-    assert torch.isnan(observer.amax())
-    observer.observe(torch.tensor([1.0, torch.inf]))
-    assert torch.isinf(observer.amax())
+@pytest.mark.parametrize("method", ["max", "percentile", "moving-average"])
+@pytest.mark.parametrize("bad", [torch.nan, torch.inf])
+def test_observing_nothing_nan_or_infinity_is_not_hidden(method: str, bad: float) -> None:
+    observer = observer_for(method, SeenTensors())
+    assert not all(map(np.isfinite, observer.seen))
+    observer.observe(torch.tensor([[1.0, bad]]))
+    observer.observe(torch.tensor([[1.0, 2.0]]))
+    assert not all(map(np.isfinite, observer.seen))
 
 
-def test_zeros_give_a_range_of_zero() -> None:
-    observer = PercentileObserver(99.99)
-    observer.observe(torch.zeros(10))
-    assert observer.amax().item() == 0
+@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("preset", PRESETS)
+def test_zeros_give_a_range_of_zero(method: str, preset: str) -> None:
+    observer = observer_for(method, SeenTensors())
+    observer.observe(torch.zeros(2, 5))
+    low, high = choose_range(observer, PRESETS[preset].activation, method, 99.99)
+    assert low == high == 0
+
+
+@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("preset", PRESETS)
+def test_every_method_calibrates_every_preset(method: str, preset: str) -> None:
+    model = tiny(preset)
+    images = torch.randn(6, 3, 8, 8)
+    with torch.no_grad():
+        expected = model.eval()(images)
+        calibrate(model, images.split(4), method)
+        assert all(quantizer.enabled for _, quantizer in quantizers(model))
+        error = (model(images) - expected).norm() / expected.norm()
+    assert 0 < error < (0.05 if preset.startswith("w8") and method in ("max", "percentile", "mse") else 1)
+
+
+def test_tensors_that_several_quantizers_see_are_counted_once() -> None:
+    shared = SeenTensors()
+    x = torch.randn(5)
+    first = shared.histogram(x)
+    assert shared.histogram(x) is first
+    assert shared.histogram(x.clone()) is not first
+    x.mul_(2)
+    assert shared.histogram(x) is not first
+
+
+@pytest.mark.parametrize("bits", [4, 8])
+def test_weight_ranges_by_squared_error_beat_the_largest_magnitude(bits: int) -> None:
+    weight = heavy_tailed(4 * 27 * 8).reshape(8, 12, 3, 3)
+    spec = TensorSpec(bits=bits, axis=0)
+    _, amax = mse_weight_ranges(weight, spec)
+    for channel, end in zip(weight.double().numpy(), amax.flatten().tolist(), strict=True):
+        largest = np.abs(channel).max()
+        errors = [squared_error(channel, spec, 0, largest * share / 100) for share in range(1, 101)]
+        assert squared_error(channel, spec, 0, end) == pytest.approx(min(errors), rel=1e-3)
+
+
+def test_the_report_has_the_true_clipping_and_noise() -> None:
+    torch.manual_seed(3)
+    model = quantize(nn.Sequential(nn.Conv2d(3, 4, 3)), "w8a8-affine")
+    images = torch.randn(8, 3, 32, 32)
+    observers = collect(model, images.split(3), "percentile")
+    set_ranges(model, observers, "percentile", 99.0)
+    activation, weight = report_ranges(model, observers)
+    assert activation.name == "0._input_quantizer"
+    assert activation.grid == "uint8, affine, per tensor"
+    assert activation.seen == (images.min().item(), images.max().item())
+    assert activation.clipped == pytest.approx(0.01, abs=2e-3)
+    quantizer = model[0]._input_quantizer
+    noise = (quantizer(images) - images).double().square().mean()
+    assert activation.sqnr == pytest.approx(10 * torch.log10(images.double().square().mean() / noise).item(), abs=0.1)
+    assert weight.clipped == 0
+    noise = (model[0]._weight_quantizer(model[0].weight) - model[0].weight).double().square().mean()
+    assert weight.sqnr == pytest.approx(
+        10 * torch.log10(model[0].weight.double().square().mean() / noise).item(), abs=1e-3
+    )
+    assert set(activation.to_json()) == {"name", "grid", "seen", "chosen", "clipped", "sqnr"}
 
 
 def test_calibrate_sees_float_inputs_and_weights_per_channel() -> None:

@@ -2,20 +2,26 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+import math
+from collections.abc import Callable, Iterable, Mapping
 
 import torch
 from torch import Tensor, nn
 
 from effnet_quant.errors import UserError
-from effnet_quant.quantization.calibration.maximum import MaxObserver
-from effnet_quant.quantization.calibration.percentile import PercentileObserver
-from effnet_quant.quantization.insertion import quantizers
+from effnet_quant.quantization.calibration.histogram import SeenTensors
+from effnet_quant.quantization.calibration.methods import (
+    CalibrationObserver,
+    check_method,
+    choose_range,
+    observer_for,
+)
+from effnet_quant.quantization.calibration.mse import extremes, mse_weight_ranges
+from effnet_quant.quantization.calibration.ranks import merge_ranks, merge_tracked_ranges, total_over_ranks
+from effnet_quant.quantization.insertion import output_quantizers, quantizers
 from effnet_quant.quantization.modules import float_weight
-from effnet_quant.quantization.output_quantizer import OutputQuantizer
 from effnet_quant.quantization.quantizer import TensorQuantizer
-
-METHODS = ("max", "percentile")
+from effnet_quant.quantization.spec import TensorSpec
 
 
 def calibrate(
@@ -27,14 +33,17 @@ def calibrate(
 ) -> nn.Module:
     """Choose the range of every quantizer of ``model``, in place, in one pass over ``batches``.
 
-    Weights get the largest magnitude per output channel. Activations get the largest magnitude seen ("max") or the one
-    below which ``percentile`` percent of the magnitudes lie ("percentile"), with all quantizers off: each sees its float
-    input. The model runs in eval mode and is returned to the mode it was in.
+    Activations get their range by ``method`` from what the float network puts in them; docs/quantization.md says which
+    suits what. Weights of 8 bits or more get the range that holds all values (per output channel), narrower ones the one
+    with the smallest squared error; "lsq" gives symmetric weights LSQ's. The model runs in eval mode and is returned to
+    the mode it was in.
+
+    In a process group every process brings its share of the images, and all get the ranges of the whole.
 
     Args:
         model: a model that ``quantize`` has been through.
         batches: float images (N, C, H, W) as the model takes them, on any device.
-        method: "max" or "percentile".
+        method: "max", "percentile", "entropy", "mse", "moving-average" or "lsq".
         percentile: 0 < percentile <= 100, for the method "percentile".
         progress: called with the number of images after each batch.
 
@@ -44,43 +53,79 @@ def calibrate(
     Raises:
         UserError: no quantizers, no images, an unknown method, or a quantizer that saw nothing, NaN or infinity.
     """
-    if method not in METHODS:
-        raise UserError(f"there is no calibration method '{method}'; choose one of: {', '.join(METHODS)}.")
-    if not 0 < percentile <= 100:
-        raise UserError(f"the percentile must be above 0 and at most 100, not {percentile}.")
+    check_method(method, percentile)
+    set_ranges(model, collect(model, batches, method, progress), method, percentile)
+    return model
+
+
+def collect(
+    model: nn.Module,
+    batches: Iterable[Tensor],
+    method: str = "mse",
+    progress: Callable[[int], None] | None = None,
+) -> dict[str, CalibrationObserver]:
+    """What the activation quantizers of ``model`` see in one pass over ``batches``, by name, with all of them off.
+
+    What is collected for a method that needs histograms ("percentile", "entropy", "mse", "lsq") serves ``set_ranges`` for
+    all of these and for "max". The arguments and errors are those of ``calibrate``.
+    """
     places = dict(quantizers(model))
     if not places:
         raise UserError("the model has no quantizers to calibrate; call quantize(model) first.")
     weights = _weights(model)
-    observers = {
-        name: MaxObserver() if method == "max" else PercentileObserver(percentile)
-        for name in places
-        if name not in weights
-    }
-    enabled = {name: quantizer.enabled for name, quantizer in places.items()}
+    shared = SeenTensors()
+    observers = {name: observer_for(method, shared) for name in places if name not in weights}
+    before = {name: (quantizer.enabled, quantizer.observer) for name, quantizer in places.items()}
+
+    def after_batch(images: int) -> None:
+        shared.clear()
+        if progress is not None:
+            progress(images)
+
     try:
         for name, quantizer in places.items():
             quantizer.enabled = False
             quantizer.observer = observers.get(name)
-        track_outputs(model, batches, progress)
+        track_outputs(model, batches, after_batch)
     finally:
         for name, quantizer in places.items():
-            quantizer.enabled = enabled[name]
-            quantizer.observer = None
+            quantizer.enabled, quantizer.observer = before[name]
+    merge_ranks(list(observers.values()), next(model.parameters()).device)
+    return observers
 
-    ranges = {name: observer.amax() for name, observer in observers.items()}
-    for name, weight in weights.items():
-        others = [dim for dim in range(weight.dim()) if dim != places[name].spec.axis]
-        ranges[name] = weight.detach().float().abs().amax(dim=others, keepdim=True)
-    for name, amax in ranges.items():
-        if not torch.isfinite(amax).all():
+
+def set_ranges(
+    model: nn.Module,
+    observers: Mapping[str, CalibrationObserver],
+    method: str = "percentile",
+    percentile: float = 99.99,
+) -> None:
+    """Give every quantizer of ``model`` the range that ``method`` chooses from what ``collect`` found.
+
+    Raises:
+        UserError: an unknown method, or a quantizer that saw nothing, NaN or infinity; no range is changed.
+    """
+    check_method(method, percentile)
+    places, weights = dict(quantizers(model)), _weights(model)
+    ranges: dict[str, tuple[Tensor, Tensor]] = {}
+    for name, quantizer in places.items():
+        if name in weights:
+            weight = weights[name].detach().float()
+            finite = bool(torch.isfinite(weight).all())
+        else:
+            finite = all(map(math.isfinite, observers[name].seen))
+        if not finite:
             raise UserError(
                 f"calibration found no finite range for {name}, which saw NaN, infinite values or nothing at all; "
                 "check the weights and the calibration images."
             )
-    for name, amax in ranges.items():
-        places[name].set_amax(amax)
-    return model
+        if name in weights:
+            ranges[name] = _weight_range(weight, quantizer.spec, method)
+        else:
+            low, high = choose_range(observers[name], quantizer.spec, method, percentile)
+            ranges[name] = torch.tensor(low), torch.tensor(high)
+    for name, (amin, amax) in ranges.items():
+        places[name].set_range(amin, amax)
 
 
 @torch.no_grad()
@@ -94,7 +139,7 @@ def track_outputs(model: nn.Module, batches: Iterable[Tensor], progress: Callabl
         UserError: there are no images.
     """
     modes = {module: module.training for module in model.modules()}
-    trackers = [module for module in model.modules() if isinstance(module, OutputQuantizer)]
+    trackers = list(output_quantizers(model))
     device = next(model.parameters()).device
     images = 0
     try:
@@ -111,8 +156,18 @@ def track_outputs(model: nn.Module, batches: Iterable[Tensor], progress: Callabl
             tracker.stop_tracking()
         for module, training in modes.items():
             module.training = training
-    if images == 0:
+    if total_over_ranks(images, device) == 0:
         raise UserError("there are no images to calibrate with.")
+    merge_tracked_ranges(trackers)
+
+
+def _weight_range(weight: Tensor, spec: TensorSpec, method: str) -> tuple[Tensor, Tensor]:
+    if method == "lsq" and spec.symmetric:
+        others = [dim for dim in range(weight.dim()) if dim != spec.axis]
+        mean = weight.abs().mean(dim=others, keepdim=spec.axis is not None)
+        amax = 2 * mean * math.sqrt(spec.bounds[1])
+        return -amax, amax
+    return extremes(weight, spec) if spec.bits >= 8 and method != "mse" else mse_weight_ranges(weight, spec)
 
 
 def _weights(model: nn.Module) -> dict[str, nn.Parameter]:

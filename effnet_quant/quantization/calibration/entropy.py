@@ -1,0 +1,71 @@
+"""The range that loses the least information, as TensorRT chooses it."""
+
+from __future__ import annotations
+
+import numpy as np
+from numpy.typing import NDArray
+
+from effnet_quant.quantization.calibration.histogram import Histogram
+from effnet_quant.quantization.calibration.magnitudes import largest_magnitude, magnitude_counts
+from effnet_quant.quantization.spec import TensorSpec
+
+
+def entropy_range(histogram: Histogram, spec: TensorSpec) -> tuple[float, float]:
+    """Ends of the range with the smallest Kullback-Leibler divergence between the values and the quantized values
+    (Migacz, "8-bit inference with TensorRT", GTC 2017), within what was seen.
+
+    Every bin's upper edge from the number of levels on is tried as the threshold of |x|. An affine grid is cut at the
+    same threshold on both sides; behind a ReLU all its levels count. A grid that is finer than the histogram loses nothing:
+    it gets the whole range.
+    """
+    low, high = min(histogram.seen[0], 0.0), max(histogram.seen[1], 0.0)
+    signed = spec.signed or not spec.symmetric
+    one_sided = not signed or (not spec.symmetric and 0 in (low, high))
+    levels = 2 ** (spec.bits if one_sided else spec.bits - 1)
+    largest = largest_magnitude(histogram.seen, signed=signed)
+    counts = magnitude_counts(histogram, signed=signed)
+    threshold = min(best_threshold(counts, levels) * histogram.width, largest)
+    return (-threshold, threshold) if spec.symmetric else (max(low, -threshold), min(high, threshold))
+
+
+def best_threshold(counts: NDArray[np.float64], levels: int) -> int:
+    """How many bins to keep: the i from ``levels`` to the last bin in use with the smallest divergence KL(P_i || Q_i).
+
+    P_i are the first i bins, with everything beyond added to the last. Q_i are the same bins, without it, merged into
+    ``levels`` groups and spread again evenly over the bins of a group that are not empty. As in NVIDIA's tools, the bin of
+    zero counts like its neighbour: zeros are exact in any range, and behind a ReLU they would drown all else.
+    """
+    used = int(np.flatnonzero(counts)[-1]) + 1 if counts.any() else 0
+    if used <= levels:
+        return used
+    counts = counts[:used].copy()
+    counts[0] = counts[1]
+    total = counts.sum()
+    if total == 0:
+        return used
+    sizes = np.arange(levels, used + 1)
+    sums = np.concatenate(([0.0], counts.cumsum()))
+    occupied = np.concatenate(([0.0], (counts > 0).cumsum()))
+    information = np.concatenate(([0.0], _times_log(counts, counts).cumsum()))
+    # bin j belongs to group floor(j * levels / i), so group k starts at ceil(k * i / levels)
+    starts = -(-np.arange(levels + 1)[None, :] * sizes[:, None] // levels)
+    mass = np.diff(sums[starts], axis=1)
+    members = np.diff(occupied[starts], axis=1)
+    inside, outliers = sums[sizes], total - sums[sizes]
+    last = counts[sizes - 1]
+    # sum of P log P: the last bin of P holds the outliers too
+    entropy = information[sizes] - _times_log(last, last) + _times_log(last + outliers, last + outliers)
+    mean = np.divide(mass, members, out=np.ones_like(mass), where=members > 0)
+    reference = mass.copy()
+    reference[:, -1] += outliers
+    cross = _times_log(reference, mean).sum(axis=1)
+    with np.errstate(divide="ignore", invalid="ignore"):
+        divergence = (entropy - cross) / total - np.log(total) + np.log(inside)
+    divergence[(inside == 0) | ((last == 0) & (outliers > 0))] = np.inf  # P is not zero where Q is
+    # of equal ones the widest
+    return int(sizes[len(sizes) - 1 - np.argmin(divergence[::-1])])
+
+
+def _times_log(factor: NDArray[np.float64], x: NDArray[np.float64]) -> NDArray[np.float64]:
+    """factor * log(x), 0 where the factor is 0."""
+    return factor * np.log(np.where(factor > 0, x, 1.0))

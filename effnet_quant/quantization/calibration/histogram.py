@@ -1,0 +1,138 @@
+"""Histogram: exact counts over a range that grows by doubling, in constant memory."""
+
+from __future__ import annotations
+
+import math
+import weakref
+
+import torch
+from torch import Tensor
+
+from effnet_quant.quantization.extremes import in_memory_order
+
+BINS = 4096  # on either side of zero
+SMALLEST_EXPONENT = -100  # of the outer edge; magnitudes far below 2**-100 share the bin of zero
+# Values counted at a time: what fits a core's cache on a CPU, what hides a kernel's launch on a GPU.
+_CPU_CHUNK, _GPU_CHUNK = 2**16, 2**22
+
+
+class Histogram:
+    """How many values fell where.
+
+    The bins have the width 2**exponent / BINS and reach from -2**exponent to 2**exponent. The bin of zero is two-sided:
+    bin i holds the values whose quotient by the width, rounded towards zero, is i. When a value needs a larger range, bins
+    merge in powers of two, which is exact: counts depend neither on the order of the values nor on how they were split
+    into batches, or between processes. Counts are 64-bit integers on the values' device.
+
+    Attributes:
+        exponent: of the outer edge.
+        seen: smallest and largest value; (inf, -inf) where nothing was counted, NaN or infinite where such a value was
+            met. Those are not counted.
+    """
+
+    def __init__(self) -> None:
+        self.exponent = SMALLEST_EXPONENT
+        self.seen = (math.inf, -math.inf)
+        self._counts: Tensor | None = None
+
+    @property
+    def counts(self) -> Tensor:
+        """Counts of the bins -(BINS - 1) … BINS - 1, int64."""
+        return torch.zeros(2 * BINS - 1, dtype=torch.int64) if self._counts is None else self._counts
+
+    @property
+    def width(self) -> float:
+        """Of a bin."""
+        return math.ldexp(1.0, self.exponent) / BINS
+
+    def add(self, x: Tensor) -> None:
+        """Count the values of a tensor of any shape."""
+        values = in_memory_order(x.detach())
+        for chunk in values.split(_GPU_CHUNK if x.is_cuda else _CPU_CHUNK):
+            low, high = torch.stack(torch.aminmax(chunk)).tolist()
+            self._widen(low, high)
+            largest = max(-low, high)
+            if not math.isfinite(largest):  # also where both are NaN
+                continue
+            exponent = math.frexp(largest)[1] if largest > 0 else SMALLEST_EXPONENT  # largest < 2**exponent
+            self.grow(exponent)
+            index = (chunk.float() * (1 / self.width)).to(torch.int16).add_(BINS - 1)  # a power of two: exact
+            counted = torch.bincount(index, minlength=2 * BINS - 1)
+            self._counts = counted if self._counts is None else self._counts.add_(counted)
+
+    def merge(self, other: Histogram) -> None:
+        """Count what ``other`` has counted."""
+        self._widen(*other.seen)
+        if other._counts is not None:
+            self.grow(other.exponent)
+            counts = _coarser(other._counts, self.exponent - other.exponent)
+            self._counts = counts.clone() if self._counts is None else self._counts.add_(counts.to(self._counts.device))
+
+    def grow(self, exponent: int) -> None:
+        """Let the range reach 2**exponent, if it does not yet."""
+        if exponent > self.exponent:
+            if self._counts is not None:
+                self._counts = _coarser(self._counts, exponent - self.exponent)
+            self.exponent = exponent
+
+    def replace(self, counts: Tensor, seen: tuple[float, float]) -> None:
+        """Take over counts of the same exponent, and the extremes of what they count."""
+        self._counts, self.seen = counts, seen
+
+    def _widen(self, low: float, high: float) -> None:
+        own_low, own_high = self.seen
+        if math.isnan(low) or math.isnan(own_low):
+            self.seen = (math.nan, math.nan)
+        else:
+            self.seen = (min(own_low, low), max(own_high, high))
+
+
+def _coarser(counts: Tensor, doublings: int) -> Tensor:
+    """The counts of bins 2**doublings times as wide."""
+    if doublings == 0:
+        return counts
+    index = torch.arange(-(BINS - 1), BINS, device=counts.device)
+    merged = torch.div(index, 2 ** min(doublings, 20), rounding_mode="trunc") + BINS - 1
+    return torch.zeros_like(counts).index_add_(0, merged, counts)
+
+
+class SeenTensors:
+    """The histograms of the tensors of one batch: several quantizers may see the same one, which is counted once."""
+
+    def __init__(self) -> None:
+        self._histograms: dict[int, tuple[weakref.ref[Tensor], int, Histogram]] = {}
+
+    def histogram(self, x: Tensor) -> Histogram:
+        """The histogram of ``x``, counted now or before."""
+        known = self._histograms.get(id(x))
+        if known is not None and known[0]() is x and known[1] == x._version:
+            return known[2]
+        counted = Histogram()
+        counted.add(x)
+        self._histograms[id(x)] = (weakref.ref(x), x._version, counted)
+        return counted
+
+    def clear(self) -> None:
+        """Forget the batch."""
+        self._histograms.clear()
+
+
+class HistogramObserver:
+    """Counts the values of all batches.
+
+    Args:
+        shared: what the observers of a model have in common; clear it after every batch.
+    """
+
+    def __init__(self, shared: SeenTensors) -> None:
+        self.histogram = Histogram()
+        self._shared = shared
+
+    def observe(self, x: Tensor) -> None:
+        """Take one batch of any shape into account."""
+        self.histogram.merge(self._shared.histogram(x))
+
+    @property
+    def seen(self) -> tuple[float, float]:
+        """Smallest and largest value; (inf, -inf) where nothing was observed, not finite where such a value was."""
+        return self.histogram.seen

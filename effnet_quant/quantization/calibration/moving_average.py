@@ -1,0 +1,54 @@
+"""The range that follows the extremes of the images, the latest first."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from effnet_quant.quantization.extremes import extremes
+
+DECAY = 0.99  # an image's share fades by this factor with every image after it
+
+
+class MovingAverageObserver:
+    """Exponential moving average of each image's smallest and largest value (Jacob et al. 2018, by image).
+
+    It goes by images, not by batches, so the result depends on their order and not on how they were batched. It starts
+    from nothing and divides by the weights given so far, so the first images are not over-weighted, and two averages can
+    be joined.
+    """
+
+    def __init__(self) -> None:
+        self.clear()
+
+    def clear(self) -> None:
+        """Forget everything."""
+        self._sums = [0.0, 0.0]
+        self._weight = 0.0
+        self._images = 0
+
+    def observe(self, x: Tensor) -> None:
+        """Take a batch of shape (N, …) into account, image by image."""
+        for low, high in torch.stack([torch.stack(extremes(image)) for image in x]).tolist():
+            self._append([low, high], 1.0, 1)
+
+    @property
+    def seen(self) -> tuple[float, float]:
+        """Averages of the smallest and of the largest value; (inf, -inf) where nothing was observed, NaN where one was."""
+        if self._images == 0:
+            return float("inf"), float("-inf")
+        return self._sums[0] / self._weight, self._sums[1] / self._weight
+
+    def state(self) -> list[float]:
+        """What ``append_state`` takes."""
+        return [*self._sums, self._weight, float(self._images)]
+
+    def append_state(self, state: list[float]) -> None:
+        """Go on with the images of another observer."""
+        self._append(state[:2], state[2], int(state[3]))
+
+    def _append(self, sums: list[float], weight: float, images: int) -> None:
+        fading = DECAY**images
+        self._sums = [own * fading + other for own, other in zip(self._sums, sums, strict=True)]
+        self._weight = self._weight * fading + weight
+        self._images += images

@@ -1,0 +1,209 @@
+"""What training with fake quantization adds to training: plain functions that a loop calls between its steps."""
+
+from __future__ import annotations
+
+import copy
+import math
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, distributed, nn
+from torch.nn import functional as F
+from torch.nn.modules.batchnorm import _BatchNorm
+
+from effnet_quant.errors import UserError
+from effnet_quant.quantization.extremes import extremes
+from effnet_quant.quantization.insertion import output_quantizers, quantizers
+from effnet_quant.quantization.quantizer import TensorQuantizer
+
+
+def learned_ranges(model: nn.Module) -> Iterator[nn.Parameter]:
+    """The ranges that training moves. Weight decay would shrink them for no reason: leave it out for these."""
+    for _, quantizer in quantizers(model):
+        if quantizer.spec.learned:
+            yield from quantizer.parameters(recurse=False)
+
+
+def gradual_start(model: nn.Module, epoch: int, epochs: int) -> None:
+    """Switch on the part of the quantizers that ``epoch`` (from 0) asks for: in the order of the definition, evenly over
+    ``epochs``, all of them from then on. Those without a range stay off.
+
+    Call it before every epoch; it depends on nothing that came before, so a resumed run goes on as it was. A compiled
+    model compiles again where the set changes.
+    """
+    places = [quantizer for _, quantizer in quantizers(model)]
+    count = len(places) if epoch >= epochs else math.ceil(len(places) * (epoch + 1) / (epochs + 1))
+    for index, quantizer in enumerate(places):
+        quantizer.enabled = index < count and quantizer.calibrated
+
+
+class _RunningRange:
+    """Lets a fixed range follow the data: an exponential moving average of each batch's extremes."""
+
+    def __init__(self, quantizer: TensorQuantizer, momentum: float) -> None:
+        self._quantizer = quantizer
+        self._momentum = momentum
+
+    @torch.no_grad()
+    def observe(self, x: Tensor) -> None:
+        quantizer = self._quantizer
+        if not quantizer.training:
+            return
+        low, high = extremes(x)
+        if quantizer._amin is None:
+            high = torch.maximum(high, -low) if quantizer.spec.signed else high.clamp(min=0)
+        else:
+            quantizer._amin.lerp_(low, self._momentum)
+        quantizer._amax.lerp_(high, self._momentum)
+
+
+def follow_ranges(model: nn.Module, momentum: float = 0.01) -> None:
+    """Let the fixed ranges of calibrated activation quantizers follow the data in training mode, from now on.
+
+    Args:
+        momentum: share of each new batch's extremes in the moving average.
+    """
+    for name, quantizer in quantizers(model):
+        if quantizer.enabled and not quantizer.spec.learned and not name.endswith("_weight_quantizer"):
+            quantizer.observer = _RunningRange(quantizer, momentum)
+
+
+def freeze_ranges(model: nn.Module) -> None:
+    """End what ``follow_ranges`` began: the ranges stay as they are."""
+    for _, quantizer in quantizers(model):
+        if isinstance(quantizer.observer, _RunningRange):
+            quantizer.observer = None
+
+
+def freeze_batch_norm(model: nn.Module) -> None:
+    """Let BatchNorm layers normalise with their running statistics and leave these alone; their scale and offset go on
+    learning. ``model.train()`` undoes it, so call it after that, in every epoch that should be so."""
+    for module in _batch_norms(model):
+        module.eval()
+
+
+@torch.no_grad()
+def reestimate_batch_norm(model: nn.Module, batches: Iterable[Tensor]) -> None:
+    """Measure BatchNorm's running statistics anew, as the mean over ``batches`` weighted by their images, with the
+    quantizers as they are and nothing else in training mode (no dropout).
+
+    Quantized weights that hop between two values of the grid leave the running averages behind (Nagel et al. 2022). In a
+    process group all get the mean over all processes' images.
+
+    Raises:
+        UserError: there are no images.
+    """
+    modes = {module: module.training for module in model.modules()}
+    layers = list(_batch_norms(model))
+    momenta = [layer.momentum for layer in layers]
+    device = next(model.parameters()).device
+    images = 0
+    try:
+        model.eval()
+        for layer in layers:
+            layer.train()
+        for batch in batches:
+            images += len(batch)
+            for layer in layers:
+                layer.momentum = len(batch) / images  # the first batch replaces what was there
+            model(batch.to(device))
+    finally:
+        for layer, momentum in zip(layers, momenta, strict=True):
+            layer.momentum = momentum
+        for module, training in modes.items():
+            module.training = training
+    if distributed.is_available() and distributed.is_initialized() and distributed.get_world_size() > 1:
+        images = _mean_over_ranks(layers, images, device)
+    if images == 0:
+        raise UserError("there are no images to estimate BatchNorm's statistics with.")
+
+
+def _mean_over_ranks(layers: list[_BatchNorm], images: int, device: torch.device) -> int:
+    total = torch.tensor(images, device=device)
+    distributed.all_reduce(total)
+    for layer in layers:
+        for statistic in (layer.running_mean, layer.running_var):
+            assert statistic is not None
+            statistic.mul_(images / max(int(total), 1))
+            distributed.all_reduce(statistic)
+    return int(total)
+
+
+def _batch_norms(model: nn.Module) -> Iterator[_BatchNorm]:
+    for module in model.modules():
+        if isinstance(module, _BatchNorm) and module.track_running_stats:
+            yield module
+
+
+@dataclass(frozen=True)
+class Distillation:
+    """Distillation from a float network (Hinton et al. 2015).
+
+    Attributes:
+        teacher: gives logits; stays in eval mode and is not trained. See ``float_teacher``.
+        temperature: above 0; divides both networks' logits.
+        weight: 0 … 1, the teacher's share of the loss; the labels have the rest.
+    """
+
+    teacher: nn.Module
+    temperature: float = 2.0
+    weight: float = 0.5
+
+    def loss(self, label_loss: Tensor, logits: Tensor, images: Tensor) -> Tensor:
+        """The mixed loss. ``images`` are what the trained network made ``logits`` of; call it in the same autocast."""
+        with torch.no_grad():
+            target = self.teacher(images)
+        return (1 - self.weight) * label_loss + self.weight * distillation_loss(logits, target, self.temperature)
+
+
+def distillation_loss(logits: Tensor, teacher_logits: Tensor, temperature: float) -> Tensor:
+    """temperature**2 * KL(teacher || student) of the softened probabilities, mean over the batch; float32 of shape ().
+
+    The factor keeps the size of its gradients beside the labels' whatever the temperature.
+    """
+    student = F.log_softmax(logits.float() / temperature, dim=1)
+    teacher = F.log_softmax(teacher_logits.float() / temperature, dim=1)
+    return F.kl_div(student, teacher, reduction="batchmean", log_target=True) * temperature**2
+
+
+def float_teacher(model: nn.Module) -> nn.Module:
+    """A copy of a quantized network that computes in float, in eval mode, without gradients."""
+    teacher = copy.deepcopy(model).eval().requires_grad_(False)
+    for _, quantizer in quantizers(teacher):
+        quantizer.enabled, quantizer.observer = False, None
+    for rounding in output_quantizers(teacher):
+        rounding.simulated = False
+    return teacher
+
+
+@torch.no_grad()
+def find_not_finite(model: nn.Module, images: Tensor) -> str | None:
+    """The name of the first quantizer, in the order of computation, that meets NaN or infinity; None if none does.
+
+    What to say when a loss is not finite. The model runs once in eval mode and is returned to the mode it was in.
+    """
+    found: list[str] = []
+    before = {}
+    for name, quantizer in quantizers(model):
+        before[quantizer] = quantizer.observer
+        quantizer.observer = _Finder(name, found)
+    modes = {module: module.training for module in model.modules()}
+    try:
+        model.eval()(images)
+    finally:
+        for quantizer, observer in before.items():
+            quantizer.observer = observer
+        for module, training in modes.items():
+            module.training = training
+    return found[0] if found else None
+
+
+class _Finder:
+    def __init__(self, name: str, found: list[str]) -> None:
+        self._name = name
+        self._found = found
+
+    def observe(self, x: Tensor) -> None:
+        if not bool(torch.isfinite(x).all()):
+            self._found.append(self._name)
