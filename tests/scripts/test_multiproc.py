@@ -152,7 +152,7 @@ def test_the_cause_is_told_from_its_consequences(run_process, repository, script
     assert "Traceback" not in result.err
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1])
+@pytest.mark.parametrize("number", [pytest.param(signal.SIGTERM, marks=pytest.mark.slow), signal.SIGUSR1])
 def test_signals_reach_every_process(start_process, script, tmp_path, number):
     path = script(
         """
@@ -182,6 +182,7 @@ def test_signals_reach_every_process(start_process, script, tmp_path, number):
     assert [(tmp_path / f"seen{rank}").read_text() for rank in range(2)] == [str(int(number))] * 2
 
 
+@pytest.mark.slow
 def test_processes_start_again_as_often_as_allowed(run_process, script, tmp_path):
     path = script(
         """
