@@ -17,6 +17,7 @@ from torch import nn
 
 from effnet_quant.api import create_model
 from effnet_quant.cli.arguments import model_options, refuse_unavailable
+from effnet_quant.cli.quantization import SPEC_KEY, chosen_spec
 from effnet_quant.cli.weights import given_weights, load_given
 from effnet_quant.data.arrays import SyntheticSource
 from effnet_quant.data.loaders import Loader
@@ -97,13 +98,13 @@ def _prepare(arguments: argparse.Namespace, world: World, *, quantized: bool) ->
     torch.manual_seed(config.seed)
     if checkpoint is not None and (arguments.pretrained_from_file or arguments.pretrained):
         raise UserError("--resume and --pretrained-from-file (or --pretrained) both bring weights; give one of them.")
-    model = create_model(arguments.arch, arguments.num_classes, quantized=quantized, **model_options(arguments))
-    has_ranges = not quantized
     if not world.is_main:  # process 0 downloads
         world.wait()
     weights = given_weights(arguments, entry)
     if world.is_main:
         world.wait()
+    model, spec = _model(arguments, checkpoint, weights, quantized=quantized)
+    has_ranges = not quantized
     if checkpoint is not None:
         has_ranges = load_weights(model, Weights(checkpoint["state_dict"], source=arguments.resume))
     elif weights is not None:
@@ -124,6 +125,7 @@ def _prepare(arguments: argparse.Namespace, world: World, *, quantized: bool) ->
         "num_classes": arguments.num_classes,
         "classes": classes,
         "preprocessing": preprocessing.to_json(),
+        **spec,
     }
     trainer = Trainer(model, config, preprocessing, device, workspace, recorder, metadata, world)
     if checkpoint is not None:
@@ -142,6 +144,19 @@ def _prepare(arguments: argparse.Namespace, world: World, *, quantized: bool) ->
         train = Loader(train_source, transform, config.batch_size, shuffle=True, seed=config.seed, **loading)
     val = Loader(val_source, evaluation, config.batch_size, **loading)
     return Job(model, trainer, config, recorder, preprocessing, device, train, train_source, val, has_ranges)
+
+
+def _model(
+    arguments: argparse.Namespace, checkpoint: dict[str, Any] | None, weights: Weights | None, *, quantized: bool
+) -> tuple[nn.Module, dict[str, Any]]:
+    """The network without its weights, and what its files say of its quantization."""
+    options = model_options(arguments)
+    if not quantized:
+        return create_model(arguments.arch, arguments.num_classes, quantized=False, **options), {}
+    said = {} if weights is None else weights.metadata
+    spec = chosen_spec(arguments, said if checkpoint is None else checkpoint.get("metadata") or {})
+    model = create_model(arguments.arch, arguments.num_classes, quantized=True, quant_spec=spec, **options)
+    return model, {SPEC_KEY: spec.to_json()}
 
 
 def train_or_evaluate(job: Job, arguments: argparse.Namespace) -> int:
