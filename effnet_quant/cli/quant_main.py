@@ -151,6 +151,7 @@ def _calibration_images(ready: Job, arguments: argparse.Namespace) -> Loader:
         ready.config.batch_size,
         workers=arguments.workers,
         prefetch=arguments.prefetch,
+        max_bad_images=arguments.max_bad_images,
         indices=torch.arange(count) * available // count,
     )
 
