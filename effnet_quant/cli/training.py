@@ -39,6 +39,7 @@ from effnet_quant.training.distributed import World, joined_world
 from effnet_quant.training.machine import describe_machine
 from effnet_quant.training.metrics import Recorder
 from effnet_quant.training.signals import Interrupted
+from effnet_quant.training.sinks import Sink, TensorBoard, WandB
 from effnet_quant.training.trainer import Trainer
 
 DEFAULT_BACKEND = "pytorch"  # the fastest on CPUs: benchmarks/loader.py
@@ -84,7 +85,7 @@ def prepared(arguments: argparse.Namespace, *, quantized: bool) -> Iterator[Job]
 
 def _prepare(arguments: argparse.Namespace, world: World, *, quantized: bool) -> Job:
     entry = get_entry(arguments.arch)
-    arguments.resume = _checkpoint_to_resume(arguments)
+    _go_on_if_started_again(arguments)
     if "num_classes" not in arguments.explicit:
         arguments.num_classes = entry.num_classes
     checkpoint = load_checkpoint(arguments.resume) if arguments.resume else None
@@ -115,8 +116,7 @@ def _prepare(arguments: argparse.Namespace, world: World, *, quantized: bool) ->
     workspace = Path(arguments.workspace)
     if world.is_main:
         prepare_workspace(workspace)
-    machine = describe_machine(world.size) if config.prof > 0 and world.is_main else None
-    recorder = Recorder(workspace / arguments.raport_file if world.is_main else None, machine)
+    recorder = _recorder(arguments, config, workspace, world)
     world.wait()
     if "data_backend" not in arguments.explicit:
         print(f"data backend: {DEFAULT_BACKEND}", flush=True)
@@ -185,13 +185,13 @@ def train_or_evaluate(job: Job, arguments: argparse.Namespace) -> int:
     return 0
 
 
-def _checkpoint_to_resume(arguments: argparse.Namespace) -> str | None:
-    """The file of ``--resume``, or the job's own latest checkpoint where torchrun has started its processes again."""
+def _go_on_if_started_again(arguments: argparse.Namespace) -> None:
+    """Resume from the job's own latest checkpoint where torchrun has started its processes again."""
     latest = os.path.join(arguments.workspace, arguments.checkpoint_filename)
     if int(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")) > 0 and os.path.isfile(latest):
         print(f"started again: going on from {latest}", flush=True)
-        return latest
-    return arguments.resume
+        arguments.resume, arguments.pretrained_from_file, arguments.pretrained = latest, None, False
+        arguments.ema = False  # which of the weights to start from
 
 
 def _device(arguments: argparse.Namespace, config: TrainConfig, world: World) -> torch.device:
@@ -208,6 +208,19 @@ def _device(arguments: argparse.Namespace, config: TrainConfig, world: World) ->
     if "tf32" in arguments.explicit and arguments.tf32:
         print("no GPU: TF32 means FP32", flush=True)
     return torch.device("cpu")
+
+
+def _recorder(arguments: argparse.Namespace, config: TrainConfig, workspace: Path, world: World) -> Recorder:
+    """The run's metrics, to the raport file and the sinks asked for; process 0 writes them all."""
+    if not world.is_main:
+        return Recorder(None)
+    sinks: list[Sink] = []
+    if arguments.tensorboard:
+        sinks.append(TensorBoard(workspace))
+    if arguments.wandb:
+        sinks.append(WandB(arguments.wandb, workspace, asdict(config)))
+    machine = describe_machine(world.size) if config.prof > 0 else None
+    return Recorder(workspace / arguments.raport_file, machine, sinks)
 
 
 def _config(arguments: argparse.Namespace, checkpoint: dict[str, Any] | None, world: World) -> TrainConfig:
