@@ -13,9 +13,10 @@ from effnet_quant.cli.inference import load_model
 from effnet_quant.cli.process import run
 from effnet_quant.cli.quantization import add_spec_arguments
 from effnet_quant.data.sources import read_image
-from effnet_quant.data.transforms import CROP_MARGIN, Preprocessing, evaluation_transform, normalize
+from effnet_quant.data.transforms import Preprocessing, evaluation_transform, normalize
 from effnet_quant.deploy.engine import BACKENDS, load_engine
 from effnet_quant.errors import UserError
+from effnet_quant.models.registry import CROP_MARGIN
 
 TOP = 5
 

@@ -18,7 +18,6 @@ from effnet_quant.data.decoding import Box, EncodedImage
 
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
 IMAGENET_STD = (0.229, 0.224, 0.225)
-CROP_MARGIN = 32  # NVIDIA's evaluation transform scales to the target size + 32 before the crop
 INTERPOLATIONS = ("bilinear", "bicubic")
 # of torchvision's, with the settings of their papers: arXiv:1805.09501 (for ImageNet), 1909.13719, 2103.10158
 AUGMENTATIONS: dict[str, Callable[..., v2.Transform]] = {
