@@ -21,7 +21,7 @@ from effnet_quant.deploy.layers import compare_layers, format_layers
 from effnet_quant.deploy.lint import lint_tensorrt
 from effnet_quant.deploy.verify import Comparison, compare
 from effnet_quant.errors import UserError
-from effnet_quant.quantization.insertion import quantizers, simulate_target
+from effnet_quant.quantization.insertion import output_quantizers, quantizers, simulate_target
 
 # of images on which engine and simulation give the same class, in percent
 AGREEMENT = 99.5
@@ -72,6 +72,13 @@ def _verify(parsed: argparse.Namespace) -> bool:
     preprocessing = Preprocessing.from_json(engine.metadata.get("preprocessing", metadata["preprocessing"]))
     source = open_validation(parsed.data, metadata.get("classes"))
     loader = Loader(source, evaluation_transform(preprocessing), parsed.batch_size, workers=parsed.workers)
+    if engine.metadata.get("target") == "onnxruntime" and any(
+        place.range is None for place in output_quantizers(model)
+    ):
+        print(
+            "note: the weights bring no ranges for the outputs of convolutions; the engine rounds there and the simulation "
+            "does not. Weights that quant_main.py calibrated or trained have them."
+        )
     comparison = compare(engine, model, _batches(loader, preprocessing))
     passed = comparison.agreement >= parsed.min_agreement
     _print(comparison, parsed.min_agreement, passed)
