@@ -11,6 +11,8 @@ assert version is not None
 
 openvino = ["openvino>=2025.0"]
 report = ["matplotlib>=3.8"]
+dali = ["nvidia-dali-cuda130>=2.0"]
+webdataset = ["webdataset>=1.0", "fsspec>=2024.2"]
 timm = ["timm>=1.0.15"]
 
 setup(
@@ -39,11 +41,14 @@ setup(
         "openvino": openvino,
         "report": report,
         "timm": timm,
-        "dali": ["nvidia-dali-cuda130"],
+        "dali": dali,
+        "webdataset": webdataset,
         "tensorrt": ["tensorrt>=10.0"],
         "dev": [
             *openvino,
             *report,
+            *dali,
+            *webdataset,
             "pytest>=8",
             "hypothesis>=6.100",
             "ruff>=0.8",
