@@ -34,6 +34,7 @@ from effnet_quant.data.sources import EncodedSource, NameTable
 from effnet_quant.data.transforms import IMAGENET_MEAN, IMAGENET_STD, Preprocessing, training_transform
 
 SIZE = 224
+AHEAD = 4  # batches that are not counted: some loaders prepare them while others run
 SAMPLES = Path(__file__).resolve().parents[2] / "shared/data/imagenet-samples.tar"
 Run = Callable[[], Iterable]
 
@@ -58,7 +59,7 @@ def main() -> None:
     """Measure and print."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--images", type=Path, help="folder of <class>/<image>.jpg instead of the samples")
-    parser.add_argument("--repeat", type=int, default=5, help="how often an epoch holds each image")
+    parser.add_argument("--repeat", type=int, default=10, help="how often an epoch holds each image")
     parser.add_argument("--rounds", type=int, default=5, help="how often every loader runs")
     parser.add_argument("--workers", type=int, default=2, help="processes or threads of each loader")
     parser.add_argument("--batch-size", type=int, default=50, help="images a batch")
@@ -85,10 +86,15 @@ def _compare(
     firsts: dict[str, list[float]] = {name: [] for name in runs}
     for round_number in range(arguments.rounds + 1):  # the first one starts workers and fills caches
         for name, run in runs.items():
-            start, count, first = time.perf_counter(), 0, 0.0
-            for batch, *_ in run():
-                first = first or time.perf_counter() - start
-                count += len(batch)
+            begin = start = time.perf_counter()
+            count = 0
+            for number, (batch, *_) in enumerate(run(), 1):
+                if number == 1:
+                    first = time.perf_counter() - begin
+                if number <= AHEAD:
+                    start = time.perf_counter()
+                else:
+                    count += len(batch)
             if round_number:
                 speeds[name].append(count / (time.perf_counter() - start))
                 firsts[name].append(first)
