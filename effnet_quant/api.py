@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +12,7 @@ from effnet_quant.errors import UserError
 from effnet_quant.models.registry import get_entry
 from effnet_quant.models.weights import Weights, load_weights, read_weights
 from effnet_quant.quantization.insertion import quantize
+from effnet_quant.quantization.spec import QuantSpec
 
 
 def create_model(
@@ -20,6 +22,7 @@ def create_model(
     *,
     pretrained: bool = False,
     quantized: bool | None = None,
+    quant_spec: str | QuantSpec | Mapping[str, Any] | None = None,
     **options: Any,
 ) -> nn.Module:
     """Build a model, in training mode, on the CPU.
@@ -31,6 +34,7 @@ def create_model(
         pretrained: load the published weights instead.
         quantized: whether quantizers are placed (they are off until they have ranges). None: the ``efficientnet-*``
             models as their names say, any other if the weights bring ranges.
+        quant_spec: how, as ``resolve_spec`` takes it; None for what the weights say of themselves, else "w8a8".
         **options: of the network, e.g. ``dropout``, ``bn_momentum``, ``survival_prob``, ``in_channels``, and ``se_as_conv``
             of the EfficientNets.
 
@@ -49,8 +53,10 @@ def create_model(
         num_classes = entry.num_classes if given is None else entry.class_count(given)
     model = entry.create(num_classes, **options)
     if quantized:
+        if quant_spec is None:
+            quant_spec = "w8a8" if given is None else given.metadata.get("quant_spec", "w8a8")
         # the networks that NVIDIA published in quantized form compute NVIDIA's numbers
-        quantize(model, target="tensorrt" if entry.quantized else "onnxruntime")
+        quantize(model, quant_spec, target="tensorrt" if entry.quantized else "onnxruntime")
     if given is not None:
         load_weights(model, given)
     return model

@@ -154,6 +154,8 @@ def _add_run_arguments(parser: argparse.ArgumentParser) -> None:
     add("--gather-checkpoints", type=int, default=0, help="keep the last so many epochs' checkpoints, -1: all")
     add("--checkpoint-every-steps", type=int, default=0, help="optimizer steps between checkpoints within an epoch")
     add("--raport-file", default="experiment_raport.json", help="metrics log (JSON lines), in the workspace")
+    add("--tensorboard", action="store_true", help="write the metrics for TensorBoard too, to the workspace")
+    add("--wandb", metavar="PROJECT", help="send the metrics to Weights & Biases too")
     add("--evaluate", action="store_true", help="only evaluate")
     add("--training-only", action="store_true", help="don't evaluate")
     add("--no-checkpoints", dest="save_checkpoints", action="store_false", help="write no checkpoints")

@@ -11,6 +11,7 @@ from torch import Tensor
 from effnet_quant.cli.arguments import Parser, add_model_arguments
 from effnet_quant.cli.inference import load_model
 from effnet_quant.cli.process import run
+from effnet_quant.cli.quantization import add_spec_arguments
 from effnet_quant.data.sources import read_image
 from effnet_quant.data.transforms import CROP_MARGIN, Preprocessing, evaluation_transform, normalize
 from effnet_quant.deploy.engine import BACKENDS, load_engine
@@ -23,6 +24,7 @@ def job(arguments: Sequence[str]) -> int:
     """Classify as the command line says; returns the exit status."""
     parser = Parser("Classify one image with PyTorch weights or an ONNX file.")
     add_model_arguments(parser, None)
+    add_spec_arguments(parser)
     parser.add_argument("--image", required=True, metavar="FILE", help="the image")
     parser.add_argument("--image-size", type=int, help="image size in pixels (default: the weights', else the model's)")
     parser.add_argument("--precision", choices=("AMP", "FP32"), default="FP32", help="arithmetic of PyTorch weights")

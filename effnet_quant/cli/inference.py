@@ -10,6 +10,7 @@ from torch import nn
 
 from effnet_quant.api import create_model
 from effnet_quant.cli.arguments import model_options
+from effnet_quant.cli.quantization import chosen_spec
 from effnet_quant.cli.weights import given_weights, load_given
 from effnet_quant.data.transforms import Preprocessing
 from effnet_quant.errors import UserError
@@ -35,7 +36,9 @@ def load_model(arguments: argparse.Namespace) -> tuple[nn.Module, dict[str, Any]
     explicit = "num_classes" in arguments.explicit
     num_classes = arguments.num_classes if explicit else entry.class_count(weights)
     quantized = weights.has_ranges if entry.quantized is None else entry.quantized
-    model = create_model(arguments.arch, num_classes, quantized=quantized, **model_options(arguments))
+    spec = chosen_spec(arguments, weights.metadata)
+    options = model_options(arguments)
+    model = create_model(arguments.arch, num_classes, quantized=quantized, quant_spec=spec, **options)
     if not load_given(model, weights, arguments.arch):
         raise UserError(
             f"{weights.source} holds float weights without ranges; calibrate them with quant_main.py --epochs 0, or use "

@@ -9,6 +9,7 @@ from pathlib import Path
 from effnet_quant.cli.arguments import Parser, add_model_arguments
 from effnet_quant.cli.inference import load_model
 from effnet_quant.cli.process import run
+from effnet_quant.cli.quantization import add_spec_arguments
 from effnet_quant.deploy.onnx import export_onnx
 from effnet_quant.files import check_writable
 from effnet_quant.quantization.targets import TARGETS
@@ -18,6 +19,7 @@ def job(arguments: Sequence[str]) -> int:
     """Export as the command line says; returns the exit status."""
     parser = Parser("Export a model, float or quantized, to ONNX.")
     add_model_arguments(parser, None)
+    add_spec_arguments(parser)
     parser.add_argument("--image-size", type=int, help="image size in pixels (default: the weights', else the model's)")
     parser.add_argument(
         "-b", "--batch-size", type=int, default=None, help="accepted for compatibility: the exported batch is dynamic"

@@ -4,19 +4,29 @@ from __future__ import annotations
 
 import argparse
 from collections.abc import Iterator, Sequence
+from pathlib import Path
 
 import torch
 from torch import Tensor
 
-from effnet_quant.cli.arguments import Parser, add_training_arguments
+from effnet_quant.cli.arguments import Parser, add_training_arguments, model_options
 from effnet_quant.cli.process import run
+from effnet_quant.cli.quantization import (
+    QatSchedule,
+    add_qat_arguments,
+    add_spec_arguments,
+    check_qat_arguments,
+    distilled,
+)
 from effnet_quant.cli.training import Job, prepared, train_or_evaluate
 from effnet_quant.data.backends import open_loader
 from effnet_quant.data.loaders import Loader
 from effnet_quant.data.transforms import evaluation_transform, normalize
 from effnet_quant.errors import UserError
+from effnet_quant.files import check_writable
 from effnet_quant.models.registry import get_entry
-from effnet_quant.quantization.calibration import METHODS, calibrate, track_outputs
+from effnet_quant.quantization.calibration import METHODS, collect, report_ranges, set_ranges, track_outputs
+from effnet_quant.report.calibration import FORMATS, write_calibration_page
 from effnet_quant.training.callback import Callback
 from effnet_quant.training.metrics import Stopwatch
 from effnet_quant.training.progress import progress
@@ -30,9 +40,12 @@ def build_parser() -> Parser:
         "quantization."
     )
     add_training_arguments(parser)
+    add_spec_arguments(parser)
+    add_qat_arguments(parser)
     parser.add_argument("--calibration-method", choices=METHODS, default="percentile", help="how ranges are chosen")
     parser.add_argument("--percentile", type=float, default=99.99, help="share of magnitudes covered, in percent")
     parser.add_argument("--calibration-images", type=int, default=512, help="training images to calibrate with")
+    parser.add_argument("--report", metavar="FILE", help="page of plots of all ranges to write (.png, .pdf or .svg)")
     return parser
 
 
@@ -50,11 +63,19 @@ def job(arguments: Sequence[str]) -> int:
         raise UserError(f"--calibration-images must be at least 1, not {parsed.calibration_images}.")
     if not 0 < parsed.percentile <= 100:
         raise UserError(f"--percentile must be above 0 and at most 100, not {parsed.percentile}.")
+    check_qat_arguments(parsed)
+    if parsed.report and Path(parsed.report).suffix not in FORMATS:
+        raise UserError(f"--report {parsed.report}: expected a file named {', '.join(FORMATS)}.")
+    if parsed.report:
+        check_writable(Path(parsed.report))
     with prepared(parsed, quantized=True) as ready:
         return _quantize(ready, parsed)
 
 
 def _quantize(ready: Job, parsed: argparse.Namespace) -> int:
+    trainer = ready.trainer
+    if parsed.distill and not parsed.evaluate:
+        trainer.loss = distilled(trainer.loss, parsed, model_options(parsed), ready.model)
     if not ready.has_ranges:
         if parsed.resume:
             raise UserError(
@@ -68,7 +89,11 @@ def _quantize(ready: Job, parsed: argparse.Namespace) -> int:
         _calibrate(ready, parsed)
     elif not parsed.resume:
         print("the weights bring their ranges: no calibration", flush=True)
-    ready.trainer.callbacks.append(_OutputTracking(ready, parsed))
+    # statistics of BatchNorm first: the outputs that are tracked depend on them
+    trainer.callbacks.append(
+        QatSchedule(ready.model, parsed, ready.config.epochs, lambda: _normalised_images(ready, parsed, "BatchNorm"))
+    )
+    trainer.callbacks.append(_OutputTracking(ready, parsed))
     return train_or_evaluate(ready, parsed)
 
 
@@ -83,11 +108,17 @@ def _calibrate(ready: Job, arguments: argparse.Namespace) -> None:
             yield normalize(images.to(ready.device, non_blocking=True), ready.preprocessing)
             stopwatch.batch_done(len(images))
 
-    calibrate(ready.model, batches(), arguments.calibration_method, arguments.percentile)
+    method = arguments.calibration_method
+    # the shares and the noise on the page of plots come from histograms
+    observers = collect(ready.model, batches(), "mse" if arguments.report and method == "max" else method)
+    set_ranges(ready.model, observers, method, arguments.percentile)
+    ranges = [report.to_json() for report in report_ranges(ready.model, observers)]
+    if arguments.report:
+        write_calibration_page(ranges, Path(arguments.report))
     metrics: dict[str, float] = {"calib.images": loader.num_images, **stopwatch.metrics("calib")}
     if not arguments.training_only:
         metrics |= ready.trainer.evaluate(ready.val, "calib", "evaluate the calibrated model")
-    ready.recorder.record(metrics)
+    ready.recorder.record({**metrics, "calib.ranges": ranges})
     print(f"calibrated on {loader.num_images} images: {describe(metrics)}", flush=True)
     ready.trainer.save()
 
@@ -100,12 +131,14 @@ class _OutputTracking(Callback):
         self._arguments = arguments
 
     def on_epoch_end(self, epoch: int) -> None:
-        loader = _calibration_images(self._ready, self._arguments)
-        batches = progress(loader.epoch(), len(loader), "track output ranges", self._arguments.print_freq)
-        track_outputs(
-            self._ready.model,
-            (normalize(images.to(self._ready.device), self._ready.preprocessing) for images, _ in batches),
-        )
+        track_outputs(self._ready.model, _normalised_images(self._ready, self._arguments, "track output ranges"))
+
+
+def _normalised_images(ready: Job, arguments: argparse.Namespace, title: str) -> Iterator[Tensor]:
+    """The calibration images as the network takes them."""
+    loader = _calibration_images(ready, arguments)
+    for images, _ in progress(loader.epoch(), len(loader), title, arguments.print_freq):
+        yield normalize(images.to(ready.device), ready.preprocessing)
 
 
 def _calibration_images(ready: Job, arguments: argparse.Namespace) -> Loader:

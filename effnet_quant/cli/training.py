@@ -19,6 +19,7 @@ from torch import nn
 
 from effnet_quant.api import create_model
 from effnet_quant.cli.arguments import model_options
+from effnet_quant.cli.quantization import SPEC_KEY, chosen_spec
 from effnet_quant.cli.weights import given_weights, load_given
 from effnet_quant.data.arrays import SyntheticSource
 from effnet_quant.data.backends import open_loader
@@ -38,6 +39,7 @@ from effnet_quant.training.distributed import World, joined_world
 from effnet_quant.training.machine import describe_machine
 from effnet_quant.training.metrics import Recorder
 from effnet_quant.training.signals import Interrupted
+from effnet_quant.training.sinks import Sink, TensorBoard, WandB
 from effnet_quant.training.trainer import Trainer
 
 DEFAULT_BACKEND = "pytorch"  # the fastest on CPUs: benchmarks/loader.py
@@ -83,7 +85,7 @@ def prepared(arguments: argparse.Namespace, *, quantized: bool) -> Iterator[Job]
 
 def _prepare(arguments: argparse.Namespace, world: World, *, quantized: bool) -> Job:
     entry = get_entry(arguments.arch)
-    arguments.resume = _checkpoint_to_resume(arguments)
+    _go_on_if_started_again(arguments)
     if "num_classes" not in arguments.explicit:
         arguments.num_classes = entry.num_classes
     checkpoint = load_checkpoint(arguments.resume) if arguments.resume else None
@@ -99,13 +101,13 @@ def _prepare(arguments: argparse.Namespace, world: World, *, quantized: bool) ->
     torch.manual_seed(config.seed)
     if checkpoint is not None and (arguments.pretrained_from_file or arguments.pretrained):
         raise UserError("--resume and --pretrained-from-file (or --pretrained) both bring weights; give one of them.")
-    model = create_model(arguments.arch, arguments.num_classes, quantized=quantized, **model_options(arguments))
-    has_ranges = not quantized
     if not world.is_main:  # process 0 downloads
         world.wait()
     weights = given_weights(arguments, entry)
     if world.is_main:
         world.wait()
+    model, spec = _model(arguments, checkpoint, weights, quantized=quantized)
+    has_ranges = not quantized
     if checkpoint is not None:
         has_ranges = load_weights(model, Weights(checkpoint["state_dict"], source=arguments.resume))
     elif weights is not None:
@@ -114,8 +116,7 @@ def _prepare(arguments: argparse.Namespace, world: World, *, quantized: bool) ->
     workspace = Path(arguments.workspace)
     if world.is_main:
         prepare_workspace(workspace)
-    machine = describe_machine(world.size) if config.prof > 0 and world.is_main else None
-    recorder = Recorder(workspace / arguments.raport_file if world.is_main else None, machine)
+    recorder = _recorder(arguments, config, workspace, world)
     world.wait()
     if "data_backend" not in arguments.explicit:
         print(f"data backend: {DEFAULT_BACKEND}", flush=True)
@@ -127,6 +128,7 @@ def _prepare(arguments: argparse.Namespace, world: World, *, quantized: bool) ->
         "num_classes": arguments.num_classes,
         "classes": classes,
         "preprocessing": preprocessing.to_json(),
+        **spec,
     }
     trainer = Trainer(model, config, preprocessing, device, workspace, recorder, metadata, world)
     if checkpoint is not None:
@@ -152,6 +154,19 @@ def _prepare(arguments: argparse.Namespace, world: World, *, quantized: bool) ->
     return Job(model, trainer, config, recorder, preprocessing, device, train, train_source, val, has_ranges)
 
 
+def _model(
+    arguments: argparse.Namespace, checkpoint: dict[str, Any] | None, weights: Weights | None, *, quantized: bool
+) -> tuple[nn.Module, dict[str, Any]]:
+    """The network without its weights, and what its files say of its quantization."""
+    options = model_options(arguments)
+    if not quantized:
+        return create_model(arguments.arch, arguments.num_classes, quantized=False, **options), {}
+    said = {} if weights is None else weights.metadata
+    spec = chosen_spec(arguments, said if checkpoint is None else checkpoint.get("metadata") or {})
+    model = create_model(arguments.arch, arguments.num_classes, quantized=True, quant_spec=spec, **options)
+    return model, {SPEC_KEY: spec.to_json()}
+
+
 def train_or_evaluate(job: Job, arguments: argparse.Namespace) -> int:
     """The part after everything is prepared: ``--evaluate``, or training; returns the process's exit status."""
     if arguments.evaluate:
@@ -170,13 +185,13 @@ def train_or_evaluate(job: Job, arguments: argparse.Namespace) -> int:
     return 0
 
 
-def _checkpoint_to_resume(arguments: argparse.Namespace) -> str | None:
-    """The file of ``--resume``, or the job's own latest checkpoint where torchrun has started its processes again."""
+def _go_on_if_started_again(arguments: argparse.Namespace) -> None:
+    """Resume from the job's own latest checkpoint where torchrun has started its processes again."""
     latest = os.path.join(arguments.workspace, arguments.checkpoint_filename)
     if int(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")) > 0 and os.path.isfile(latest):
         print(f"started again: going on from {latest}", flush=True)
-        return latest
-    return arguments.resume
+        arguments.resume, arguments.pretrained_from_file, arguments.pretrained = latest, None, False
+        arguments.ema = False  # which of the weights to start from
 
 
 def _device(arguments: argparse.Namespace, config: TrainConfig, world: World) -> torch.device:
@@ -193,6 +208,19 @@ def _device(arguments: argparse.Namespace, config: TrainConfig, world: World) ->
     if "tf32" in arguments.explicit and arguments.tf32:
         print("no GPU: TF32 means FP32", flush=True)
     return torch.device("cpu")
+
+
+def _recorder(arguments: argparse.Namespace, config: TrainConfig, workspace: Path, world: World) -> Recorder:
+    """The run's metrics, to the raport file and the sinks asked for; process 0 writes them all."""
+    if not world.is_main:
+        return Recorder(None)
+    sinks: list[Sink] = []
+    if arguments.tensorboard:
+        sinks.append(TensorBoard(workspace))
+    if arguments.wandb:
+        sinks.append(WandB(arguments.wandb, workspace, asdict(config)))
+    machine = describe_machine(world.size) if config.prof > 0 else None
+    return Recorder(workspace / arguments.raport_file, machine, sinks)
 
 
 def _config(arguments: argparse.Namespace, checkpoint: dict[str, Any] | None, world: World) -> TrainConfig:

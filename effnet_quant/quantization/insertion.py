@@ -98,7 +98,8 @@ def output_quantizers(model: nn.Module) -> Iterator[OutputQuantizer]:
 
 
 def _apply_overrides(model: nn.Module, spec: QuantSpec) -> None:
-    """Exchange the quantizers that ``spec.overrides`` speaks of, for others or for nothing."""
+    """Exchange the quantizers that ``spec.overrides`` speaks of, for others or for nothing. What is wider than 8 bits leaves
+    no integer convolution, so no rounding of its output either."""
     places = dict(quantizers(model))
     unmatched = spec.unmatched(list(places))
     if unmatched:
@@ -117,6 +118,11 @@ def _apply_overrides(model: nn.Module, spec: QuantSpec) -> None:
         else:
             twin = TensorQuantizer(override.activation).to(quantizer.amax.device)
         model.set_submodule(name, twin)
+    for name in [name for name, module in model.named_modules() if isinstance(module, OutputQuantizer)]:
+        override = spec.override(name)
+        chosen = spec if override == "base" else override
+        if chosen is None or chosen.activation.bits > 8:
+            model.set_submodule(name, nn.Identity())
 
 
 def _place(module: nn.Module, spec: QuantSpec, target: Target) -> None:

@@ -11,10 +11,12 @@ from effnet_quant.errors import UserError
 from effnet_quant.training.config import TrainConfig
 
 OPTIMIZERS = ("sgd", "rmsprop")
+_RANGES = ("_quantizer._amax", "_quantizer._amin")
 
 
 def build_optimizer(model: nn.Module, config: TrainConfig) -> torch.optim.Optimizer:
-    """SGD or RMSprop over two groups: BatchNorm's parameters, which do not decay unless asked for, and all others."""
+    """SGD or RMSprop over two groups: BatchNorm's parameters, which do not decay unless asked for, and all others. Learned
+    ranges of quantizers, where there are any, are a third group, which never decays."""
     normalisation = {
         id(parameter)
         for module in model.modules()
@@ -22,11 +24,15 @@ def build_optimizer(model: nn.Module, config: TrainConfig) -> torch.optim.Optimi
         for parameter in module.parameters(recurse=False)
     }
     parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    ranges = {id(parameter) for name, parameter in model.named_parameters() if name.endswith(_RANGES)}
     bn_decay = config.weight_decay if config.bn_weight_decay else 0.0
+    others = [p for p in parameters if id(p) not in normalisation and id(p) not in ranges]
     groups = [
         {"params": [p for p in parameters if id(p) in normalisation], "weight_decay": bn_decay},
-        {"params": [p for p in parameters if id(p) not in normalisation], "weight_decay": config.weight_decay},
+        {"params": others, "weight_decay": config.weight_decay},
     ]
+    if ranges:
+        groups.append({"params": [p for p in parameters if id(p) in ranges], "weight_decay": 0.0})
     if config.optimizer == "sgd":
         return torch.optim.SGD(groups, lr=config.lr, momentum=config.momentum, nesterov=config.nesterov)
     return torch.optim.RMSprop(

@@ -28,12 +28,12 @@ def merge_ranks(observers: Sequence[CalibrationObserver], device: torch.device) 
 
 
 def merge_tracked_ranges(trackers: Sequence[OutputQuantizer]) -> None:
-    """Let every process's trackers hold the extremes that all of them saw."""
+    """Let every process's output quantizers hold the extremes that all of them saw."""
     if _in_group():
         for tracker in trackers:
             distributed.all_reduce(tracker._low, ReduceOp.MIN)
             distributed.all_reduce(tracker._high, ReduceOp.MAX)
-            tracker.stop_tracking()
+            tracker.stop_tracking()  # a process without images has a range only now
 
 
 def total_over_ranks(count: int, device: torch.device) -> int:

@@ -1,0 +1,50 @@
+"""The page that shows what calibration did to every quantizer."""
+
+from __future__ import annotations
+
+import io
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from effnet_quant.errors import UserError
+from effnet_quant.files import replace_file
+
+FORMATS = (".png", ".pdf", ".svg")
+
+
+def write_calibration_page(ranges: Sequence[dict[str, Any]], path: Path) -> None:
+    """Draw, a row for each quantizer: the range seen and the range chosen, the share clipped, and the SQNR.
+
+    Args:
+        ranges: ``RangeReport.to_json()`` of every quantizer.
+        path: a .png, .pdf or .svg file.
+
+    Raises:
+        UserError: matplotlib is not installed.
+    """
+    try:
+        import matplotlib as mpl
+        from matplotlib.figure import Figure
+    except ImportError as error:
+        raise UserError("a page of plots needs matplotlib: pip install 'effnet-quant[report]'.") from error
+    rows = range(len(ranges))
+    with mpl.rc_context({"svg.hashsalt": "effnet-quant"}):
+        figure = Figure(figsize=(13, max(2.5, 0.17 * len(ranges))), layout="constrained")
+        extents, clipped, noise = figure.subplots(1, 3, sharey=True, width_ratios=(3, 1, 1))
+        for part, colour, height in (("seen", "#c8d4e3", 0.8), ("chosen", "#2a6f97", 0.35)):
+            starts = [entry[part][0] for entry in ranges]
+            widths = [entry[part][1] - entry[part][0] for entry in ranges]
+            extents.barh(rows, widths, height, starts, color=colour, label=part)
+        extents.set_xscale("symlog", linthresh=0.1)
+        extents.legend(loc="lower right")
+        extents.set_title("range")
+        clipped.barh(rows, [100 * (entry["clipped"] or 0) for entry in ranges], color="#b5543c")
+        clipped.set_title("clipped, %")
+        noise.barh(rows, [entry["sqnr"] or 0 for entry in ranges], color="#5b8c5a")
+        noise.set_title("SQNR, dB")
+        extents.set_yticks(list(rows), [entry["name"] for entry in ranges], fontsize=6)
+        extents.set_ylim(len(ranges) - 0.5, -0.5)  # the first layer on top
+        content = io.BytesIO()
+        figure.savefig(content, format=path.suffix[1:], dpi=100)
+    replace_file(path, content.getvalue())

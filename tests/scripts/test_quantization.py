@@ -1,0 +1,108 @@
+"""How a network is quantized and fine-tuned, by the flags of the scripts."""
+
+from __future__ import annotations
+
+import json
+import shlex
+
+import pytest
+import torch
+
+from effnet_quant import create_model
+from effnet_quant.models.weights import write_weights
+from effnet_quant.quantization.insertion import quantizers
+
+NETWORK = shlex.split(
+    "--arch cifar-resnet20 --num-classes 3 --image-size 32 -b 6 --data-backend pytorch -j 0 --seed 1 --lr 0.01 --prof 1"
+)
+
+
+@pytest.fixture(scope="module")
+def weights(tmp_path_factory):
+    """A float network's."""
+    torch.manual_seed(0)
+    path = tmp_path_factory.mktemp("weights") / "float.safetensors"
+    write_weights(path, create_model("cifar-resnet20", 3).state_dict(), {})
+    return path
+
+
+def checkpoint_of(workspace):
+    return torch.load(workspace / "checkpoint.pth.tar", weights_only=True)
+
+
+def test_spec_overrides_and_training_flags_reach_the_checkpoint(run_script, image_folder, weights, tmp_path):
+    page = tmp_path / "ranges.png"
+    flags = shlex.split(
+        f"--quant-spec w4a4-lsq --quant-override conv1=w8a8 --quant-override linear=float --distill {weights} "
+        f"--gradual-start 1 --freeze-bn 1 --reestimate-bn --calibration-method mse --calibration-images 6 --report {page}"
+    )
+    start = ["--pretrained-from-file", weights, "--epochs", 2, "--run-epochs", 1]
+    result = run_script("quant_main.py", image_folder, *NETWORK, *flags, *start, "--workspace", tmp_path)
+    assert result.code == 0, result.err
+    spec = checkpoint_of(tmp_path)["metadata"]["quant_spec"]
+    assert spec["weight"]["bits"] == spec["activation"]["bits"] == 4
+    assert spec["overrides"]["linear"] is None
+
+    lines = [json.loads(line) for line in (tmp_path / "experiment_raport.json").read_text().splitlines()]
+    ranges = {entry["name"]: entry for entry in lines[0]["data"]["calib.ranges"]}
+    assert ranges["conv1._input_quantizer"]["grid"] == "int8, per tensor"
+    assert ranges["layer1.0.conv1._input_quantizer"]["grid"] == "uint4, affine, per tensor, learned"
+    assert "linear._input_quantizer" not in ranges
+    assert all(0 <= entry["clipped"] < 0.5 and entry["sqnr"] > 5 for entry in ranges.values())
+    assert page.read_bytes().startswith(b"\x89PNG")
+
+    # the checkpoint knows the spec; the rest is the training's
+    resumed = run_script(
+        "quant_main.py", image_folder, *NETWORK, *flags[6:-4], "--resume", tmp_path / "checkpoint.pth.tar",
+        "--epochs", 2, "--workspace", tmp_path
+    )  # fmt: skip
+    assert resumed.code == 0, resumed.err
+    final = checkpoint_of(tmp_path)
+    assert final["epoch"] == 2
+    assert final["metadata"]["quant_spec"] == spec
+    before = next(entry["chosen"][1] for entry in ranges.values() if entry["name"] == "layer1.0.conv1._input_quantizer")
+    assert final["state_dict"]["layer1.0.conv1._input_quantizer._amax"].item() != before
+
+
+def test_weights_carry_their_spec_to_the_export(run_script, image_folder, weights, tmp_path):
+    spec = tmp_path / "spec.yml"
+    spec.write_text("preset: w8a8-affine\nweight: {axis: null}\noverrides:\n  layer3: w4a8\n")
+    calibrate = ["--pretrained-from-file", weights, "--epochs", 0, "--quant-spec", spec, "--workspace", tmp_path]
+    result = run_script("quant_main.py", image_folder, *NETWORK, *calibrate)
+    assert result.code == 0, result.err
+    stored = tmp_path / "quantized.safetensors"
+    result = run_script(
+        "checkpoint2model.py", "--checkpoint-path", tmp_path / "checkpoint.pth.tar", "--weight-path", stored
+    )
+    assert result.code == 0, result.err
+    model = create_model("cifar-resnet20", weights=stored)
+    grids = {name: quantizer.spec for name, quantizer in quantizers(model)}
+    assert not grids["conv1._input_quantizer"].symmetric
+    assert grids["conv1._weight_quantizer"].axis is None
+    assert grids["layer3.0.conv1._weight_quantizer"].bits == 4
+    result = run_script(
+        "model2onnx.py", "--arch", "cifar-resnet20", "--pretrained-from-file", stored, "--output", tmp_path / "q.onnx"
+    )
+    assert result.code == 0, result.err
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        ("--quant-spec w1a1", "no quantization preset 'w1a1'"),
+        ("--quant-spec missing.yml", "missing.yml can't be read"),
+        ("--quant-override stem", "expected a pattern and a preset"),
+        ("--quant-override stems=w8a8", "'stems' matches no quantizer"),
+        ("--distill-weight 2", "between 0 and 1"),
+        ("--distill-temperature 0", "above 0"),
+        ("--freeze-bn -1", "0 or more"),
+        ("--distill nowhere.pth", "no file nowhere.pth"),
+        ("--report page.txt", "expected a file named"),
+    ],
+)
+def test_mistakes_end_with_a_sentence(run_script, image_folder, weights, tmp_path, flags, message):
+    start = ["--pretrained-from-file", weights, "--epochs", 1, "--workspace", tmp_path / "new"]
+    result = run_script("quant_main.py", image_folder, *NETWORK, *start, *shlex.split(flags))
+    assert result.code == 2
+    assert message in result.error_lines[0]
+    assert not (tmp_path / "new" / "checkpoint.pth.tar").exists()
