@@ -11,6 +11,7 @@ assert version is not None
 
 openvino = ["openvino>=2025.0"]
 report = ["matplotlib>=3.8"]
+tensorboard = ["tensorboard>=2.16"]
 timm = ["timm>=1.0.15"]
 
 setup(
@@ -41,9 +42,12 @@ setup(
         "timm": timm,
         "dali": ["nvidia-dali-cuda130"],
         "tensorrt": ["tensorrt>=10.0"],
+        "tensorboard": tensorboard,
+        "wandb": ["wandb>=0.18"],
         "dev": [
             *openvino,
             *report,
+            *tensorboard,
             "pytest>=8",
             "hypothesis>=6.100",
             "ruff>=0.8",

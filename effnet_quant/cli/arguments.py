@@ -6,13 +6,12 @@ import argparse
 from collections.abc import Sequence
 from typing import Any
 
-from effnet_quant.errors import UserError
+from effnet_quant.data.backends import BACKENDS
+from effnet_quant.data.transforms import AUGMENTATIONS, INTERPOLATIONS
 from effnet_quant.training import affinity
 from effnet_quant.training.optimizers import OPTIMIZERS
 from effnet_quant.training.precision import AMP_DTYPES
 from effnet_quant.training.schedules import SCHEDULES
-
-DATA_BACKENDS = ("pytorch", "synthetic", "dali-gpu", "dali-cpu")
 
 
 class Parser(argparse.ArgumentParser):
@@ -83,13 +82,28 @@ def add_training_arguments(parser: argparse.ArgumentParser) -> None:
 def _add_data_arguments(parser: argparse.ArgumentParser) -> None:
     """Where images come from, and how many at a time."""
     add = parser.add_argument
-    add("data", metavar="DATA", help="folder with train/<class>/ and val/<class>/, or 'digits'")
-    add("--data-backend", "--data-backends", choices=DATA_BACKENDS, default="dali-cpu", help="how images are loaded")
-    add("--interpolation", choices=("bilinear", "bicubic"), default="bilinear", help="when resizing images")
+    add(
+        "data",
+        metavar="DATA",
+        help="a folder with train/ and val/, or what else docs/data.md lists",
+    )
+    add("--data-backend", "--data-backends", choices=BACKENDS, default="dali-cpu", help="how images are loaded")
+    add("--interpolation", choices=INTERPOLATIONS, default="bilinear", help="when resizing images")
     add("-j", "--workers", type=int, default=5, help="data loading processes")
     add("--prefetch", type=int, default=2, help="batches that each worker prepares ahead")
     add("--image-size", type=int, help="image size in pixels (default: the model's)")
-    add("--augmentation", choices=(None, "autoaugment"), default=None, help="extra augmentation")
+    add(
+        "--crop-pct",
+        type=float,
+        help="evaluate on this share of an image's side, as timm does (default: NVIDIA's crop)",
+    )
+    add("--augmentation", choices=(None, *AUGMENTATIONS), default=None, help="policy that training images go through")
+    add(
+        "--max-bad-images",
+        type=int,
+        default=50,
+        help="unreadable images that are reported and left out",
+    )
     add("-b", "--batch-size", type=int, default=256, help="images a batch")
 
 
@@ -140,31 +154,14 @@ def _add_run_arguments(parser: argparse.ArgumentParser) -> None:
     add("--gather-checkpoints", type=int, default=0, help="keep the last so many epochs' checkpoints, -1: all")
     add("--checkpoint-every-steps", type=int, default=0, help="optimizer steps between checkpoints within an epoch")
     add("--raport-file", default="experiment_raport.json", help="metrics log (JSON lines), in the workspace")
+    add("--tensorboard", action="store_true", help="write the metrics for TensorBoard too, to the workspace")
+    add("--wandb", metavar="PROJECT", help="send the metrics to Weights & Biases too")
     add("--evaluate", action="store_true", help="only evaluate")
     add("--training-only", action="store_true", help="don't evaluate")
     add("--no-checkpoints", dest="save_checkpoints", action="store_false", help="write no checkpoints")
     add("--checkpoint-filename", default="checkpoint.pth.tar", help="name of the latest checkpoint")
     add("--workspace", default="./", help="folder for checkpoints and logs")
     add("--topk", type=int, default=5, help="k of the second accuracy")
-
-
-def refuse_unavailable(arguments: argparse.Namespace) -> None:
-    """Say so where a flag asks for something that is not there yet.
-
-    Raises:
-        UserError: one of them is used.
-    """
-    given = vars(arguments)
-    refused: list[tuple[str, bool, str]] = [
-        (
-            f"--data-backend {given.get('data_backend')}",
-            str(given.get("data_backend")).startswith("dali") and "data_backend" in arguments.explicit,
-            "use --data-backend pytorch",
-        ),
-    ]
-    for flag, asked, instead in refused:
-        if asked:
-            raise UserError(f"{flag} is not available yet; {instead}.")
 
 
 def model_options(arguments: argparse.Namespace) -> dict[str, Any]:

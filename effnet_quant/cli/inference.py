@@ -9,7 +9,7 @@ from typing import Any
 from torch import nn
 
 from effnet_quant.api import create_model
-from effnet_quant.cli.arguments import model_options, refuse_unavailable
+from effnet_quant.cli.arguments import model_options
 from effnet_quant.cli.quantization import chosen_spec
 from effnet_quant.cli.weights import given_weights, load_given
 from effnet_quant.data.transforms import Preprocessing
@@ -29,7 +29,6 @@ def load_model(arguments: argparse.Namespace) -> tuple[nn.Module, dict[str, Any]
     """
     if not arguments.arch:
         raise UserError("which model is it? Give its name with --arch.")
-    refuse_unavailable(arguments)
     entry = get_entry(arguments.arch)
     weights = given_weights(arguments, entry)
     if weights is None:

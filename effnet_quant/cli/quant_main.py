@@ -19,6 +19,7 @@ from effnet_quant.cli.quantization import (
     distilled,
 )
 from effnet_quant.cli.training import Job, prepared, train_or_evaluate
+from effnet_quant.data.backends import open_loader
 from effnet_quant.data.loaders import Loader
 from effnet_quant.data.transforms import evaluation_transform, normalize
 from effnet_quant.errors import UserError
@@ -145,12 +146,15 @@ def _calibration_images(ready: Job, arguments: argparse.Namespace) -> Loader:
     assert ready.train_source is not None
     available = len(ready.train_source)
     count = min(arguments.calibration_images, available)
-    return Loader(
+    return open_loader(
+        "pytorch",
         ready.train_source,
         evaluation_transform(ready.preprocessing),
         ready.config.batch_size,
+        ready.device,
         workers=arguments.workers,
         prefetch=arguments.prefetch,
+        max_bad_images=arguments.max_bad_images,
         indices=torch.arange(count) * available // count,
     )
 

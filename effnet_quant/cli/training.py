@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import argparse
+import math
 import os
 import random
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, fields, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -16,10 +18,11 @@ import torch
 from torch import nn
 
 from effnet_quant.api import create_model
-from effnet_quant.cli.arguments import model_options, refuse_unavailable
+from effnet_quant.cli.arguments import model_options
 from effnet_quant.cli.quantization import SPEC_KEY, chosen_spec
 from effnet_quant.cli.weights import given_weights, load_given
 from effnet_quant.data.arrays import SyntheticSource
+from effnet_quant.data.backends import open_loader
 from effnet_quant.data.loaders import Loader
 from effnet_quant.data.opening import DIGITS, open_sources, open_validation
 from effnet_quant.data.seeding import mix
@@ -36,8 +39,10 @@ from effnet_quant.training.distributed import World, joined_world
 from effnet_quant.training.machine import describe_machine
 from effnet_quant.training.metrics import Recorder
 from effnet_quant.training.signals import Interrupted
+from effnet_quant.training.sinks import Sink, TensorBoard, WandB
 from effnet_quant.training.trainer import Trainer
 
+DEFAULT_BACKEND = "pytorch"  # the fastest on CPUs: benchmarks/loader.py
 SYNTHETIC_IMAGES = 1_281_167  # of ImageNet's training set, so that an epoch has its length
 
 
@@ -74,14 +79,13 @@ def prepared(arguments: argparse.Namespace, *, quantized: bool) -> Iterator[Job]
     Raises:
         UserError: what is wrong, and the way out.
     """
-    refuse_unavailable(arguments)
     with joined_world() as world:
         yield _prepare(arguments, world, quantized=quantized)
 
 
 def _prepare(arguments: argparse.Namespace, world: World, *, quantized: bool) -> Job:
     entry = get_entry(arguments.arch)
-    arguments.resume = _checkpoint_to_resume(arguments)
+    _go_on_if_started_again(arguments)
     if "num_classes" not in arguments.explicit:
         arguments.num_classes = entry.num_classes
     checkpoint = load_checkpoint(arguments.resume) if arguments.resume else None
@@ -112,11 +116,10 @@ def _prepare(arguments: argparse.Namespace, world: World, *, quantized: bool) ->
     workspace = Path(arguments.workspace)
     if world.is_main:
         prepare_workspace(workspace)
-    machine = describe_machine(world.size) if config.prof > 0 and world.is_main else None
-    recorder = Recorder(workspace / arguments.raport_file if world.is_main else None, machine)
+    recorder = _recorder(arguments, config, workspace, world)
     world.wait()
     if "data_backend" not in arguments.explicit:
-        print("data backend: pytorch", flush=True)
+        print(f"data backend: {DEFAULT_BACKEND}", flush=True)
     device = _device(arguments, config, world)
     if world.rank > 0:  # dropout differs between processes; process 0 draws as a process alone does
         torch.manual_seed(mix(config.seed, world.rank))
@@ -130,19 +133,24 @@ def _prepare(arguments: argparse.Namespace, world: World, *, quantized: bool) ->
     trainer = Trainer(model, config, preprocessing, device, workspace, recorder, metadata, world)
     if checkpoint is not None:
         trainer.resume(checkpoint, arguments.resume)
-    loading = {
-        "workers": arguments.workers,
-        "prefetch": arguments.prefetch,
-        "rank": world.rank,
-        "ranks": world.size,
-    }
+    loader = partial(
+        open_loader,
+        arguments.data_backend if "data_backend" in arguments.explicit else DEFAULT_BACKEND,
+        batch_size=config.batch_size,
+        device=device,
+        workers=arguments.workers,
+        prefetch=arguments.prefetch,
+        max_bad_images=arguments.max_bad_images,
+        rank=world.rank,
+        ranks=world.size,
+    )
     evaluation = evaluation_transform(preprocessing)
     train = None
     if train_source is not None:
         augmented = training_transform(preprocessing, arguments.augmentation)
         transform = augmented if train_source.augmentable else evaluation
-        train = Loader(train_source, transform, config.batch_size, shuffle=True, seed=config.seed, **loading)
-    val = Loader(val_source, evaluation, config.batch_size, **loading)
+        train = loader(train_source, transform, shuffle=True, seed=config.seed)
+    val = loader(val_source, evaluation)
     return Job(model, trainer, config, recorder, preprocessing, device, train, train_source, val, has_ranges)
 
 
@@ -177,13 +185,13 @@ def train_or_evaluate(job: Job, arguments: argparse.Namespace) -> int:
     return 0
 
 
-def _checkpoint_to_resume(arguments: argparse.Namespace) -> str | None:
-    """The file of ``--resume``, or the job's own latest checkpoint where torchrun has started its processes again."""
+def _go_on_if_started_again(arguments: argparse.Namespace) -> None:
+    """Resume from the job's own latest checkpoint where torchrun has started its processes again."""
     latest = os.path.join(arguments.workspace, arguments.checkpoint_filename)
     if int(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")) > 0 and os.path.isfile(latest):
         print(f"started again: going on from {latest}", flush=True)
-        return latest
-    return arguments.resume
+        arguments.resume, arguments.pretrained_from_file, arguments.pretrained = latest, None, False
+        arguments.ema = False  # which of the weights to start from
 
 
 def _device(arguments: argparse.Namespace, config: TrainConfig, world: World) -> torch.device:
@@ -200,6 +208,19 @@ def _device(arguments: argparse.Namespace, config: TrainConfig, world: World) ->
     if "tf32" in arguments.explicit and arguments.tf32:
         print("no GPU: TF32 means FP32", flush=True)
     return torch.device("cpu")
+
+
+def _recorder(arguments: argparse.Namespace, config: TrainConfig, workspace: Path, world: World) -> Recorder:
+    """The run's metrics, to the raport file and the sinks asked for; process 0 writes them all."""
+    if not world.is_main:
+        return Recorder(None)
+    sinks: list[Sink] = []
+    if arguments.tensorboard:
+        sinks.append(TensorBoard(workspace))
+    if arguments.wandb:
+        sinks.append(WandB(arguments.wandb, workspace, asdict(config)))
+    machine = describe_machine(world.size) if config.prof > 0 else None
+    return Recorder(workspace / arguments.raport_file, machine, sinks)
 
 
 def _config(arguments: argparse.Namespace, checkpoint: dict[str, Any] | None, world: World) -> TrainConfig:
@@ -253,6 +274,8 @@ _ALLOWED = {
     "image-size": _AT_LEAST_ONE,
     "print-freq": _AT_LEAST_ONE,
     "prefetch": _AT_LEAST_ONE,
+    "max-bad-images": _NOT_NEGATIVE,
+    "crop-pct": _Allowed(lambda value: 0 < value <= 1, "above 0 and at most 1"),
     "topk": _AT_LEAST_ONE,
     "workers": _NOT_NEGATIVE,
     "epochs": _NOT_NEGATIVE,
@@ -284,7 +307,10 @@ def _preprocessing(arguments: argparse.Namespace, entry: ModelEntry) -> Preproce
         preprocessing = preprocessing.resized(arguments.image_size)
     if "interpolation" in arguments.explicit:
         preprocessing = replace(preprocessing, interpolation=arguments.interpolation)
-    if arguments.data == DIGITS:  # a digit fills its image
+    if arguments.crop_pct is not None:
+        scaled = math.floor(preprocessing.image_size / arguments.crop_pct)
+        preprocessing = replace(preprocessing, resize_size=scaled)
+    elif arguments.data == DIGITS:  # a digit fills its image
         preprocessing = replace(preprocessing, resize_size=preprocessing.image_size)
     return preprocessing
 

@@ -77,6 +77,13 @@ def class_folders(root: Path) -> list[str]:
         raise UserError(f"{root} can't be read ({error.strerror}); check its permissions.") from error
 
 
+def _is_folder(entry: os.DirEntry[str]) -> bool:
+    try:
+        return entry.is_dir()
+    except OSError:  # a link to itself; who reads it will say so
+        return False
+
+
 def _image_files(folder: str, above: frozenset[tuple[int, int]] = frozenset()) -> Iterator[str]:
     """The paths of all images below ``folder``; ``above`` are the device and inode numbers of the folders that hold it."""
     try:
@@ -86,7 +93,7 @@ def _image_files(folder: str, above: frozenset[tuple[int, int]] = frozenset()) -
             return
         with os.scandir(folder) as entries:
             for entry in entries:
-                if entry.is_dir():
+                if _is_folder(entry):
                     yield from _image_files(entry.path, above | {(status.st_dev, status.st_ino)})
                 elif os.path.splitext(entry.name)[1].lower() in EXTENSIONS:
                     yield entry.path

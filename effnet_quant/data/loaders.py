@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import gc
 import multiprocessing
 import os
 import signal
+import threading
 from collections.abc import Iterator
 from typing import Any
 
@@ -74,26 +76,15 @@ class Loader:
         self.batch_size = batch_size
         self.shuffle = shuffle
         self.bad_images = BadImages(max_bad_images)
+        self._transform = transform
         self._seed = seed
+        self._workers = 0 if source.in_memory else workers
+        self._prefetch = prefetch
         self._indices = torch.arange(len(source)) if indices is None else indices
         self._order = Order(self._indices, batch_size, shuffle=shuffle, seed=seed, rank=rank, ranks=ranks)
-        workers = 0 if source.in_memory else workers
         self._keys = _Keys()
-        # by worker: its process id and the index of the image that it is at
-        self._at = torch.full((workers, 2), -1, dtype=torch.int64).share_memory_() if workers else torch.empty(0, 2)
-        self._batches = DataLoader(
-            _Batches(source, transform, self._at, refill=shuffle),
-            batch_size=None,
-            sampler=self._keys,
-            num_workers=workers,
-            prefetch_factor=prefetch if workers else None,
-            persistent_workers=workers > 0,
-            collate_fn=_unchanged,
-            worker_init_fn=_prepare_worker,
-            # its workers' base seed; drawn from the global generator, it would shift the dropout of a resumed epoch
-            generator=torch.Generator(),
-            pin_memory=torch.cuda.is_available(),
-        )
+        self._at = torch.empty(0, 2, dtype=torch.int64)
+        self._batches: DataLoader[_Item] | None = None
 
     def __len__(self) -> int:
         """Batches in an epoch."""
@@ -114,6 +105,8 @@ class Loader:
         Raises:
             UserError: more images can't be read than may be, or a worker died; the sentence names the file.
         """
+        if self._batches is None:
+            self._batches = self._start()
         self._keys.start(self._order.batches(epoch, first_batch), mix(self._seed, epoch, -2))
         batches = iter(self._batches)
         while True:
@@ -129,6 +122,25 @@ class Loader:
                 yield images, labels
             elif self.shuffle:
                 raise UserError(f"no image of a batch can be read; the last: {sentence}")
+
+    def _start(self) -> DataLoader[_Item]:
+        # a worker that inherits a dead DALI pipeline, and is the first to collect it, waits for threads it does not have
+        gc.collect()
+        # by worker: its process id and the index of the image that it is at
+        self._at = torch.full((self._workers, 2), -1, dtype=torch.int64).share_memory_()
+        return DataLoader(
+            _Batches(self.source, self._transform, self._at, refill=self.shuffle),
+            batch_size=None,
+            sampler=self._keys,
+            num_workers=self._workers,
+            prefetch_factor=self._prefetch if self._workers else None,
+            persistent_workers=self._workers > 0,
+            collate_fn=_unchanged,
+            worker_init_fn=prepare_worker,
+            # its workers' base seed; drawn from the global generator, it would shift the dropout of a resumed epoch
+            generator=torch.Generator(),
+            pin_memory=torch.cuda.is_available(),
+        )
 
     def _explained(self, error: RuntimeError) -> Exception:
         """A sentence about the worker that died, if that is what happened."""
@@ -218,8 +230,17 @@ def _unchanged(item: Any) -> Any:
     return item
 
 
-def _prepare_worker(worker: int) -> None:
-    # what asks a run to stop reaches the whole process group; the main process decides when its workers end
-    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1):
-        signal.signal(number, signal.SIG_IGN)
+def prepare_worker(worker: int) -> None:
+    """What a loader's worker process does first."""
+    # Ctrl-C and SIGTERM reach the whole process group; the main process decides when its workers end
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
+    threading.Thread(target=_end_when_told, args=(os.getppid(),), daemon=True).start()
     quiet_libjpeg()
+
+
+def _end_when_told(parent: int) -> None:
+    """Heed SIGTERM from the main process alone, which sends it when it ends, and then waits."""
+    while signal.sigwaitinfo({signal.SIGTERM}).si_pid != parent:
+        pass
+    os._exit(0)

@@ -6,7 +6,9 @@ from pathlib import Path
 
 from effnet_quant.data.arrays import CIFAR, CifarSource, DigitsSource
 from effnet_quant.data.folders import FolderSource, class_folders
+from effnet_quant.data.shards import is_shards, open_shards
 from effnet_quant.data.sources import ImageSource
+from effnet_quant.data.tars import TRAIN_TAR, VAL_TAR, ImageNetSource
 from effnet_quant.errors import UserError
 
 DIGITS = "digits"
@@ -29,7 +31,7 @@ def open_validation(data: str, classes: list[str] | None = None) -> ImageSource:
         UserError: as ``open_sources``.
     """
     train = Path(data) / "train"
-    if classes is None and train.is_dir():
+    if classes is None and train.is_dir() and not is_shards(data):
         classes = class_folders(train)
     return _open(data, "val", classes)
 
@@ -39,6 +41,8 @@ def _open(data: str, split: str, classes: list[str] | None) -> ImageSource:
         return DigitsSource(split)
     if data in CIFAR:
         return CifarSource(data, split)
+    if is_shards(data):
+        return open_shards(data, split, classes)
     root = Path(data)
     if not root.is_dir():
         names = ", ".join(f"'{name}'" for name in (DIGITS, *CIFAR))
@@ -46,4 +50,6 @@ def _open(data: str, split: str, classes: list[str] | None) -> ImageSource:
     for name, folder in CIFAR.items():
         if (root / folder).is_dir():
             return CifarSource(name, split, root)
+    if (root / (TRAIN_TAR if split == "train" else VAL_TAR)).exists():
+        return ImageNetSource(root, split, classes)
     return FolderSource(root / split, classes)

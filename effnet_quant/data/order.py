@@ -29,6 +29,9 @@ class Order:
         seed: of the permutations.
         rank, ranks: which process this is, of how many.
 
+    Attributes:
+        share: images a batch of this process; fewer than ``batch_size`` where there are not so many.
+
     Raises:
         UserError: there are fewer images to shuffle than processes.
     """
@@ -42,17 +45,17 @@ class Order:
         self._rank, self._ranks = rank, ranks
         if shuffle and len(indices) < ranks:
             raise UserError(f"{len(indices)} training images are too few for {ranks} processes; start fewer.")
-        self._share = min(batch_size, len(indices) // ranks) if shuffle else batch_size
+        self.share = min(batch_size, len(indices) // ranks) if shuffle else batch_size
 
     def __len__(self) -> int:
         """Batches in an epoch of this process."""
         if self._shuffle:
-            return len(self._indices) // (self._share * self._ranks)
-        return math.ceil(len(range(self._rank, len(self._indices), self._ranks)) / self._share)
+            return len(self._indices) // (self.share * self._ranks)
+        return math.ceil(len(range(self._rank, len(self._indices), self._ranks)) / self.share)
 
     def batches(self, epoch: int, first: int = 0) -> Iterator[NDArray[np.int64]]:
         """The indices of each batch of this process, from batch ``first`` on."""
-        order, share = self._indices, self._share
+        order, share = self._indices, self.share
         if not self._shuffle:
             own = order[self._rank :: self._ranks]
             for batch in range(first, len(self)):

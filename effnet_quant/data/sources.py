@@ -26,9 +26,11 @@ class ImageSource(Protocol):
     """
 
     classes: list[str]
-    labels: Tensor
     in_memory: bool
     augmentable: bool
+
+    @property
+    def labels(self) -> Tensor: ...
 
     def __len__(self) -> int: ...
 

@@ -84,13 +84,21 @@ class EvaluationTransform:
             DecodeError: the file is damaged.
         """
         pixels = image.decode() if isinstance(image, EncodedImage) else image
-        height, width = pixels.shape[-2:]
-        longest = _LONGEST * min(height, width)
-        if max(height, width) > longest:  # a strip, whose ends no crop can see, would take gigabytes
-            pixels = F.center_crop(pixels, [min(height, longest), min(width, longest)])
+        if is_strip(*pixels.shape[-2:]):
+            pixels = without_ends(pixels)
+        box = self.scaled_box(*pixels.shape[-2:])
         mode = v2.InterpolationMode(self.preprocessing.interpolation)
-        scaled = F.resize(pixels, [self.preprocessing.resize_size], mode, antialias=True)
+        scaled = F.resize(pixels, [box.height, box.width], mode, antialias=True)
         return F.center_crop(scaled, [self.preprocessing.image_size])
+
+    def scaled_box(self, height: int, width: int) -> Box:
+        """The size that an image of this size is scaled to, and where in it the crop starts (negative: beyond its edge)."""
+        size, shorter = self.preprocessing.image_size, self.preprocessing.resize_size
+        if height <= width:
+            height, width = shorter, shorter * width // height
+        else:
+            height, width = shorter * height // width, shorter
+        return Box(round((height - size) / 2), round((width - size) / 2), height, width)
 
 
 @dataclass(frozen=True)
@@ -159,6 +167,18 @@ def evaluation_transform(preprocessing: Preprocessing) -> EvaluationTransform:
 def training_transform(preprocessing: Preprocessing, augmentation: str | None = None) -> TrainingTransform:
     """Random resized crop (8-100 % of the area, aspect 3/4 to 4/3), random flip, then the augmentation of that name."""
     return TrainingTransform(preprocessing, augmentation)
+
+
+def is_strip(height: int, width: int) -> bool:
+    """Whether an image is so long that scaling its shorter side up would take gigabytes."""
+    return max(height, width) > _LONGEST * min(height, width)
+
+
+def without_ends(image: Tensor) -> Tensor:
+    """The middle of a strip (3, H, W); what is cut off lies outside of the evaluation transform's crop."""
+    height, width = image.shape[-2:]
+    longest = _LONGEST * min(height, width)
+    return F.center_crop(image, [min(height, longest), min(width, longest)])
 
 
 def normalize(images: Tensor, preprocessing: Preprocessing) -> Tensor:

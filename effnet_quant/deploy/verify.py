@@ -22,6 +22,8 @@ class Comparison:
         engine_top1, simulation_top1: accuracies in percent.
         agreement: share of the images, in percent, to which both give the same class.
         logit_error: ||engine - simulation|| / ||simulation|| over all logits.
+        mean_error, worst_error: mean and largest absolute difference of a logit.
+        worst_image: position of the image with the largest difference.
     """
 
     images: int
@@ -29,6 +31,9 @@ class Comparison:
     simulation_top1: float
     agreement: float
     logit_error: float
+    mean_error: float
+    worst_error: float
+    worst_image: int
 
 
 @torch.no_grad()
@@ -53,6 +58,8 @@ def compare(
         raise UserError("there are no images to compare the engine and its simulation on.")
     got, expected, truth = torch.cat(engine_logits), torch.cat(simulation_logits), torch.cat(all_labels)
 
+    difference = (got - expected).abs()
+
     def percent(hits: Tensor) -> float:
         return 100 * hits.double().mean().item()
 
@@ -62,4 +69,13 @@ def compare(
         simulation_top1=percent(expected.argmax(1) == truth),
         agreement=percent(got.argmax(1) == expected.argmax(1)),
         logit_error=((got - expected).norm() / expected.norm()).item(),
+        mean_error=difference.mean().item(),
+        worst_error=difference.max().item(),
+        worst_image=int(difference.amax(1).argmax()),
     )
+
+
+if __name__ == "__main__":
+    from effnet_quant.cli.verify import main
+
+    main()

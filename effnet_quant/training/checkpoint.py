@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import time
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,7 @@ from effnet_quant.files import replace_file
 from effnet_quant.models.weights import read_torch_file
 
 BEST_FILENAME = "model_best.pth.tar"
+_HALF_WRITTEN_SECONDS = 3600  # a younger file may be another run's, which is writing it
 
 
 def save_checkpoint(
@@ -66,7 +68,7 @@ def load_checkpoint(path: str | Path) -> dict[str, Any]:
 
 
 def prepare_workspace(path: str | Path) -> Path:
-    """Create the folder that a run writes to, and make sure it can be written.
+    """Create the folder that a run writes to, make sure it can be written, and clear what a killed run left half-written.
 
     Raises:
         UserError: it can't.
@@ -77,6 +79,9 @@ def prepare_workspace(path: str | Path) -> Path:
         workspace.mkdir(parents=True, exist_ok=True)
         probe.write_bytes(b"")
         probe.unlink()
+        for half in workspace.glob(".*.pth.tar.*"):
+            if time.time() - half.stat().st_mtime > _HALF_WRITTEN_SECONDS:
+                half.unlink()
     except OSError as error:
         raise UserError(
             f"can't write to the workspace {workspace}: {error.strerror}; choose another folder with --workspace."

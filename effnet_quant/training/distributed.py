@@ -11,6 +11,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from effnet_quant.errors import UserError
+
 
 class PeerLost(Exception):
     """Another process of the job has ended, so this one can't go on; the other one knows why."""
@@ -82,6 +84,7 @@ def joined_world() -> Iterator[World]:
     Tensors on GPUs travel by NCCL, those on the CPU by Gloo. A process that was started alone is a world of its own.
 
     Raises:
+        UserError: there are more processes than GPUs.
         PeerLost: another process ended while this one waited for it.
     """
     size = int(os.environ.get("WORLD_SIZE", "1"))
@@ -90,6 +93,11 @@ def joined_world() -> Iterator[World]:
         return
     world = World(int(os.environ["RANK"]), size, int(os.environ["LOCAL_RANK"]))
     if torch.cuda.is_available():
+        if world.local_rank >= torch.cuda.device_count():
+            raise UserError(
+                f"there is no GPU for process {world.local_rank} of this machine, which has {torch.cuda.device_count()}; "
+                "start as many with --nproc_per_node."
+            )
         torch.cuda.set_device(world.local_rank)
         dist.init_process_group("cpu:gloo,cuda:nccl")
     else:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import time
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,7 @@ from torch import Tensor
 
 from effnet_quant.errors import UserError
 from effnet_quant.training.distributed import ALONE, World
+from effnet_quant.training.sinks import Sink
 
 
 class Recorder:
@@ -24,13 +26,15 @@ class Recorder:
     Args:
         path: the raport file, None to write nothing.
         machine: what the figures are measured on, for benchmarks.
+        sinks: where the metrics go too.
 
     Raises:
         UserError: the file can't be written.
     """
 
-    def __init__(self, path: Path | None, machine: dict[str, Any] | None = None) -> None:
+    def __init__(self, path: Path | None, machine: dict[str, Any] | None = None, sinks: Sequence[Sink] = ()) -> None:
         self._path = path
+        self._sinks = sinks
         self._machine = {} if machine is None else {"machine": machine}
         if path is not None:
             try:
@@ -45,6 +49,8 @@ class Recorder:
         if self._path is None:
             return
         finite = {name: None if isinstance(v, float) and not math.isfinite(v) else v for name, v in data.items()}
+        for sink in self._sinks:
+            sink.write({name: v for name, v in data.items() if isinstance(v, int | float)}, epoch or 0)
         line = {"timestamp": time.time(), "step": [] if epoch is None else [epoch], "data": finite, **self._machine}
         try:
             with self._path.open("a", encoding="utf-8") as file:

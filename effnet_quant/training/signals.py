@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import os
 import signal
 import threading
+import time
 from types import FrameType
 from typing import Any
 
+SAME_REQUEST_SECONDS = 5.0
 STOPPING = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)
 
 
@@ -25,23 +28,29 @@ class Interrupted(Exception):
 class SignalWatch:
     """Notes SIGINT, SIGTERM and SIGUSR1 while a ``with`` block runs (in the main thread; elsewhere it hears nothing).
 
-    A second signal of the same kind has its usual effect, which ends the process at once.
+    A second signal has its usual effect, which ends the process at once; but not within five seconds of the first, for then
+    it is the same request: schedulers signal every process of a job, and multiproc.py passes on what it gets.
 
     Attributes:
-        noted: number of the latest signal, 0 before any.
+        noted: number of the first signal, 0 before any.
     """
 
     def __init__(self) -> None:
         self.noted = 0
+        self._since = 0.0
         self._previous: dict[int, Any] = {}
 
     def note(self, number: int, frame: FrameType | None = None) -> None:
         """The handler."""
-        self.noted = number
-        if number in self._previous:
+        now = time.monotonic()
+        if not self.noted:
+            self.noted, self._since = number, now
+        elif now - self._since > SAME_REQUEST_SECONDS:
             signal.signal(number, signal.SIG_DFL)
+            os.kill(os.getpid(), number)
 
     def __enter__(self) -> SignalWatch:
+        self.noted = 0
         if threading.current_thread() is threading.main_thread():
             for number in STOPPING:
                 self._previous[number] = signal.signal(number, self.note)

@@ -19,12 +19,12 @@ from effnet_quant.data.mixing import mixup
 from effnet_quant.data.seeding import mix
 from effnet_quant.data.transforms import Preprocessing, normalize
 from effnet_quant.errors import UserError
-from effnet_quant.files import replace_file
 from effnet_quant.models.weights import Weights, load_weights
 from effnet_quant.training.callback import Callback
 from effnet_quant.training.checkpoint import save_checkpoint
 from effnet_quant.training.config import TrainConfig
 from effnet_quant.training.distributed import ALONE, World
+from effnet_quant.training.divergence import DivergenceWatch
 from effnet_quant.training.ema import WeightAverage
 from effnet_quant.training.loss import Loss, cross_entropy
 from effnet_quant.training.metrics import Accuracy, LossMeter, Recorder, Stopwatch
@@ -33,8 +33,6 @@ from effnet_quant.training.precision import choose_precision
 from effnet_quant.training.progress import progress
 from effnet_quant.training.schedules import learning_rate
 from effnet_quant.training.signals import Interrupted, SignalWatch
-
-BAD_BATCH_FILENAME = "nonfinite_loss.txt"
 
 
 class Trainer:
@@ -270,6 +268,8 @@ class Trainer:
         first, steps_before, effective_before = self._batch, self._step, self._effective_steps
         meter = LossMeter(self.device, self._loss_sums)
         self._loss_sums = meter.sums
+        scaled = self._scaler.is_enabled()
+        watch = DivergenceWatch(meter, loader, self._epoch, self._workspace, scaled=scaled)
         stopwatch = self._stopwatch(total - first)
         title = f"epoch {self._epoch + 1}/{config.epochs} train"
         batches = islice(loader.epoch(self._epoch, first), max(0, total - first))
@@ -279,7 +279,7 @@ class Trainer:
             # at the end of an epoch the optimizer's batch may hold fewer batches
             accumulated = min(self._batches_per_step, total - (self._batch - position))
             complete = position + 1 == accumulated
-            self._forward_backward(network, images, labels, accumulated, complete, meter, loader)
+            self._forward_backward(network, images, labels, accumulated, complete, meter, watch)
             if complete:
                 self._optimizer_step()
             self._synchronize()
@@ -288,10 +288,10 @@ class Trainer:
             if complete and self._batch < total:
                 every = config.checkpoint_every_steps
                 if every > 0 and self._step % every == 0:
-                    self._stop_if_diverged(meter, loader)
+                    watch.check()
                     self.save()
-                self._stop_if_signalled(meter, loader)
-        self._stop_if_diverged(meter, loader)
+                self._stop_if_signalled(watch)
+        watch.check()
         if self._world.size > 1:
             self._world.broadcast(self.model.buffers())
             if self._average is not None:
@@ -299,11 +299,11 @@ class Trainer:
         for callback in self.callbacks:
             callback.on_epoch_end(self._epoch)
         metrics = {"train.loss": meter.mean(self._world), "train.lr": lr, **self._speeds(stopwatch, "train")}
-        if self._scaler.is_enabled():
+        if scaled:
             steps = self._step - steps_before
             skipped = steps - (self._effective_steps - effective_before)
             metrics["train.skipped_steps"] = skipped
-            self._report_skipped(skipped, steps, meter, loader)
+            watch.report_skipped(skipped, steps)
         return metrics
 
     def _forward_backward(
@@ -314,7 +314,7 @@ class Trainer:
         accumulated: int,
         complete: bool,
         meter: LossMeter,
-        loader: Loader,
+        watch: DivergenceWatch,
     ) -> None:
         inputs = self._inputs(images)
         targets = labels.to(self.device, non_blocking=True)
@@ -331,7 +331,7 @@ class Trainer:
             meter.add(loss.detach(), len(labels), self._batch)
             # a GPU is asked now and then only, or it would have to be waited for
             if self.device.type == "cpu" or self._batch % self.config.print_freq == 0:
-                self._stop_if_diverged(meter, loader)
+                watch.check()
             self._scaler.scale(loss / accumulated).backward()
 
     def _optimizer_step(self) -> None:
@@ -368,44 +368,14 @@ class Trainer:
         if self.device.type == "cuda" and self.config.prof > 0:
             torch.cuda.synchronize()
 
-    def _stop_if_signalled(
-        self, meter: LossMeter | None = None, loader: Loader | None = None, *, save: bool = True
-    ) -> None:
+    def _stop_if_signalled(self, watch: DivergenceWatch | None = None, *, save: bool = True) -> None:
         number = self._world.any(self._signals.noted)
         if number:
-            if meter is not None and loader is not None:
-                self._stop_if_diverged(meter, loader)
+            if watch is not None:
+                watch.check()
             if save:
                 self.save()
             raise Interrupted(number)
-
-    def _stop_if_diverged(self, meter: LossMeter, loader: Loader) -> None:
-        if self._scaler.is_enabled():  # which skips such steps
-            return
-        batch = meter.first_bad_batch()
-        if batch is not None:
-            raise UserError(
-                f"the loss is not finite in epoch {self._epoch + 1}, batch {batch + 1}: training has diverged, or one of "
-                f"these images is to blame: {self._bad_images(batch, loader)}; lower --lr, and resume from the last "
-                "checkpoint."
-            )
-
-    def _report_skipped(self, skipped: int, steps: int, meter: LossMeter, loader: Loader) -> None:
-        batch = meter.first_bad_batch()
-        if batch is not None:
-            print(f"the loss of batch {batch + 1} overflowed, of {self._bad_images(batch, loader)}", flush=True)
-        if 0 < steps == skipped:
-            raise UserError(
-                f"every step of epoch {self._epoch + 1} overflowed in float16; lower --static-loss-scale or --lr, or "
-                "compute in --amp-dtype bf16."
-            )
-
-    def _bad_images(self, batch: int, loader: Loader) -> str:
-        names = loader.names(self._epoch, batch)
-        path = self._workspace / BAD_BATCH_FILENAME
-        replace_file(path, "".join(f"{name}\n" for name in names).encode())
-        more = f" … (all {len(names)} are in {path})" if len(names) > 4 else ""
-        return ", ".join(names[:4]) + more
 
     def _check_same_batches(self, checkpoint: dict[str, Any], source: str) -> None:
         size = (checkpoint.get("config") or {}).get("batch_size")

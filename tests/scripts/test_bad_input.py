@@ -142,7 +142,9 @@ def mistakes(stage, write_images):
             r"/file/below: Not a directory; choose another folder with --workspace",
         ),
         "image that is no image": Mistake(
-            "main.py", [spoiled, *FLOAT, "-j", 1], r"/spoiled/train/\w+/0\d\.jpg is not an image.*replace or remove it"
+            "main.py",
+            [spoiled, *FLOAT, "-j", 1, "--max-bad-images", 0],
+            r"/spoiled/train/\w+/0\d\.jpg is not an image.*replace or remove it",
         ),
     }
 
@@ -223,8 +225,8 @@ def assert_refused(run_script, tmp_path):
 @pytest.mark.parametrize(
     ("flags", "says"),
     [
-        (["--data-backend", "dali-cpu"], "--data-backend dali-cpu is not available yet; use --data-backend pytorch"),
-        (["--data-backends", "dali-gpu"], "--data-backend dali-gpu is not available yet"),
+        (["--data-backend", "dali-gpu"], "--data-backend dali-gpu needs an NVIDIA GPU, and there is none"),
+        (["--crop-pct", 1.5], "--crop-pct must be above 0 and at most 1, not 1.5"),
     ],
 )
 def test_flag_that_does_nothing_yet_is_refused(assert_refused, stage, flags, says):
@@ -383,7 +385,9 @@ def test_spoiled_validation_image_is_named(assert_refused, stage, tmp_path_facto
     data = tmp_path_factory.mktemp("data") / "spoiled"
     shutil.copytree(stage.good, data)
     (data / "val/apple/00.jpg").write_bytes(b"")
-    assert_refused(r"/val/apple/00\.jpg is not an image", "main.py", data, *FLOAT, "--evaluate", "-j", 2)
+    assert_refused(
+        r"/val/apple/00\.jpg is not an image", "main.py", data, *FLOAT, "--evaluate", "-j", 2, "--max-bad-images", 0
+    )
 
 
 @pytest.mark.parametrize("output", ["nowhere/w.safetensors", "weights.bin", "file/w.pth"])

@@ -152,7 +152,7 @@ def test_the_cause_is_told_from_its_consequences(run_process, repository, script
     assert "Traceback" not in result.err
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1])
+@pytest.mark.parametrize("number", [pytest.param(signal.SIGTERM, marks=pytest.mark.slow), signal.SIGUSR1])
 def test_signals_reach_every_process(start_process, script, tmp_path, number):
     path = script(
         """
@@ -182,6 +182,7 @@ def test_signals_reach_every_process(start_process, script, tmp_path, number):
     assert [(tmp_path / f"seen{rank}").read_text() for rank in range(2)] == [str(int(number))] * 2
 
 
+@pytest.mark.slow
 def test_processes_start_again_as_often_as_allowed(run_process, script, tmp_path):
     path = script(
         """
@@ -209,3 +210,41 @@ def test_bad_command_lines(run_script, repository, monkeypatch, arguments, says)
     result = run_script("multiproc.py", *arguments)
     assert result.code == 2
     assert re.search(says, result.error_lines[0])
+
+
+@pytest.mark.slow
+def test_sigterm_to_the_job_leaves_one_checkpoint_to_go_on_from(start_process, repository, tmp_path):
+    workspace = tmp_path / "workspace"
+    run = [*TOGETHER, repository / "main.py", *FLOAT, "-p", 1, "--workspace", workspace]
+    with start_process("multiproc.py", *run, cwd=tmp_path) as process:
+        guard = threading.Timer(200, process.kill)
+        guard.start()
+        lines = []
+        for line in process.stderr:
+            lines.append(line)
+            if "train: 2/" in line:
+                process.send_signal(signal.SIGTERM)
+        guard.cancel()
+    assert process.returncode == 128 + signal.SIGTERM, lines
+    state = torch.load(workspace / "checkpoint.pth.tar", weights_only=True)
+    assert state["epoch"] == 0
+    assert state["batch"] == state["step"] >= 2
+    assert len(state["rng"]) == state["processes"] == 2
+    resume = ["--resume", workspace / "checkpoint.pth.tar", "--prof", state["batch"] + 1]
+    with start_process("multiproc.py", *run, *resume, cwd=tmp_path) as process:
+        _, err = process.communicate(timeout=200)
+    assert process.returncode == 0, err
+    assert torch.load(workspace / "checkpoint.pth.tar", weights_only=True)["step"] == state["step"] + 1
+
+
+def test_a_job_that_is_started_again_goes_on_from_its_checkpoint(run_script, tmp_path, monkeypatch):
+    run = [*FLOAT, "--prof", 1, "--workspace", tmp_path]
+    assert run_script("main.py", *run).code == 0
+    monkeypatch.setenv("TORCHELASTIC_RESTART_COUNT", "1")
+    # what the job began with does not matter any more
+    result = run_script("main.py", *run, "--epochs", 2, "--pretrained-from-file", "gone.safetensors")
+    assert result.code == 0, result.err
+    assert f"started again: going on from {tmp_path / 'checkpoint.pth.tar'}" in result.out
+    assert torch.load(tmp_path / "checkpoint.pth.tar", weights_only=True)["epoch"] == 2
+    assert "epoch 2/2" in result.out
+    assert "epoch 1/2" not in result.out

@@ -8,6 +8,7 @@ import shlex
 import threading
 from functools import partial
 
+import onnx
 import pytest
 import torch
 
@@ -15,7 +16,7 @@ from effnet_quant import create_model
 from effnet_quant.models import registry
 from effnet_quant.models.weights import read_weights, write_weights
 
-TRAIN = shlex.split("--num-classes 3 --prof 2 -b 6 --data-backend pytorch -j 1 --seed 1 --lr 0.001 -p 1")
+TRAIN = shlex.split("--num-classes 3 --prof 2 -b 6 --data-backend pytorch -j 0 --seed 1 --lr 0.001 -p 1")
 NETWORKS = {
     "cifar-resnet20": [],
     "timm:test_efficientnet": ["--image-size", "64"],
@@ -26,6 +27,10 @@ NETWORKS = {
 def succeeded(result):
     assert result.code == 0, result.err
     return result
+
+
+def classes(result):
+    return {line.split()[-1] for line in result.out.splitlines()[1:]}
 
 
 @pytest.mark.parametrize("arch", NETWORKS)
@@ -42,8 +47,13 @@ def test_a_network_is_trained_quantized_and_classifies_under_one_name(run_script
         succeeded(run_script("checkpoint2model.py", "--checkpoint-path", checkpoint, "--weight-path", weights))
         assert read_weights(weights).has_ranges is (kind == "int8")
         result = succeeded(run_script("classify.py", *network, "--pretrained-from-file", weights, *images))
-        assert {line.split()[-1] for line in result.out.splitlines()[1:]} == {"apple", "bear", "cat"}
+        assert classes(result) == {"apple", "bear", "cat"}
         assert "ranges in the weights are left out" not in result.err
+        engine = ["--pretrained-from-file", tmp_path / f"{kind}.onnx"]
+        export = ["--pretrained-from-file", weights, "--output", tmp_path / f"{kind}.onnx"]
+        succeeded(run_script("model2onnx.py", "--arch", arch, *export))  # the image size is the weights' own
+        assert ("QuantizeLinear" in {node.op_type for node in onnx.load(engine[1]).graph.node}) is (kind == "int8")
+        assert classes(succeeded(run_script("classify.py", *engine, *images))) == {"apple", "bear", "cat"}
 
 
 def test_weights_for_other_classes_start_with_a_new_classifier_when_asked(run_script, image_folder, tmp_path):

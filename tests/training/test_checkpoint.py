@@ -105,3 +105,12 @@ def test_workspace_below_a_file_is_refused(tmp_path):
     (tmp_path / "file").touch()
     with pytest.raises(UserError, match=r"workspace .*file/inside: Not a directory.*--workspace"):
         prepare_workspace(tmp_path / "file" / "inside")
+
+
+def test_what_a_killed_run_left_half_written_is_cleared(tmp_path):
+    old, young = tmp_path / ".checkpoint.pth.tar.abcd1234", tmp_path / ".checkpoint.pth.tar.efgh5678"
+    for path in (old, young):
+        path.write_bytes(b"half")
+    os.utime(old, (0, 0))
+    prepare_workspace(tmp_path)
+    assert names(tmp_path) == [young.name]

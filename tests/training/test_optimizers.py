@@ -2,12 +2,18 @@
 
 from __future__ import annotations
 
+import json
+from pathlib import Path
+
 import pytest
 import torch
+from torch import nn
 
 from effnet_quant import create_model
 from effnet_quant.training.config import TrainConfig
 from effnet_quant.training.optimizers import build_optimizer
+
+REFERENCE = json.loads((Path(__file__).parents[1] / "reference" / "training.json").read_text())
 
 
 def decay_by_name(model, config):
@@ -75,3 +81,19 @@ def test_frozen_parameters_are_left_out(tiny_network):
     held = [id(p) for group in build_optimizer(model, TrainConfig()).param_groups for p in group["params"]]
     assert id(model[0].weight) not in held
     assert len(held) == 4
+
+
+@pytest.mark.parametrize("recorded", REFERENCE["optimizers"])
+def test_five_steps_of_recorded_optimizers(recorded):
+    model = nn.Sequential(nn.Conv2d(2, 2, 1, bias=False), nn.BatchNorm2d(3)).double()
+    conv, norm = model[0].weight, model[1].weight
+    with torch.no_grad():
+        conv.copy_(torch.tensor(REFERENCE["start"]["conv"], dtype=torch.float64).reshape(conv.shape))
+        norm.copy_(torch.tensor(REFERENCE["start"]["bn"], dtype=torch.float64))
+    optimizer = build_optimizer(model, TrainConfig(**recorded["config"]))
+    for of_conv, of_norm in REFERENCE["gradients"]:
+        conv.grad = torch.tensor(of_conv, dtype=torch.float64).reshape(conv.shape)
+        norm.grad = torch.tensor(of_norm, dtype=torch.float64)
+        optimizer.step()
+    assert conv.flatten().tolist() == pytest.approx(recorded["conv"], rel=1e-12)
+    assert norm.tolist() == pytest.approx(recorded["bn"], rel=1e-12)

@@ -2,9 +2,14 @@
 
 from __future__ import annotations
 
+import json
+from pathlib import Path
+
 import pytest
 
 from effnet_quant.training.schedules import learning_rate
+
+REFERENCE = json.loads((Path(__file__).parents[1] / "reference" / "training.json").read_text())
 
 
 def rates(schedule, epochs_asked, **options):
@@ -55,3 +60,10 @@ def test_efficientnet_recipe_of_400_epochs():
 
 def test_nothing_but_warm_up_is_no_division_by_zero():
     assert rates("cosine", [0, 1], base_lr=0.1, epochs=2, warmup=2) == pytest.approx([0.05, 0.1])
+
+
+@pytest.mark.parametrize("recorded", REFERENCE["schedules"])
+def test_every_epoch_of_recorded_schedules(recorded):
+    values = recorded["values"]
+    options = {name: value for name, value in recorded.items() if name not in ("values", "schedule")}
+    assert rates(recorded["schedule"], range(len(values)), **options) == pytest.approx(values, rel=1e-12)

@@ -426,3 +426,15 @@ def test_the_first_tenth_of_a_profiled_epoch_does_not_count(tiny_network, make_t
         watch(train, 2, lambda: time.sleep(1)), val
     )
     assert json.loads(raport.read_text())["data"]["train.data_time"] < 0.05
+
+
+@pytest.mark.slow
+def test_compiled_training_is_the_eager_one(tiny_network, make_trainer, make_loaders, tmp_path):
+    models = [tiny_network(dropout=0.0) for _ in range(2)]
+    for model, compiled in zip(models, (False, True), strict=True):
+        make_trainer(model, tmp_path, compile=compiled, use_ema=0.9, optimizer_batch_size=8).fit(*make_loaders())
+    eager, compiled = (model.state_dict() for model in models)
+    assert compiled.keys() == eager.keys()  # nothing of torch.compile in the names
+    for name, tensor in eager.items():
+        torch.testing.assert_close(compiled[name], tensor, rtol=1e-4, atol=1e-5)
+    assert models[1]._compiled_call_impl is not None

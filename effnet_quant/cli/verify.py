@@ -1,0 +1,118 @@
+"""python -m effnet_quant.deploy.verify: does the engine do what the simulation says, and would TensorRT take the graph?"""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Iterator, Sequence
+from itertools import islice
+from typing import Any
+
+import onnx
+from torch import Tensor, nn
+
+from effnet_quant.cli.arguments import Parser, add_model_arguments
+from effnet_quant.cli.inference import load_model
+from effnet_quant.cli.process import run
+from effnet_quant.data.loaders import Loader
+from effnet_quant.data.opening import open_validation
+from effnet_quant.data.transforms import Preprocessing, evaluation_transform, normalize
+from effnet_quant.deploy.engine import BACKENDS, load_engine
+from effnet_quant.deploy.layers import compare_layers, format_layers
+from effnet_quant.deploy.lint import lint_tensorrt
+from effnet_quant.deploy.verify import Comparison, compare
+from effnet_quant.errors import UserError
+from effnet_quant.quantization.insertion import output_quantizers, quantizers, simulate_target
+
+# of images on which engine and simulation give the same class, in percent
+AGREEMENT = 99.5
+LAYER_IMAGES = 8
+
+
+def job(arguments: Sequence[str]) -> int:
+    """Verify as the command line says; returns the exit status, 1 if the engine fails."""
+    parser = Parser("Compare an engine with its simulation on real images, or check a graph against TensorRT's rules.")
+    add_model_arguments(parser, None)
+    parser.add_argument("data", metavar="DATA", nargs="?", help="folder with val/<class>/, 'digits', 'cifar10' …")
+    parser.add_argument("--model", metavar="FILE", dest="pretrained_from_file", help="same as --pretrained-from-file")
+    parser.add_argument("--engine", required=True, metavar="FILE", help="the ONNX file")
+    parser.add_argument("--backend", choices=BACKENDS, default="onnxruntime", help="runtime of the engine")
+    parser.add_argument("--image-size", type=int, help=argparse.SUPPRESS)
+    parser.add_argument("-b", "--batch-size", type=int, default=32, help="images a batch")
+    parser.add_argument("-j", "--workers", type=int, default=0, help="data loading processes")
+    parser.add_argument("--min-agreement", type=float, default=AGREEMENT, help="percent of images with the same class")
+    parser.add_argument("--layers", action="store_true", help="print the table of layers even if the engine passes")
+    parser.add_argument("--lint", choices=("tensorrt",), help="check the graph against a runtime's placement rules")
+    parsed = parser.parse(arguments)
+    if parsed.lint is None and not parsed.data:
+        raise UserError("on which images? Give DATA, or --lint tensorrt to check the graph alone.")
+    passed = True
+    if parsed.lint is not None:
+        passed = _lint(parsed.engine)
+    if parsed.data:
+        passed = _verify(parsed) and passed
+    return 0 if passed else 1
+
+
+def _lint(path: str) -> bool:
+    load_engine(path)  # a file that is missing or damaged is said there
+    findings = lint_tensorrt(onnx.load(path))
+    for finding in findings:
+        print(finding)
+    print(f"{path}: {len(findings) or 'no'} finding{'s' * (len(findings) != 1)} against TensorRT's placement rules")
+    return not findings
+
+
+def _verify(parsed: argparse.Namespace) -> bool:
+    engine = load_engine(parsed.engine, parsed.backend)
+    if not parsed.arch:
+        parsed.arch = engine.metadata.get("arch")
+    model, metadata = load_model(parsed)
+    if "target" in engine.metadata:
+        simulate_target(model, engine.metadata["target"])
+    preprocessing = Preprocessing.from_json(engine.metadata.get("preprocessing", metadata["preprocessing"]))
+    source = open_validation(parsed.data, metadata.get("classes"))
+    loader = Loader(source, evaluation_transform(preprocessing), parsed.batch_size, workers=parsed.workers)
+    if engine.metadata.get("target") == "onnxruntime" and any(
+        place.range is None for place in output_quantizers(model)
+    ):
+        print(
+            "note: the weights bring no ranges for the outputs of convolutions; the engine rounds there and the simulation "
+            "does not. Weights that quant_main.py calibrated or trained have them."
+        )
+    comparison = compare(engine, model, _batches(loader, preprocessing))
+    passed = comparison.agreement >= parsed.min_agreement
+    _print(comparison, parsed.min_agreement, passed)
+    if (parsed.layers or not passed) and _is_quantized(model):
+        images = next(_batches(loader, preprocessing))[0][:LAYER_IMAGES]
+        print(format_layers(compare_layers(parsed.engine, model, images)))
+    return passed
+
+
+def _batches(loader: Loader, preprocessing: Preprocessing) -> Iterator[tuple[Tensor, Tensor]]:
+    return ((normalize(images, preprocessing), labels) for images, labels in loader.epoch())
+
+
+def _is_quantized(model: nn.Module) -> bool:
+    return any(True for _ in islice(quantizers(model), 1))
+
+
+def _print(comparison: Comparison, gate: float, passed: bool) -> None:
+    rows: dict[str, Any] = {
+        "images": f"{comparison.images}",
+        "top-1, simulation": f"{comparison.simulation_top1:.2f} %",
+        "top-1, engine": f"{comparison.engine_top1:.2f} %",
+        "same class": f"{comparison.agreement:.2f} % (at least {gate:g} %)",
+        "logit error, mean": f"{comparison.mean_error:.3g}",
+        "logit error, worst": f"{comparison.worst_error:.3g} (image {comparison.worst_image})",
+        "logit error, relative L2": f"{comparison.logit_error:.2e}",
+    }
+    for title, text in rows.items():
+        print(f"{title:<26} {text}")
+    if comparison.images < 1000:
+        print(f"note: {comparison.images} images are few for a verdict; 1000 or more tell.")
+    print("the engine does what the simulation says" if passed else "the engine departs from the simulation")
+
+
+def main() -> None:
+    """Entry point of ``python -m effnet_quant.deploy.verify``."""
+    run(job)

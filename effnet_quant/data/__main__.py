@@ -1,0 +1,108 @@
+"""``python -m effnet_quant.data DATA``: what is there, whether it is whole, and shards of it."""
+
+from __future__ import annotations
+
+import argparse
+import os
+import statistics
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+from effnet_quant.data.inspection import Findings, counts, is_random_access, look
+from effnet_quant.data.opening import open_sources, open_validation
+from effnet_quant.data.shards import is_shards, pack, write_index
+from effnet_quant.data.sources import EncodedSource, ImageSource
+from effnet_quant.errors import UserError
+
+_SAMPLE = 1000  # images whose size is looked up without --check
+_SHOWN = 20  # classes or broken files that are listed
+
+
+def main(words: Sequence[str] | None = None) -> int:
+    """Entry point; returns the exit status: 1 if ``--check`` found broken images, 2 for a user's mistake."""
+    parser = argparse.ArgumentParser(prog="python -m effnet_quant.data", description=__doc__)
+    parser.add_argument("data", metavar="DATA", help="what main.py takes; docs/data.md lists it")
+    parser.add_argument("--check", action="store_true", help="decode every image and name the broken ones")
+    parser.add_argument("--pack", metavar="FOLDER", type=Path, help="write the images as WebDataset shards into FOLDER")
+    parser.add_argument("--images-per-shard", type=int, default=1000, help="images a shard (default: 1000)")
+    parser.add_argument("--index", action="store_true", help="write the index of local shards that others made")
+    parser.add_argument(
+        "-j", "--workers", type=int, default=os.cpu_count(), help="processes that read (default: all cores)"
+    )
+    arguments = parser.parse_args(words)
+    try:
+        return _run(arguments)
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print("stopped", file=sys.stderr)
+        return 130
+
+
+def _run(arguments: argparse.Namespace) -> int:
+    if arguments.images_per_shard < 1 or arguments.workers < 0:
+        raise UserError("--images-per-shard must be at least 1 and --workers at least 0.")
+    if arguments.index:
+        index = write_index(arguments.data)
+        print(f"{sum(shard['images'] for shard in index['shards'])} images in {len(index['shards'])} shards")
+        return 0
+    broken = 0
+    splits = _splits(arguments.data)
+    if arguments.pack is not None and not all(isinstance(source, EncodedSource) for source in splits.values()):
+        raise UserError("--pack takes image files: a folder, or ImageNet's tar files.")
+    for split, source in splits.items():
+        broken += _describe(split, source, arguments)
+        if arguments.pack is not None:
+            _pack(split, source, arguments.pack, arguments.images_per_shard)
+    return 1 if broken else 0
+
+
+def _splits(data: str) -> dict[str, ImageSource]:
+    if is_shards(data) and data.endswith(".tar") and "::" not in data:
+        return {"shards": open_validation(data)}
+    train, val = open_sources(data)
+    return {"train": train, "val": val}
+
+
+def _describe(split: str, source: ImageSource, arguments: argparse.Namespace) -> int:
+    """Print what a split holds; the number of broken images."""
+    print(f"{split}: {len(source)} images, {len(source.classes)} classes", flush=True)
+    if is_random_access(source):
+        by_class = counts(source).tolist()
+        print(f"  images a class: {min(by_class)} to {max(by_class)}, median {statistics.median(by_class):g}")
+        if len(by_class) <= _SHOWN:
+            print("  " + ", ".join(f"{name} {count}" for name, count in zip(source.classes, by_class, strict=True)))
+    elif not arguments.check:
+        return 0
+    limit = None if arguments.check else _SAMPLE
+    findings = Findings()
+    for findings in look(source, decode=arguments.check, workers=arguments.workers, limit=limit):
+        if findings.looked_at % 1000 == 0:
+            print(f"  {findings.looked_at} images looked at", file=sys.stderr, flush=True)
+    if findings.sizes:
+        heights, widths = zip(*findings.sizes, strict=True)
+        print(
+            f"  size of {findings.looked_at} of them: {min(widths)} to {max(widths)} x {min(heights)} to {max(heights)}, "
+            f"median {statistics.median(widths):g} x {statistics.median(heights):g} pixels"
+        )
+    for sentence in findings.broken[:_SHOWN]:
+        print(f"  {sentence}")
+    if len(findings.broken) > _SHOWN:
+        print(f"  and {len(findings.broken) - _SHOWN} more")
+    if arguments.check:
+        print(f"  broken: {len(findings.broken)} of {findings.looked_at}")
+    return len(findings.broken)
+
+
+def _pack(split: str, source: ImageSource, folder: Path, images_per_shard: int) -> None:
+    assert isinstance(source, EncodedSource)
+    for written in pack(source, folder / split, images_per_shard):
+        if written % 1000 == 0:
+            print(f"  {written} images written", file=sys.stderr, flush=True)
+    print(f"  packed into {folder / split}")
+
+
+if __name__ == "__main__":
+    sys.exit(main())

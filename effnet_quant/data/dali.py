@@ -1,0 +1,273 @@
+"""The DALI backends: the same batches as ``Loader``'s, decoded and transformed by NVIDIA's library on CPU or GPU."""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
+from functools import partial
+from itertools import chain
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from effnet_quant.data.decoding import Box, Bytes, DecodeError, EncodedImage
+from effnet_quant.data.loaders import Loader
+from effnet_quant.data.seeding import mix, seeded
+from effnet_quant.data.sources import EncodedSource, ImageSource, unreadable
+from effnet_quant.data.transforms import EvaluationTransform, TrainingTransform, is_strip, without_ends
+from effnet_quant.errors import UserError
+
+_QUEUE = 2  # batches that DALI works on ahead
+
+
+class DaliLoader(Loader):
+    """Batches as ``Loader`` gives them, order, crops and flips included, through a DALI pipeline.
+
+    DALI decodes and transforms plain JPEGs. Every other image is decoded by ``EncodedImage`` and goes to DALI as pixels, so
+    that all backends see the same picture. The augmentation policies are DALI's own, and so are their random
+    numbers: a run that is resumed gets others than it would have had.
+
+    Args:
+        source: the images.
+        transform: what becomes of them.
+        batch_size: images a batch; the last batch may be smaller.
+        device: "cpu", or "cuda" with an index; where the batches are when they come.
+        options: as ``Loader``'s; ``workers`` are threads that read files, and as many that decode, and ``prefetch`` says
+            nothing to DALI, which has its own queue.
+
+    Raises:
+        UserError: DALI is not installed, or there are fewer images to shuffle than processes.
+    """
+
+    def __init__(
+        self,
+        source: ImageSource,
+        transform: EvaluationTransform | TrainingTransform,
+        batch_size: int,
+        device: torch.device,
+        **options: Any,
+    ) -> None:
+        try:
+            import nvidia.dali  # noqa: F401
+        except ImportError as error:
+            raise UserError(
+                "the DALI backends need NVIDIA DALI; pip install 'effnet-quant[dali]', or use --data-backend pytorch."
+            ) from error
+        super().__init__(source, transform, batch_size, **options)
+        self._steps = transform
+        self._device = device
+        self._pipeline: Any = None
+        self._prepared: Iterator[list[_Sample]] = iter(())
+        self._in_flight: deque[list[_Sample]] = deque()
+
+    def epoch(self, epoch: int = 0, first_batch: int = 0) -> Iterator[tuple[Tensor, Tensor]]:
+        """The batches of an epoch, from ``first_batch`` on; images are on the loader's device, labels on the CPU.
+
+        Raises:
+            UserError: more images can't be read than may be; the sentence names the file.
+        """
+        if self._in_flight:  # an epoch that was left early
+            self._pipeline = None
+        self._in_flight.clear()
+        with ThreadPoolExecutor(max(1, self._workers)) as readers:
+            indices = self._order.batches(epoch, first_batch)
+            self._prepared = self._prepare(indices, mix(self._seed, epoch, -2), readers)
+            while True:
+                if self._pipeline is None:
+                    self._pipeline = self._build(mix(self._seed, epoch, -3))
+                try:
+                    (images,) = self._pipeline.run()
+                except StopIteration:
+                    self._pipeline.reset()
+                    return
+                except RuntimeError as error:
+                    self._recover(error)
+                    continue
+                batch = self._in_flight.popleft()
+                yield self._to_torch(images), self.source.labels[[sample.index for sample in batch]]
+
+    def _prepare(
+        self, batches: Iterator[NDArray[np.int64]], seed: int, readers: ThreadPoolExecutor
+    ) -> Iterator[list[_Sample]]:
+        """Batches for DALI; the next one's files are read while this one is in work."""
+        reading: deque[list[tuple[int, Future[EncodedImage]]]] = deque()
+        for indices in batches:
+            reading.append([(index, readers.submit(self._open, index)) for index in indices.tolist()])
+            if len(reading) > 1 and (batch := self._collected(reading.popleft(), seed)):
+                yield batch
+        if reading and (batch := self._collected(reading.popleft(), seed)):
+            yield batch
+
+    def _open(self, index: int) -> EncodedImage:
+        """An image as DALI can decode it: a plain JPEG as it is, everything else as uncompressed pixels."""
+        if not isinstance(self.source, EncodedSource):
+            return EncodedImage(_as_ppm(self.source.read(index)))
+        image = self.source.open(index)
+        whole = isinstance(self._steps, TrainingTransform) or not is_strip(image.height, image.width)
+        if image.is_plain_jpeg and whole:
+            return image
+        try:
+            pixels = image.decode()
+            return EncodedImage(_as_ppm(pixels if whole else without_ends(pixels)))
+        except DecodeError as error:
+            raise unreadable(self.source.name(index), error) from error
+
+    def _collected(self, reading: list[tuple[int, Future[EncodedImage]]], seed: int) -> list[_Sample]:
+        batch: list[_Sample] = []
+        for index, future in reading:
+            try:
+                image = future.result()
+            except UserError as error:
+                self.bad_images.add(index, str(error))
+                continue
+            if isinstance(self._steps, TrainingTransform):
+                with seeded(mix(seed, index, 0)):
+                    box, flipped = self._steps.draw(image.height, image.width)
+            else:
+                box, flipped = self._steps.scaled_box(image.height, image.width), False
+            batch.append(_Sample(index, image, box, flipped))
+        return self._filled(batch)
+
+    def _filled(self, batch: list[_Sample]) -> list[_Sample]:
+        """A batch of training images brought to its size by repeating the first ones."""
+        if not self.shuffle:
+            return batch
+        if not batch:
+            raise UserError(
+                "no image of a batch can be read; check DATA with python -m effnet_quant.data DATA --check."
+            )
+        return [batch[position % len(batch)] for position in range(self._order.share)]
+
+    def _feed(self) -> tuple[list[Any], ...]:
+        """A batch as DALI's external source asks for it: the columns of ``_Sample``, flips in training alone."""
+        batch = next(self._prepared, None)
+        if batch is None:
+            raise StopIteration
+        self._in_flight.append(batch)
+        columns: tuple[list[Any], ...] = (
+            [sample.image.data for sample in batch],
+            [np.array([sample.box.top, sample.box.left], dtype=np.int32) for sample in batch],
+            [np.array([sample.box.height, sample.box.width], dtype=np.int32) for sample in batch],
+            [np.int32(sample.flipped) for sample in batch],
+        )
+        return columns if isinstance(self._steps, TrainingTransform) else columns[:3]
+
+    def _recover(self, error: RuntimeError) -> None:
+        """Find the images that DALI stumbled on, and let a new pipeline go on with the rest.
+
+        Raises:
+            UserError: they are too many.
+            RuntimeError: it was something else.
+        """
+        bad: set[int] = set()
+        for sample in chain.from_iterable(self._in_flight):
+            if sample.index in bad:
+                continue
+            try:
+                sample.image.decode()
+            except DecodeError as reason:
+                bad.add(sample.index)
+                self.bad_images.add(sample.index, str(unreadable(self.source.name(sample.index), reason)))
+        if not bad:
+            raise error
+        good = [self._filled([sample for sample in batch if sample.index not in bad]) for batch in self._in_flight]
+        self._in_flight.clear()
+        self._prepared = chain((batch for batch in good if batch), self._prepared)
+        self._pipeline = None
+
+    def _build(self, seed: int) -> Any:
+        from nvidia.dali import fn, pipeline_def, types
+
+        on_gpu = self._device.type == "cuda"
+        preprocessing = self._steps.preprocessing
+        size = preprocessing.image_size
+        interpolation = {"bilinear": types.INTERP_LINEAR, "bicubic": types.INTERP_CUBIC}[preprocessing.interpolation]
+        resize = {"interp_type": interpolation, "antialias": True}
+        decode = {"device": "mixed" if on_gpu else "cpu", "output_type": types.RGB}
+
+        policy = self._policy()
+
+        def training() -> Any:
+            encoded, corner, extent, flipped = fn.external_source(source=self._feed, num_outputs=4, batch=True)
+            images = fn.decoders.image_slice(
+                encoded, corner, extent, axis_names="HW", normalized_anchor=False, normalized_shape=False, **decode
+            )
+            images = fn.resize(images, size=[size, size], **resize)
+            return policy(fn.flip(images, horizontal=flipped))
+
+        def evaluation() -> Any:
+            encoded, corner, extent = fn.external_source(source=self._feed, num_outputs=3, batch=True)
+            images = fn.resize(fn.decoders.image(encoded, **decode), size=fn.cast(extent, dtype=types.FLOAT), **resize)
+            return fn.slice(images, corner, [size, size], axis_names="HW", out_of_bounds_policy="pad")
+
+        define = pipeline_def(enable_conditionals=True)(
+            training if isinstance(self._steps, TrainingTransform) else evaluation
+        )
+        pipeline = define(
+            batch_size=self.batch_size,
+            num_threads=max(1, self._workers),
+            device_id=(self._device.index or 0) if on_gpu else None,
+            prefetch_queue_depth=_QUEUE,
+            seed=seed % 2**31,
+        )
+        pipeline.build()
+        return pipeline
+
+    def _policy(self) -> Any:
+        """DALI's augmentation of the transform's name."""
+        from nvidia.dali.auto_aug import auto_augment, rand_augment, trivial_augment
+
+        if not isinstance(self._steps, TrainingTransform) or self._steps.augmentation is None:
+            return _unchanged
+        size = self._steps.preprocessing.image_size
+        policies = {
+            "autoaugment": auto_augment.auto_augment_image_net,
+            "randaugment": partial(rand_augment.rand_augment, n=2, m=9),
+            "trivialaugment": trivial_augment.trivial_augment_wide,
+        }
+        # torchvision fills with black what a geometric operation uncovers
+        return partial(policies[self._steps.augmentation], shape=[size, size], fill_value=0)
+
+    def _to_torch(self, images: Any) -> Tensor:
+        """A copy of DALI's batch as uint8 (N, 3, H, W)."""
+        if self._device.type == "cpu":
+            return torch.from_numpy(images.as_array()).permute(0, 3, 1, 2)
+        from nvidia.dali.plugin.pytorch import feed_ndarray
+
+        dense = images.as_tensor()
+        batch = torch.empty(dense.shape(), dtype=torch.uint8, device=self._device)
+        feed_ndarray(dense, batch, cuda_stream=torch.cuda.current_stream(self._device))
+        return batch.permute(0, 3, 1, 2)
+
+
+@dataclass(frozen=True)
+class _Sample:
+    """An image on its way to DALI.
+
+    Attributes:
+        index: which one, in the source.
+        image: its file.
+        box: in training the crop; in evaluation the size to scale it to, and where in that the crop starts.
+        flipped: whether to flip it.
+    """
+
+    index: int
+    image: EncodedImage
+    box: Box
+    flipped: bool
+
+
+def _unchanged(images: Any) -> Any:
+    return images
+
+
+def _as_ppm(image: Tensor) -> Bytes:
+    """uint8 (3, H, W) as a portable pixmap file."""
+    _, height, width = image.shape
+    header = np.frombuffer(f"P6 {width} {height} 255\n".encode(), dtype=np.uint8)
+    return np.concatenate([header, image.permute(1, 2, 0).reshape(-1).numpy()])

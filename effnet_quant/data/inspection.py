@@ -1,0 +1,119 @@
+"""What a data set holds: counts, sizes, broken files."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+from torch.utils.data import DataLoader, Dataset
+
+from effnet_quant.data.decoding import DecodeError
+from effnet_quant.data.loaders import prepare_worker
+from effnet_quant.data.shards import ShardSource
+from effnet_quant.data.sources import EncodedSource, ImageSource, unreadable
+from effnet_quant.errors import UserError
+
+
+@dataclass
+class Findings:
+    """What looking at the images of a source has shown so far.
+
+    Attributes:
+        looked_at: images.
+        sizes: height and width of each readable one.
+        broken: a sentence for each that is not.
+    """
+
+    looked_at: int = 0
+    sizes: list[tuple[int, int]] = field(default_factory=list)
+    broken: list[str] = field(default_factory=list)
+
+
+def look(source: ImageSource, *, decode: bool, workers: int, limit: int | None = None) -> Iterator[Findings]:
+    """Look at the images of a source, or at ``limit`` of them that are spread evenly; the same findings, growing.
+
+    Args:
+        source: the images.
+        decode: decode every pixel, as of shards is always done; else read the header alone.
+        workers: processes that do it.
+        limit: how many images; shards are looked at whole.
+    """
+    findings = Findings()
+    count = len(source) if limit is None else min(limit, len(source))
+    looked: Dataset[list[_Look]]
+    if isinstance(source, ShardSource):
+        looked = _LookedAtShards(source)
+    else:
+        looked = _LookedAtImages(source, decode, torch.arange(count) * len(source) // max(1, count))
+    for looks in DataLoader(looked, batch_size=None, num_workers=workers, worker_init_fn=prepare_worker):
+        for size, sentence in looks:
+            findings.looked_at += 1
+            if sentence is None:
+                findings.sizes.append(size)
+            else:
+                findings.broken.append(sentence)
+            yield findings
+
+
+_Look = tuple[tuple[int, int], str | None]  # height and width, or what keeps an image from being read
+
+
+class _LookedAtImages(Dataset[list[_Look]]):
+    """One image after another."""
+
+    def __init__(self, source: ImageSource, decode: bool, indices: Tensor) -> None:
+        self._source = source
+        self._decode = decode
+        self._indices = indices
+
+    def __len__(self) -> int:
+        return len(self._indices)
+
+    def __getitem__(self, place: int) -> list[_Look]:
+        index = int(self._indices[place])
+        try:
+            if self._decode or not isinstance(self._source, EncodedSource):
+                height, width = self._source.read(index).shape[-2:]
+            else:
+                image = self._source.open(index)
+                height, width = image.height, image.width
+        except UserError as error:
+            return [((0, 0), str(error))]
+        return [((height, width), None)]
+
+
+class _LookedAtShards(Dataset[list[_Look]]):
+    """One shard after another, every image decoded."""
+
+    def __init__(self, source: ShardSource) -> None:
+        self._source = source
+
+    def __len__(self) -> int:
+        return len(self._source.urls)
+
+    def __getitem__(self, place: int) -> list[_Look]:
+        looks: list[_Look] = []
+        try:
+            for name, image, _ in self._source.samples(self._source.urls[place]):
+                try:
+                    if isinstance(image, DecodeError):
+                        raise image
+                    height, width = image.decode().shape[-2:]
+                    looks.append(((height, width), None))
+                except DecodeError as error:
+                    looks.append(((0, 0), str(unreadable(name, error))))
+        except UserError as error:  # the rest of the shard
+            looks.append(((0, 0), str(error)))
+        return looks
+
+
+def counts(source: ImageSource) -> Tensor:
+    """Images of each class, int64 of shape (classes,)."""
+    return torch.bincount(source.labels, minlength=len(source.classes))
+
+
+def is_random_access(source: ImageSource) -> bool:
+    """Whether an image can be reached without reading those before it."""
+    return not isinstance(source, ShardSource)

@@ -1,0 +1,235 @@
+"""WebDataset shards: tar files of images and labels, read from front to back, from disks or over the network."""
+
+from __future__ import annotations
+
+import json
+import os
+import posixpath
+import tarfile
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from effnet_quant.data.decoding import DecodeError, EncodedImage
+from effnet_quant.data.folders import EXTENSIONS
+from effnet_quant.data.sources import EncodedSource, unreadable
+from effnet_quant.errors import UserError
+from effnet_quant.files import check_writable, replace_file
+
+INDEX = "index.json"  # beside the shards: {"classes": [...], "shards": [{"file": ..., "images": ...}, ...]}
+_LABEL = "cls"  # WebDataset's extension for a class number in decimal digits
+
+
+class ShardSource:
+    """One split in WebDataset shards. It is read by ``ShardLoader`` alone: shards have an order and no index.
+
+    Args:
+        location: a folder or any URL that fsspec opens, with ``index.json`` in it; or the shards in it that are wanted, as
+            ``<location>/{000000..000146}.tar``.
+        classes: the classes that labels refer to; those of the index by default.
+
+    Attributes:
+        urls: the shards.
+        counts: images in each.
+        remap: by the label in the shards, the label in ``classes``.
+
+    Raises:
+        UserError: fsspec, webdataset, the index or a shard of it is missing, or it has a class that ``classes`` lacks.
+    """
+
+    in_memory = False
+    augmentable = True
+
+    def __init__(self, location: str, classes: list[str] | None = None) -> None:
+        root, wanted = _expand(location)
+        index = _read_index(root)
+        listed = {shard["file"]: int(shard["images"]) for shard in index["shards"]}
+        names = list(listed) if wanted is None else wanted
+        if missing := [name for name in names if name not in listed]:
+            raise UserError(f"{missing[0]} is not in {_join(root, INDEX)}; correct the numbers in {location}.")
+        own = [str(name) for name in index["classes"]]
+        self.classes = own if classes is None else classes
+        if unknown := sorted(set(own) - set(self.classes)):
+            raise UserError(f"{location} has classes that the training data lacks: {', '.join(unknown[:5])}.")
+        self.remap = torch.tensor([self.classes.index(name) for name in own])
+        self.urls = [_join(root, name) for name in names]
+        self.counts = [listed[name] for name in names]
+
+    def __len__(self) -> int:
+        return sum(self.counts)
+
+    @property
+    def labels(self) -> Tensor:
+        """The labels, which takes reading all shards."""
+        return torch.tensor([label for url in self.urls for _, _, label in self.samples(url)])
+
+    def read(self, index: int) -> Tensor:
+        """The image at a place in the order of the shards, as uint8 (3, H, W); its shard is read up to it."""
+        for url, count in zip(self.urls, self.counts, strict=True):
+            if index < count:
+                name, image, _ = next(sample for place, sample in enumerate(self.samples(url)) if place == index)
+                try:
+                    return image.decode()
+                except DecodeError as error:
+                    raise unreadable(name, error) from error
+            index -= count
+        raise IndexError(index)
+
+    def name(self, index: int) -> str:
+        """The shard, and the image's number in it."""
+        for url, count in zip(self.urls, self.counts, strict=True):
+            if index < count:
+                return f"image {index} of {url}"
+            index -= count
+        raise IndexError(index)
+
+    def samples(self, url: str) -> Iterator[tuple[str, Any, int]]:
+        """Name, image (or ``DecodeError``) and label of each image in a shard, in its order.
+
+        Raises:
+            UserError: the shard can't be read, or one of its images has no label.
+        """
+        import fsspec
+        from webdataset import tariterators
+
+        try:
+            with fsspec.open(url, "rb") as stream:
+                members = tariterators.tar_file_expander([{"url": url, "stream": stream}])
+                for sample in tariterators.group_by_keys(members):
+                    extension = next((key for key in sample if f".{key.rpartition('.')[2]}" in EXTENSIONS), None)
+                    if extension is None:
+                        continue
+                    name = f"{url}:{sample['__key__']}.{extension}"
+                    if _LABEL not in sample:
+                        raise UserError(f"{name} has no label beside it; each image needs a .{_LABEL} file.")
+                    label = int(self.remap[int(sample[_LABEL])])
+                    try:
+                        image: Any = EncodedImage(np.frombuffer(bytearray(sample[extension]), dtype=np.uint8))
+                    except DecodeError as error:
+                        image = error
+                    yield name, image, label
+        except (OSError, ValueError, EOFError, IndexError, tarfile.TarError) as error:
+            raise UserError(f"{url} can't be read ({error}); check the URL, or make the shard again.") from error
+
+
+def pack(source: EncodedSource, folder: Path, images_per_shard: int = 1000, seed: int = 0) -> Iterator[int]:
+    """Write a source's images, as they are, in a random order into shards of almost equal size, and their index.
+
+    Yields:
+        How many images are written, after each. The index comes last: shards without it are not whole.
+
+    Raises:
+        UserError: webdataset is missing, or the folder can't be written to.
+    """
+    wds = _webdataset()
+    folder.mkdir(parents=True, exist_ok=True)
+    check_writable(folder / INDEX)
+    (folder / INDEX).unlink(missing_ok=True)
+    order = torch.randperm(len(source), generator=torch.Generator().manual_seed(seed))
+    shards = []
+    written = 0
+    for number, part in enumerate(order.tensor_split(-(-len(order) // images_per_shard))):
+        name = f"{number:06d}.tar"
+        partial = folder / f".{name}.partial"
+        with wds.TarWriter(str(partial)) as tar:
+            for index in part.tolist():
+                extension = os.path.splitext(source.name(index))[1].lower().lstrip(".")
+                content = {extension: source.load(index).tobytes(), _LABEL: str(int(source.labels[index])).encode()}
+                tar.write({"__key__": f"{index:08d}", **content})
+                written += 1
+                yield written
+        os.replace(partial, folder / name)
+        shards.append({"file": name, "images": len(part)})
+    _write_index(folder, source.classes, shards)
+
+
+def write_index(location: str) -> dict[str, Any]:
+    """Count the images and classes of shards that others made, and write their index beside them, on a local disk.
+
+    Raises:
+        UserError: the shards can't be read, or the index can't be written.
+    """
+    root, names = _expand(location)
+    if names is None or "://" in root:
+        raise UserError(
+            f"an index is made of local shards named one by one, as in shards/{{000..146}}.tar; not {location}."
+        )
+    shards, largest = [], 0
+    for name in names:
+        source = ShardSource.__new__(ShardSource)
+        source.remap = torch.arange(1 << 20)  # as they are
+        labels = [label for _, _, label in source.samples(_join(root, name))]
+        largest = max([largest, *labels])
+        shards.append({"file": name, "images": len(labels)})
+    return _write_index(Path(root), [str(label) for label in range(largest + 1)], shards)
+
+
+def is_shards(data: str) -> bool:
+    """Whether a DATA argument names shards: by a URL, by ``.tar``, or as a folder with an index for a split."""
+    return (
+        "://" in data
+        or data.endswith(".tar")
+        or any((Path(data) / split / INDEX).exists() for split in ("train", "val"))
+    )
+
+
+def open_shards(data: str, split: str, classes: list[str] | None) -> ShardSource:
+    """The shards of a split: of ``<data>/<split>``, or of one side of ``<training shards>::<validation shards>``.
+
+    Raises:
+        UserError: as ``ShardSource``.
+    """
+    if not data.endswith(".tar"):
+        return ShardSource(_join(data, split), classes)
+    train, separator, val = data.partition("::")
+    if not separator and split == "train":
+        raise UserError(f"{data} is one set of shards; give training and validation as {data}::<validation shards>.")
+    return ShardSource(train if split == "train" or not separator else val, classes)
+
+
+def _expand(location: str) -> tuple[str, list[str] | None]:
+    """The folder of the shards, and the names that a pattern of braces stands for."""
+    if not location.endswith(".tar"):
+        return location, None
+    urls = _webdataset().shardlists.expand_urls(location)
+    return posixpath.dirname(urls[0]) or ".", [posixpath.basename(url) for url in urls]
+
+
+def _read_index(root: str) -> dict[str, Any]:
+    _webdataset()
+    import fsspec
+
+    path = _join(root, INDEX)
+    try:
+        with fsspec.open(path, "r", encoding="utf-8") as file:
+            index = json.load(file)
+        return {"classes": list(index["classes"]), "shards": list(index["shards"])}
+    except FileNotFoundError as error:
+        raise UserError(
+            f"there is no {path}, which says what the shards hold; python -m effnet_quant.data PATTERN --index makes it."
+        ) from error
+    except (OSError, ValueError, KeyError, TypeError, ImportError) as error:
+        raise UserError(f"{path} can't be read ({error}); check the URL.") from error
+
+
+def _write_index(folder: Path, classes: list[str], shards: list[dict[str, Any]]) -> dict[str, Any]:
+    index = {"classes": classes, "shards": shards}
+    replace_file(folder / INDEX, json.dumps(index, indent=1).encode())
+    return index
+
+
+def _join(root: str, name: str) -> str:
+    return f"{root.rstrip('/')}/{name}"
+
+
+def _webdataset() -> Any:
+    try:
+        import fsspec  # noqa: F401
+        import webdataset
+    except ImportError as error:
+        raise UserError("shards need webdataset and fsspec; pip install 'effnet-quant[webdataset]'.") from error
+    return webdataset

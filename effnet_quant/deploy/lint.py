@@ -1,0 +1,115 @@
+"""Static checks of a QDQ graph against the placement rules that TensorRT documents for explicit quantization.
+
+TensorRT's libraries are not needed: the rules are about the graph. Source: TensorRT documentation, "Working with Quantized
+Types", explicit quantization: symmetric int8 with zero point 0, weights per output channel, activations per tensor, Q/DQ
+around the inputs of quantizable layers and nothing between a convolution and what is fused with it.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import onnx
+from numpy.typing import NDArray
+from onnx import numpy_helper
+
+_LAYERS = ("Conv", "ConvTranspose", "Gemm", "MatMul")
+_FUSED = ("Relu", "Clip", "Sigmoid", "HardSigmoid", "HardSwish", "LeakyRelu", "Tanh")
+
+
+def lint_tensorrt(model: onnx.ModelProto) -> list[str]:
+    """What TensorRT would not accept or not fuse, one sentence each; empty where all is as it should be."""
+    return _Linter(model).findings()
+
+
+class _Linter:
+    def __init__(self, model: onnx.ModelProto) -> None:
+        self._nodes = model.graph.node
+        self._constants: dict[str, NDArray[Any]] = {
+            entry.name: numpy_helper.to_array(entry) for entry in model.graph.initializer
+        }
+        self._producers = {name: node for node in self._nodes for name in node.output}
+        self._consumers: dict[str, list[onnx.NodeProto]] = {}
+        for node in self._nodes:
+            for name in node.input:
+                self._consumers.setdefault(name, []).append(node)
+
+    def findings(self) -> list[str]:
+        found: list[str] = []
+        for node in self._nodes:
+            if node.op_type in ("QuantizeLinear", "DequantizeLinear"):
+                found += self._encoding(node)
+            if node.op_type == "QuantizeLinear":
+                found += self._pair(node)
+                found += self._between_layer_and_activation(node)
+            if node.op_type in _LAYERS:
+                found += self._operands(node)
+            if node.op_type == "Add":
+                found += self._addition(node)
+        return found
+
+    def _encoding(self, node: onnx.NodeProto) -> list[str]:
+        found = []
+        scale = self._constants.get(node.input[1])
+        zero_point = self._constants.get(node.input[2]) if len(node.input) > 2 else None
+        weights = node.input[0] in self._constants
+        if scale is None:
+            return [f"{node.name}: the scale is computed, but must be a constant"]
+        if not bool((scale > 0).all()):
+            found.append(f"{node.name}: a scale is not positive")
+        if zero_point is not None and zero_point.dtype != np.int8:
+            found.append(f"{node.name}: {zero_point.dtype} values, but only int8 is taken")
+        if zero_point is not None and np.any(zero_point):
+            found.append(f"{node.name}: a zero point is not 0, so the grid is not symmetric")
+        if not weights and scale.size != 1:
+            found.append(f"{node.name}: activations have a scale per channel, but must have one per tensor")
+        if weights and scale.size > 1:
+            axis = next((attribute.i for attribute in node.attribute if attribute.name == "axis"), 1)
+            if axis != 0:
+                found.append(f"{node.name}: weights have a scale per index of axis {axis}, not per output channel (0)")
+        return found
+
+    def _pair(self, node: onnx.NodeProto) -> list[str]:
+        consumers = self._consumers.get(node.output[0], [])
+        if not consumers or any(consumer.op_type != "DequantizeLinear" for consumer in consumers):
+            return [f"{node.name}: QuantizeLinear must go straight into DequantizeLinear"]
+        if any(list(consumer.input[1:]) != list(node.input[1:]) for consumer in consumers):
+            return [f"{node.name}: the DequantizeLinear behind it has another scale"]
+        return []
+
+    def _between_layer_and_activation(self, node: onnx.NodeProto) -> list[str]:
+        producer = self._producers.get(node.input[0])
+        if producer is None or producer.op_type not in _LAYERS:
+            return []
+        behind = [
+            user
+            for pair in self._consumers.get(node.output[0], [])
+            for user in self._consumers.get(pair.output[0], [])
+            if user.op_type in _FUSED
+        ]
+        return [f"{node.name}: sits between {producer.name} and {user.name}, which would fuse" for user in behind[:1]]
+
+    def _operands(self, node: onnx.NodeProto) -> list[str]:
+        quantized = [self._dequantized(name) for name in node.input[:2]]
+        if quantized[0] != quantized[1]:
+            role = ("input", "weights") if quantized[0] else ("weights", "input")
+            return [f"{node.name}: its {role[0]} are quantized and its {role[1]} are not, so it runs in float"]
+        return []
+
+    def _addition(self, node: onnx.NodeProto) -> list[str]:
+        """A residual addition fuses with the convolution of one operand where the other operand is quantized."""
+        operands = [self._producers.get(name) for name in node.input[:2]]
+        if any(operand is None for operand in operands):
+            return []
+        integer = [operand for operand in operands if operand is not None and self._is_integer_layer(operand)]
+        if integer and not any(operand is not None and operand.op_type == "DequantizeLinear" for operand in operands):
+            return [f"{node.name}: the operand beside {integer[0].name} is not quantized, so they do not fuse"]
+        return []
+
+    def _is_integer_layer(self, node: onnx.NodeProto) -> bool:
+        return node.op_type in _LAYERS and all(self._dequantized(name) for name in node.input[:2])
+
+    def _dequantized(self, name: str) -> bool:
+        node = self._producers.get(name)
+        return node is not None and node.op_type == "DequantizeLinear"

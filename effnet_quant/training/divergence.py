@@ -1,0 +1,67 @@
+"""A loss that is no number: which images it came from, and whether training can go on."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from effnet_quant.data.loaders import Loader
+from effnet_quant.errors import UserError
+from effnet_quant.files import replace_file
+from effnet_quant.training.metrics import LossMeter
+
+FILENAME = "nonfinite_loss.txt"
+_NAMES_SHOWN = 4
+
+
+class DivergenceWatch:
+    """Looks after the losses of one epoch.
+
+    Args:
+        meter: has the losses.
+        loader: knows what the images are called.
+        epoch: counted from 0.
+        workspace: where the names of a whole batch are written.
+        scaled: whether a loss scale skips steps that overflow, so that one such loss does no harm.
+    """
+
+    def __init__(self, meter: LossMeter, loader: Loader, epoch: int, workspace: Path, *, scaled: bool) -> None:
+        self._meter = meter
+        self._loader = loader
+        self._epoch = epoch
+        self._workspace = workspace
+        self._scaled = scaled
+
+    def check(self) -> None:
+        """Wait for the device and see whether every loss so far is a number.
+
+        Raises:
+            UserError: one is not, and no loss scale has skipped its step.
+        """
+        batch = None if self._scaled else self._meter.first_bad_batch()
+        if batch is not None:
+            raise UserError(
+                f"the loss is not finite in epoch {self._epoch + 1}, batch {batch + 1}: training has diverged, or one of "
+                f"these images is to blame: {self._images(batch)}; lower --lr, and resume from the last checkpoint."
+            )
+
+    def report_skipped(self, skipped: int, steps: int) -> None:
+        """Say which images made the loss overflow first, at the end of an epoch with a loss scale.
+
+        Raises:
+            UserError: every step was skipped.
+        """
+        batch = self._meter.first_bad_batch()
+        if batch is not None:
+            print(f"the loss of batch {batch + 1} overflowed, of {self._images(batch)}", flush=True)
+        if 0 < steps == skipped:
+            raise UserError(
+                f"every step of epoch {self._epoch + 1} overflowed in float16; lower --static-loss-scale or --lr, or "
+                "compute in --amp-dtype bf16."
+            )
+
+    def _images(self, batch: int) -> str:
+        names = self._loader.names(self._epoch, batch)
+        path = self._workspace / FILENAME
+        replace_file(path, "".join(f"{name}\n" for name in names).encode())
+        more = f" … (all {len(names)} are in {path})" if len(names) > _NAMES_SHOWN else ""
+        return ", ".join(names[:_NAMES_SHOWN]) + more

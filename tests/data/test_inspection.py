@@ -1,0 +1,75 @@
+"""``python -m effnet_quant.data`` as a user runs it."""
+
+from __future__ import annotations
+
+import shutil
+import subprocess
+import sys
+
+import pytest
+
+from effnet_quant.data.__main__ import main
+
+
+@pytest.fixture
+def tool(capsys):
+    """Runs the tool: (*arguments) -> (status, standard output, standard error)."""
+
+    def run(*arguments):
+        status = main([*map(str, arguments)])
+        return status, *capsys.readouterr()
+
+    return run
+
+
+@pytest.fixture
+def data(photo_folder, tmp_path):
+    """train/ and val/ of the photos; one of train's and one of val's are broken."""
+    for split in ("train", "val"):
+        shutil.copytree(photo_folder, tmp_path / "data" / split)
+    (tmp_path / "data/train/left/2.jpg").write_bytes(b"")
+    half = (photo_folder / "right/5.jpg").read_bytes()[:3000]
+    (tmp_path / "data/val/right/5.jpg").write_bytes(half)
+    return tmp_path / "data"
+
+
+def test_counts_and_headers(tool, data):
+    status, out, _ = tool(data, "-j", 1)
+    assert out.startswith("train: 16 images, 2 classes\n  images a class: 8 to 8, median 8\n  left 8, right 8\n")
+    assert "/train/left/2.jpg is not an image or is damaged (the file is empty)" in out
+    assert "val/right/5.jpg" not in out  # its header is whole
+    assert status == 1
+
+
+def test_check_decodes_everything(tool, data):
+    status, out, _ = tool(data, "--check", "-j", 2)
+    assert "/val/right/5.jpg is not an image or is damaged" in out
+    assert out.count("broken: 1 of 16") == 2
+    assert status == 1
+
+
+def test_shards_hold_what_was_packed(tool, photo_folder, tmp_path):
+    for split in ("train", "val"):
+        (tmp_path / "data").mkdir(exist_ok=True)
+        (tmp_path / "data" / split).symlink_to(photo_folder)
+    status, out, err = tool(tmp_path / "data", "--pack", tmp_path / "shards", "--images-per-shard", 6, "-j", 0)
+    assert (status, err) == (0, "")
+    status, out, _ = tool(tmp_path / "shards", "--check", "-j", 1)
+    assert out.startswith("train: 16 images, 2 classes\n")
+    assert out.count("broken: 0 of 16") == 2
+    assert status == 0
+
+
+def test_mistakes_are_one_sentence(tool, tmp_path):
+    status, out, err = tool(tmp_path / "nothing")
+    assert (status, out) == (2, "")
+    assert err.startswith("error: there is no data at ")
+    assert tool("digits", "--pack", tmp_path)[2].startswith("error: --pack takes image files")
+
+
+def test_it_is_a_module_to_run():
+    result = subprocess.run(
+        [sys.executable, "-m", "effnet_quant.data", "digits", "-j0"], capture_output=True, check=True
+    )
+    assert result.stdout.startswith(b"train: 1437 images, 10 classes")
+    assert b"size of 360 of them: 8 to 8 x 8 to 8" in result.stdout

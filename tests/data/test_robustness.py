@@ -1,0 +1,195 @@
+"""Files that are broken, strange or hostile, through worker processes."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import signal
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image, ImageOps
+
+from effnet_quant.data.decoding import MAX_PIXELS, Box, DecodeError, EncodedImage, decode
+from effnet_quant.data.folders import FolderSource
+from effnet_quant.data.loaders import Loader
+from effnet_quant.data.sources import EncodedSource, read_image
+from effnet_quant.data.transforms import Preprocessing, evaluation_transform, training_transform
+from effnet_quant.errors import UserError
+
+EVALUATION = evaluation_transform(Preprocessing(32, 40))
+
+
+def test_every_kind_of_image_decodes_as_pillow_has_it(odd_images):
+    for path in sorted((odd_images / "c").iterdir()):
+        if path.name == "deep.png":
+            continue  # Pillow clips it; see test_16_bit_grey_keeps_its_levels
+        with Image.open(path) as image:
+            expected = np.asarray(ImageOps.exif_transpose(image).convert("RGB")).transpose(2, 0, 1)
+        assert np.array_equal(read_image(path).numpy(), expected), path.name
+        encoded = EncodedImage(np.fromfile(path, dtype=np.uint8))
+        assert (encoded.height, encoded.width) == expected.shape[1:], path.name
+
+
+def test_every_kind_of_image_goes_through_training(odd_images):
+    loader = Loader(FolderSource(odd_images), training_transform(Preprocessing(32, 40)), 5, shuffle=True, workers=2)
+    assert [tuple(images.shape) for images, _ in loader.epoch()] == [(5, 3, 32, 32)] * 2
+
+
+def test_rows_below_the_crop_are_not_needed(photo_folder, tmp_path):
+    script = tmp_path / "compare.py"  # in a process of its own, since libjpeg is silenced for good
+    script.write_text(
+        "import sys, numpy as np, torch\n"
+        "from pathlib import Path\n"
+        "from effnet_quant.data.decoding import Box, EncodedImage, decode, quiet_libjpeg\n"
+        "quiet_libjpeg()\n"
+        "for path in sorted(Path(sys.argv[1]).rglob('*.jpg')):\n"
+        "    data = np.fromfile(path, dtype=np.uint8)\n"
+        "    whole = decode(data)\n"
+        "    for top, height in ((0, 1), (0, 40), (7, 90), (33, 64), (100, whole.shape[1] - 100)):\n"
+        "        region = EncodedImage(data).region(Box(top, 5, height, 60), 1000)\n"
+        "        assert torch.equal(region, whole[:, top:top + height, 5:65]), path\n"
+        "    assert np.array_equal(data, np.fromfile(path, dtype=np.uint8))\n"
+        "print('same')\n"
+    )
+    environment = {**os.environ, "PYTHONPATH": os.getcwd()}
+    result = subprocess.run(
+        [sys.executable, script, photo_folder], capture_output=True, text=True, env=environment, check=False
+    )
+    assert (result.stdout, result.stderr) == ("same\n", "")
+
+
+@pytest.mark.parametrize(("size", "shrink"), [(20, 8), (50, 4), (99, 2), (100, 2), (101, 1)])
+def test_reduced_scale_shows_the_same_region(tmp_path, size, shrink):
+    y, x = np.mgrid[0:400, 0:400]
+    pixels = np.stack([x // 2, y // 2, (x + y) // 4], axis=2).astype(np.uint8)
+    Image.fromarray(pixels).save(tmp_path / "ramp.jpg", quality=95)
+    image = EncodedImage(np.fromfile(tmp_path / "ramp.jpg", dtype=np.uint8))
+    region = image.region(Box(96, 160, 200, 208), size)
+    assert region.shape == (3, 200 // shrink, 208 // shrink)
+    expected = pixels[96:296, 160:368].reshape(200 // shrink, shrink, 208 // shrink, shrink, 3).mean((1, 3))
+    assert np.abs(region.permute(1, 2, 0).numpy() - expected).mean() < 1
+
+
+@pytest.fixture
+def spoiled(photo_folder, tmp_path):
+    """Eight files: 0, 1, 3 and 7 are photos."""
+    photos = sorted(photo_folder.rglob("*.jpg"))
+    (tmp_path / "c").mkdir()
+    for number in range(8):
+        data = photos[number].read_bytes()
+        data = {2: data[: len(data) // 2], 4: b"", 5: b"\xff\xd8\xff\xe0text", 6: data[:40]}.get(number, data)
+        (tmp_path / "c" / f"{number}.jpg").write_bytes(data)
+    return tmp_path
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_broken_images_are_left_out_of_evaluation_and_told_once(spoiled, capfd, workers):
+    loader = Loader(FolderSource(spoiled), EVALUATION, 3, workers=workers, max_bad_images=4)
+    for _ in range(2):
+        assert [len(images) for images, _ in loader.epoch()] == [2, 1, 1]
+    assert sorted(loader.bad_images.sentences) == [2, 4, 5, 6]
+    told = capfd.readouterr().err
+    assert all(told.count(f"/c/{number}.jpg is not an image or is damaged") == 1 for number in (2, 4, 5, 6))
+    assert "the file is empty" in told
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_broken_images_are_replaced_in_training(spoiled, workers):
+    transform = training_transform(Preprocessing(32, 40))
+    loader = Loader(FolderSource(spoiled), transform, 8, shuffle=True, workers=workers, max_bad_images=4)
+    ((images, labels),) = loader.epoch()
+    assert (len(images), len(labels)) == (8, 8)
+    assert torch.equal(images[0], images[4])
+
+
+def test_too_many_broken_images_end_the_epoch(spoiled):
+    with pytest.raises(UserError, match="one more than --max-bad-images 3"):
+        list(Loader(FolderSource(spoiled), EVALUATION, 3, workers=1, max_bad_images=3).epoch())
+
+
+def test_decompression_bomb_is_refused(tmp_path):
+    side = 20_000
+    assert side * side > MAX_PIXELS
+    Image.new("1", (side, side)).save(tmp_path / "bomb.png")
+    with pytest.raises(UserError, match=r"bomb\.png is not an image or is damaged .*pixels"):
+        read_image(tmp_path / "bomb.png")
+    header = bytearray(_small_jpeg(tmp_path))
+    frame = header.index(b"\xff\xc0") + 5
+    header[frame : frame + 4] = b"\xff\xff\xff\xff"  # 65535 x 65535, says the header
+    (tmp_path / "bomb.jpg").write_bytes(header)
+    with pytest.raises(UserError, match=r"bomb\.jpg .*65535 x 65535 pixels are more than"):
+        read_image(tmp_path / "bomb.jpg")
+
+
+def _small_jpeg(folder):
+    Image.new("RGB", (16, 16)).save(folder / "small.jpg")
+    return (folder / "small.jpg").read_bytes()
+
+
+@pytest.mark.parametrize("shape", [(1, 1), (1, 20_000), (20_000, 1), (20_000, 300)])
+@pytest.mark.parametrize("kind", ["png", "jpg"])
+def test_tiny_images_and_strips(tmp_path, shape, kind):
+    path = tmp_path / f"strip.{kind}"
+    Image.new("RGB", shape, (9, 80, 200)).save(path)
+    for transform in (EVALUATION, training_transform(Preprocessing(32, 40))):
+        image = transform(EncodedImage(np.fromfile(path, dtype=np.uint8)))
+        assert image.shape == (3, 32, 32)
+        assert (image - torch.tensor([9.0, 80, 200])[:, None, None]).abs().max() <= 3
+
+
+def test_link_loops_and_unreadable_files_are_reported(photo_folder, tmp_path, capfd):
+    folder = tmp_path / "c"
+    folder.mkdir()
+    (folder / "photo.jpg").write_bytes((photo_folder / "left/0.jpg").read_bytes())
+    (folder / "again").symlink_to(folder)
+    (folder / "elsewhere").symlink_to(photo_folder / "right")
+    (folder / "self.jpg").symlink_to(folder / "self.jpg")
+    source = FolderSource(tmp_path)
+    assert "again is a link to a folder that holds it" in capfd.readouterr().err
+    assert len(source) == 1 + 8 + 1
+    loader = Loader(source, EVALUATION, 4, workers=1, max_bad_images=1)
+    assert sum(len(images) for images, _ in loader.epoch()) == 9
+    assert "self.jpg can't be read" in capfd.readouterr().err
+
+
+class Deadly(EncodedSource):
+    """A source whose third image ends the process that reads it, as a crash of a decoder would."""
+
+    def __init__(self, folder):
+        self._folder = FolderSource(folder)
+        self.classes, self.labels = self._folder.classes, self._folder.labels
+
+    def name(self, index):
+        return self._folder.name(index)
+
+    def load(self, index):
+        if index == 2:
+            os.kill(os.getpid(), signal.SIGKILL)
+        return self._folder.load(index)
+
+
+def test_a_worker_that_dies_says_which_file_it_was_at(photo_folder):
+    loader = Loader(Deadly(photo_folder), EVALUATION, 2, workers=2)
+    with pytest.raises(UserError, match=r"a data worker died while it was reading .*/left/2\.jpg"):
+        list(loader.epoch())
+
+
+def test_floating_point_pixels_are_refused(tmp_path):
+    Image.fromarray(np.ones((4, 4), dtype=np.float32)).save(tmp_path / "float.tif")
+    with pytest.raises(UserError, match="no known range"):
+        read_image(tmp_path / "float.tif")
+
+
+def test_bytes_of_any_kind_never_crash_the_decoder(photo_folder):
+    data = np.fromfile(photo_folder / "left/1.jpg", dtype=np.uint8)
+    generator = np.random.default_rng(0)
+    for _ in range(60):
+        broken = data.copy()
+        places = generator.integers(2, min(len(data), 700), 6)
+        broken[places] = generator.integers(0, 256, 6)
+        with contextlib.suppress(DecodeError):
+            assert decode(broken).dtype == torch.uint8

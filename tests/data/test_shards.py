@@ -1,0 +1,132 @@
+"""Shards against the folder that they were packed from."""
+
+from __future__ import annotations
+
+import collections
+import io
+import shutil
+import tarfile
+
+import fsspec
+import pytest
+import torch
+
+from effnet_quant.data.backends import open_loader
+from effnet_quant.data.folders import FolderSource
+from effnet_quant.data.opening import open_sources
+from effnet_quant.data.shards import ShardSource, pack, write_index
+from effnet_quant.data.streaming import ShardLoader
+from effnet_quant.data.transforms import Preprocessing, evaluation_transform, training_transform
+from effnet_quant.errors import UserError
+
+EVALUATION = evaluation_transform(Preprocessing(32, 40))
+TRAINING = training_transform(Preprocessing(32, 40))
+
+
+@pytest.fixture(scope="module")
+def shards(photo_folder, tmp_path_factory):
+    """train/ and val/ of the 16 photos in shards of 4; not to be changed."""
+    root = tmp_path_factory.mktemp("shards")
+    for split in ("train", "val"):
+        assert list(pack(FolderSource(photo_folder), root / split, 5, seed=1)) == list(range(1, 17))
+    return root
+
+
+def pictures(loader, epoch=0, first=0):
+    """Each image as its bytes, with its label."""
+    batches = loader.epoch(epoch, first)
+    return [
+        (image.numpy().tobytes(), int(label))
+        for images, labels in batches
+        for image, label in zip(images, labels, strict=True)
+    ]
+
+
+def test_packed_images_are_the_folders(shards, photo_folder):
+    source = FolderSource(photo_folder)
+    expected = collections.Counter(pictures(open_loader("pytorch", source, EVALUATION, 4, torch.device("cpu"))))
+    train, val = open_sources(str(shards))
+    assert (len(train), train.classes, len(val)) == (16, ["left", "right"], 16)
+    assert train.counts == [4, 4, 4, 4]
+    for workers in (0, 2):
+        loader = open_loader("pytorch", val, EVALUATION, 3, torch.device("cpu"), workers=workers)
+        assert len(loader) == 6
+        assert collections.Counter(pictures(loader)) == expected
+
+
+@pytest.mark.parametrize("workers", [0, 3])
+def test_an_epoch_has_each_image_once_in_an_order_of_its_own(shards, workers):
+    loader = ShardLoader(ShardSource(str(shards / "train")), EVALUATION, 5, shuffle=True, seed=3, workers=workers)
+    assert len(loader) == 3
+    first, second = pictures(loader, 0), pictures(loader, 1)
+    assert len(set(first)) == len(first) == 15
+    assert first != second
+    assert pictures(loader, 0) == first
+    assert pictures(loader, 1, 2) == second[10:]
+
+
+def test_processes_share_an_epoch(shards):
+    source = ShardSource(str(shards / "train"))
+    ranks = [ShardLoader(source, EVALUATION, 4, shuffle=True, seed=3, rank=rank, ranks=2) for rank in (0, 1)]
+    assert [len(loader) for loader in ranks] == [2, 2]
+    assert len({picture for loader in ranks for picture in pictures(loader)}) == 16
+    parts = [ShardLoader(source, EVALUATION, 4, rank=rank, ranks=3) for rank in range(3)]
+    assert len({picture for loader in parts for picture in pictures(loader)}) == 16
+    with pytest.raises(UserError, match="4 shards are too few for 5 processes"):
+        ShardLoader(source, EVALUATION, 4, ranks=5)
+
+
+def test_patterns_choose_shards_and_urls_are_opened_by_fsspec(shards):
+    source = ShardSource(f"{shards}/train/{{000001..000002}}.tar")
+    assert (len(source.urls), len(source)) == (2, 8)
+    with pytest.raises(UserError, match=r"000004\.tar is not in"):
+        ShardSource(f"{shards}/train/{{000001..000007}}.tar")
+    train, val = open_sources(f"{shards}/train/{{000000..000003}}.tar::{shards}/val/000000.tar")
+    assert (len(train), len(val)) == (16, 4)
+    memory = fsspec.filesystem("memory")
+    for split in ("train", "val"):
+        memory.put(f"{shards / split}/", f"/set/{split}/", recursive=True)
+    train, val = open_sources("memory://set")
+    assert (len(train), len(val)) == (16, 16)
+    assert torch.equal(train.read(9), ShardSource(str(shards / "train")).read(9))
+
+
+def test_labels_follow_the_classes_of_the_training_data(shards):
+    plain, moved = ShardSource(str(shards / "val")), ShardSource(str(shards / "val"), ["right", "x", "left"])
+    assert [{0: 2, 1: 0}[label] for label in plain.labels.tolist()] == moved.labels.tolist()
+    with pytest.raises(UserError, match="classes that the training data lacks: right"):
+        ShardSource(str(shards / "val"), ["left"])
+
+
+def test_shards_of_others_get_an_index(shards, tmp_path):
+    for number in range(2):
+        shutil.copy(shards / f"train/00000{number}.tar", tmp_path)
+    pattern = f"{tmp_path}/{{000000..000001}}.tar"
+    with pytest.raises(UserError, match="--index makes it"):
+        ShardSource(pattern)
+    assert write_index(pattern)["shards"] == [{"file": f"00000{n}.tar", "images": 4} for n in range(2)]
+    assert len(ShardSource(pattern)) == 8
+
+
+def test_broken_images_and_shards_are_named(shards, tmp_path):
+    shutil.copytree(shards / "val", tmp_path / "val")
+    with tarfile.open(tmp_path / "val/000002.tar", "w") as tar:
+        for name, content in (("a.jpg", b"text"), ("a.cls", b"1")):
+            member = tarfile.TarInfo(name)
+            member.size = len(content)
+            tar.addfile(member, io.BytesIO(content))
+    source = ShardSource(str(tmp_path / "val"))
+    for workers in (0, 1):
+        loader = ShardLoader(source, EVALUATION, 4, workers=workers, max_bad_images=1)
+        assert len(pictures(loader)) == 12
+        with pytest.raises(UserError, match=r"000002\.tar:a\.jpg is not an image or is damaged"):
+            pictures(ShardLoader(source, EVALUATION, 4, workers=workers))
+    (tmp_path / "val/000001.tar").write_bytes(b"no tar file" * 100)
+    with pytest.raises(UserError, match=r"000001\.tar can't be read"):
+        pictures(ShardLoader(source, EVALUATION, 4, workers=1, max_bad_images=1))
+
+
+def test_dali_says_that_it_reads_no_shards(shards):
+    source = ShardSource(str(shards / "val"))
+    with pytest.raises(UserError, match="reads no shards"):
+        open_loader("dali-cpu", source, EVALUATION, 4, torch.device("cpu"))
