@@ -11,6 +11,8 @@ assert version is not None
 
 openvino = ["openvino>=2025.0"]
 report = ["matplotlib>=3.8"]
+dali = ["nvidia-dali-cuda130>=2.0"]
+webdataset = ["webdataset>=1.0", "fsspec>=2024.2"]
 tensorboard = ["tensorboard>=2.16"]
 timm = ["timm>=1.0.15"]
 
@@ -40,13 +42,16 @@ setup(
         "openvino": openvino,
         "report": report,
         "timm": timm,
-        "dali": ["nvidia-dali-cuda130"],
+        "dali": dali,
+        "webdataset": webdataset,
         "tensorrt": ["tensorrt>=10.0"],
         "tensorboard": tensorboard,
         "wandb": ["wandb>=0.18"],
         "dev": [
             *openvino,
             *report,
+            *dali,
+            *webdataset,
             *tensorboard,
             "pytest>=8",
             "hypothesis>=6.100",

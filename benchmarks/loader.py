@@ -5,12 +5,14 @@
 
 Each line is one loader with the training transform to 224 pixels: the median of the rounds in images a second, and the
 median of its ratio to ours within a round (below 1: slower than ours). A round runs every loader once, one after another,
-so what else the machine does falls on all of them.
+so what else the machine does falls on all of them. The CPU time an image costs depends least on that.
 """
 
 from __future__ import annotations
 
 import argparse
+import multiprocessing
+import os
 import resource
 import statistics
 import tarfile
@@ -34,6 +36,7 @@ from effnet_quant.data.sources import EncodedSource, NameTable
 from effnet_quant.data.transforms import IMAGENET_MEAN, IMAGENET_STD, Preprocessing, training_transform
 
 SIZE = 224
+AHEAD = 4  # batches that are not counted: some loaders prepare them while others run
 SAMPLES = Path(__file__).resolve().parents[2] / "shared/data/imagenet-samples.tar"
 Run = Callable[[], Iterable]
 
@@ -58,7 +61,7 @@ def main() -> None:
     """Measure and print."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--images", type=Path, help="folder of <class>/<image>.jpg instead of the samples")
-    parser.add_argument("--repeat", type=int, default=5, help="how often an epoch holds each image")
+    parser.add_argument("--repeat", type=int, default=10, help="how often an epoch holds each image")
     parser.add_argument("--rounds", type=int, default=5, help="how often every loader runs")
     parser.add_argument("--workers", type=int, default=2, help="processes or threads of each loader")
     parser.add_argument("--batch-size", type=int, default=50, help="images a batch")
@@ -83,21 +86,30 @@ def _compare(
     runs = _runs(source, indices, arguments, augmentation)
     speeds: dict[str, list[float]] = {name: [] for name in runs}
     firsts: dict[str, list[float]] = {name: [] for name in runs}
+    costs: dict[str, list[float]] = {name: [] for name in runs}
     for round_number in range(arguments.rounds + 1):  # the first one starts workers and fills caches
         for name, run in runs.items():
-            start, count, first = time.perf_counter(), 0, 0.0
-            for batch, *_ in run():
-                first = first or time.perf_counter() - start
-                count += len(batch)
+            begin = start = time.perf_counter()
+            cpu = 0.0
+            count = 0
+            for number, (batch, *_) in enumerate(run(), 1):
+                if number == 1:
+                    first = time.perf_counter() - begin
+                if number <= AHEAD:
+                    start, cpu = time.perf_counter(), _cpu_seconds()
+                else:
+                    count += len(batch)
             if round_number:
                 speeds[name].append(count / (time.perf_counter() - start))
                 firsts[name].append(first)
+                costs[name].append(1000 * (_cpu_seconds() - cpu) / count)
     print(f"\n{title}: {len(indices)} images an epoch, {arguments.workers} workers, batches of {arguments.batch_size}")
-    print(f"{'loader':34s} {'img/s':>7s} {'to ours':>8s} {'first batch, s':>15s}")
+    print(f"{'loader':34s} {'img/s':>7s} {'to ours':>8s} {'CPU ms/img':>11s} {'first batch, s':>15s}")
     ours = speeds["ours, pytorch"]
     for name, values in speeds.items():
         ratio = statistics.median(value / own for value, own in zip(values, ours, strict=True))
-        print(f"{name:34s} {statistics.median(values):7.0f} {ratio:8.2f} {statistics.median(firsts[name]):15.3f}")
+        cost, first = statistics.median(costs[name]), statistics.median(firsts[name])
+        print(f"{name:34s} {statistics.median(values):7.0f} {ratio:8.2f} {cost:11.2f} {first:15.3f}", flush=True)
 
 
 def _runs(
@@ -196,9 +208,16 @@ def _epoch_starts(classes: list[str], workers: int, count: int = 1_300_000, epoc
     print(f"peak of this process: {resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024:.0f} MB")
 
 
-def _memory_of_children() -> float:
-    import multiprocessing
+def _cpu_seconds() -> float:
+    """CPU time of this process and its workers: what a loader costs, also on a machine that others use."""
+    ticks = 0
+    for process in multiprocessing.active_children():
+        fields = Path(f"/proc/{process.pid}/stat").read_text(encoding="ascii").rpartition(")")[2].split()
+        ticks += int(fields[11]) + int(fields[12])  # utime and stime, proc(5)
+    return time.process_time() + ticks / os.sysconf("SC_CLK_TCK")
 
+
+def _memory_of_children() -> float:
     total = 0
     for process in multiprocessing.active_children():
         for line in Path(f"/proc/{process.pid}/smaps_rollup").read_text(encoding="ascii").splitlines():

@@ -25,6 +25,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from effnet_quant import calibrate, create_model, export_onnx, load_engine, quantize
+from effnet_quant.deploy.lint import lint_tensorrt
+from effnet_quant.deploy.onnx import build_onnx
 from effnet_quant.quantization.insertion import quantizers
 
 NETWORKS = {
@@ -82,6 +84,8 @@ class Row:
     rounding_error: float
     """Simulation against itself with convolutions summed in float64: what float rounding alone can do."""
     agreement: float
+    findings: list[str]
+    """Against TensorRT's placement rules, of the graph exported for it."""
     warnings: list[str] = field(default_factory=list)
 
 
@@ -119,6 +123,7 @@ def examine(name: str, image_size: int) -> Row:
             engine_error=relative_error(computed, simulated),
             rounding_error=relative_error(_summed_in_float64(model)(images), simulated),
             agreement=float((computed.argmax(1) == simulated.argmax(1)).float().mean()),
+            findings=lint_tensorrt(build_onnx(model, image_size, target="tensorrt")),
             warnings=said,
         )
 
@@ -175,8 +180,8 @@ def main() -> None:
     for name in asked or NETWORKS:
         rows.append(examine(name, NETWORKS.get(name, 64)))
         print(table(rows[-1:]).splitlines()[-1], flush=True)
-        for warning in rows[-1].warnings:
-            print(f"    {warning}", flush=True)
+        for line in (*rows[-1].warnings, *rows[-1].findings):
+            print(f"    {line}", flush=True)
     if asked:
         return
     used = sorted({operation for row in rows for operation in row.float_nodes})

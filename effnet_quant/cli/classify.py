@@ -1,7 +1,10 @@
-"""classify.py: what is in this image?"""
+"""classify.py: what is in these images?"""
 
 from __future__ import annotations
 
+import argparse
+import json
+import sys
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -12,50 +15,74 @@ from effnet_quant.cli.arguments import Parser, add_model_arguments
 from effnet_quant.cli.inference import load_model
 from effnet_quant.cli.process import run
 from effnet_quant.cli.quantization import add_spec_arguments
-from effnet_quant.data.sources import read_image
+from effnet_quant.data.named import expand, read_named
 from effnet_quant.data.transforms import Preprocessing, evaluation_transform, normalize
 from effnet_quant.deploy.engine import BACKENDS, load_engine
 from effnet_quant.errors import UserError
 from effnet_quant.models.registry import CROP_MARGIN
 
-TOP = 5
+Predict = Callable[[Tensor], Tensor]
 
 
 def job(arguments: Sequence[str]) -> int:
-    """Classify as the command line says; returns the exit status."""
-    parser = Parser("Classify one image with PyTorch weights or an ONNX file.")
+    """Classify as the command line says; returns the exit status, 2 if an image could not be read."""
+    parser = Parser("Classify images with PyTorch weights or an ONNX file.")
     add_model_arguments(parser, None)
     add_spec_arguments(parser)
-    parser.add_argument("--image", required=True, metavar="FILE", help="the image")
+    parser.add_argument(
+        "--image", required=True, nargs="+", metavar="IMAGE", help="files, folders, URLs, or - for standard input"
+    )
     parser.add_argument("--image-size", type=int, help="image size in pixels (default: the weights', else the model's)")
     parser.add_argument("--precision", choices=("AMP", "FP32"), default="FP32", help="arithmetic of PyTorch weights")
     parser.add_argument("--backend", choices=BACKENDS, default="onnxruntime", help="runtime of an ONNX file")
+    parser.add_argument("-b", "--batch-size", type=int, default=32, help="images computed together")
+    parser.add_argument("--topk", type=int, default=5, help="classes to print for each image")
+    parser.add_argument("--json", action="store_true", help="print one JSON object a line and image")
     parsed = parser.parse(arguments)
     if not parsed.pretrained_from_file and not parsed.pretrained:
         raise UserError(
             "there are no weights; give a weights or .onnx file with --pretrained-from-file, or --pretrained."
         )
-    image = read_image(parsed.image)
+    if min(parsed.batch_size, parsed.topk) < 1:
+        raise UserError("--batch-size and --topk must be at least 1.")
+    names = expand(parsed.image)
+    # the only image is read before the model is built: a mistake shows at once
+    ready = {names[0]: read_named(names[0])} if len(names) == 1 else {}
+    predict, metadata = _classifier(parsed)
+    preprocessing = _preprocessing(metadata)
+    transform = evaluation_transform(preprocessing)
+    unreadable = 0
+    for start in range(0, len(names), parsed.batch_size):
+        images: dict[str, Tensor] = {}
+        for name in names[start : start + parsed.batch_size]:
+            try:
+                images[name] = transform(ready[name] if name in ready else read_named(name))
+            except UserError as error:
+                print(error, file=sys.stderr)
+                unreadable += 1
+        if images:
+            with torch.no_grad():
+                probabilities = predict(normalize(torch.stack(list(images.values())), preprocessing)).softmax(1)
+            for name, row in zip(images, probabilities, strict=True):
+                _print_top(name, row, metadata.get("classes"), parsed.topk, as_json=parsed.json)
+    return 2 if unreadable else 0
+
+
+def _classifier(parsed: argparse.Namespace) -> tuple[Predict, dict[str, Any]]:
+    """What maps normalised images (N, 3, H, W) to logits, and what its weights say of themselves."""
     if (parsed.pretrained_from_file or "").endswith(".onnx"):
         engine = load_engine(parsed.pretrained_from_file, parsed.backend)
-        metadata = engine.metadata
-        predict: Callable[[Tensor], Tensor] = lambda images: torch.from_numpy(engine(images.numpy()))  # noqa: E731
-    else:
-        model, metadata = load_model(parsed)
-        device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-        model.to(device)
-        dtype = torch.float16 if device.type == "cuda" else torch.bfloat16
+        return (lambda images: torch.from_numpy(engine(images.numpy()))), engine.metadata
+    model, metadata = load_model(parsed)
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    model.to(device)
+    dtype = torch.float16 if device.type == "cuda" else torch.bfloat16
 
-        def predict(images: Tensor) -> Tensor:
-            with torch.autocast(device.type, dtype=dtype, enabled=parsed.precision == "AMP"):
-                return model(images.to(device)).float().cpu()
+    def predict(images: Tensor) -> Tensor:
+        with torch.autocast(device.type, dtype=dtype, enabled=parsed.precision == "AMP"):
+            return model(images.to(device)).float().cpu()
 
-    preprocessing = _preprocessing(metadata)
-    images = normalize(evaluation_transform(preprocessing)(image)[None], preprocessing)
-    with torch.no_grad():
-        probabilities = predict(images)[0].softmax(0)
-    _print_top(parsed.image, probabilities, metadata.get("classes"))
-    return 0
+    return predict, metadata
 
 
 def _preprocessing(metadata: dict[str, Any]) -> Preprocessing:
@@ -66,11 +93,18 @@ def _preprocessing(metadata: dict[str, Any]) -> Preprocessing:
     return Preprocessing(metadata["image_size"], metadata["image_size"] + CROP_MARGIN)
 
 
-def _print_top(image: str, probabilities: Tensor, classes: list[str] | None) -> None:
+def _print_top(image: str, probabilities: Tensor, classes: list[str] | None, count: int, *, as_json: bool) -> None:
+    values, indices = probabilities.topk(min(count, len(probabilities)))
+    top = [
+        {"class": classes[index] if classes else f"class {index}", "index": index, "probability": value}
+        for value, index in zip(values.tolist(), indices.tolist(), strict=True)
+    ]
+    if as_json:
+        print(json.dumps({"image": image, "top": top}), flush=True)
+        return
     print(image)
-    values, indices = probabilities.topk(min(TOP, len(probabilities)))
-    for value, index in zip(values.tolist(), indices.tolist(), strict=True):
-        print(f"  {100 * value:6.2f} %  {classes[index] if classes else f'class {index}'}")
+    for entry in top:
+        print(f"  {100 * entry['probability']:6.2f} %  {entry['class']}", flush=True)
 
 
 def main() -> None:

@@ -10,7 +10,10 @@ from effnet_quant.cli.arguments import Parser, add_model_arguments
 from effnet_quant.cli.inference import load_model
 from effnet_quant.cli.process import run
 from effnet_quant.cli.quantization import add_spec_arguments
+from effnet_quant.cli.verify import add_verify_arguments, verify_engine
+from effnet_quant.deploy.engine import BACKENDS, load_engine
 from effnet_quant.deploy.onnx import export_onnx
+from effnet_quant.errors import UserError
 from effnet_quant.files import check_writable
 from effnet_quant.quantization.targets import TARGETS
 
@@ -22,17 +25,26 @@ def job(arguments: Sequence[str]) -> int:
     add_spec_arguments(parser)
     parser.add_argument("--image-size", type=int, help="image size in pixels (default: the weights', else the model's)")
     parser.add_argument(
-        "-b", "--batch-size", type=int, default=None, help="accepted for compatibility: the exported batch is dynamic"
+        "-b", "--batch-size", type=int, default=None, help="of --verify (default: 32); the exported batch is dynamic"
     )
     parser.add_argument("--target", choices=tuple(TARGETS), default="onnxruntime", help="the runtime to export for")
     parser.add_argument("--output", metavar="FILE", help="file to write (default: <arch>.onnx, with - for :)")
+    parser.add_argument("--verify", metavar="DATA", dest="data", help="compare the engine with the simulation on DATA")
+    add_verify_arguments(parser)
     parsed = parser.parse(arguments)
+    if parsed.data and parsed.target not in BACKENDS:
+        raise UserError(
+            f"--verify runs the engine, and {parsed.target} is not among {', '.join(BACKENDS)}; check the graph with "
+            "python -m effnet_quant.deploy.verify --lint tensorrt."
+        )
     output = parsed.output or f"{parsed.arch}.onnx".replace(":", "-")
     check_writable(Path(output))
     model, metadata = load_model(parsed)
     export_onnx(model, output, metadata["preprocessing"]["image_size"], target=parsed.target, metadata=metadata)
     print(f"{output}: {os.path.getsize(output):,} bytes, for {parsed.target}, any batch size")
-    return 0
+    if not parsed.data:
+        return 0
+    return 0 if verify_engine(model, metadata, load_engine(output, parsed.target), parsed) else 1
 
 
 def main() -> None:

@@ -42,7 +42,7 @@ from effnet_quant.training.signals import Interrupted
 from effnet_quant.training.sinks import Sink, TensorBoard, WandB
 from effnet_quant.training.trainer import Trainer
 
-DEFAULT_BACKEND = "pytorch"  # the fastest on CPUs: benchmarks/loader.py
+DEFAULT_BACKEND = "pytorch"  # NVIDIA's default, dali-cpu, needs an optional package
 SYNTHETIC_IMAGES = 1_281_167  # of ImageNet's training set, so that an epoch has its length
 
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 from collections.abc import Iterator, Sequence
-from itertools import islice
 from typing import Any
 
 import onnx
@@ -16,15 +15,16 @@ from effnet_quant.cli.process import run
 from effnet_quant.data.loaders import Loader
 from effnet_quant.data.opening import open_validation
 from effnet_quant.data.transforms import Preprocessing, evaluation_transform, normalize
-from effnet_quant.deploy.engine import BACKENDS, load_engine
+from effnet_quant.deploy.engine import BACKENDS, Engine, load_engine
 from effnet_quant.deploy.layers import compare_layers, format_layers
 from effnet_quant.deploy.lint import lint_tensorrt
 from effnet_quant.deploy.verify import Comparison, compare
 from effnet_quant.errors import UserError
-from effnet_quant.quantization.insertion import quantizers, simulate_target
+from effnet_quant.quantization.insertion import output_quantizers, quantizers, simulate_target
 
 # of images on which engine and simulation give the same class, in percent
 AGREEMENT = 99.5
+BATCH = 32
 LAYER_IMAGES = 8
 
 
@@ -37,10 +37,8 @@ def job(arguments: Sequence[str]) -> int:
     parser.add_argument("--engine", required=True, metavar="FILE", help="the ONNX file")
     parser.add_argument("--backend", choices=BACKENDS, default="onnxruntime", help="runtime of the engine")
     parser.add_argument("--image-size", type=int, help=argparse.SUPPRESS)
-    parser.add_argument("-b", "--batch-size", type=int, default=32, help="images a batch")
-    parser.add_argument("-j", "--workers", type=int, default=0, help="data loading processes")
-    parser.add_argument("--min-agreement", type=float, default=AGREEMENT, help="percent of images with the same class")
-    parser.add_argument("--layers", action="store_true", help="print the table of layers even if the engine passes")
+    parser.add_argument("-b", "--batch-size", type=int, help=f"images a batch (default: {BATCH})")
+    add_verify_arguments(parser)
     parser.add_argument("--lint", choices=("tensorrt",), help="check the graph against a runtime's placement rules")
     parsed = parser.parse(arguments)
     if parsed.lint is None and not parsed.data:
@@ -67,26 +65,44 @@ def _verify(parsed: argparse.Namespace) -> bool:
     if not parsed.arch:
         parsed.arch = engine.metadata.get("arch")
     model, metadata = load_model(parsed)
+    return verify_engine(model, metadata, engine, parsed)
+
+
+def add_verify_arguments(parser: argparse.ArgumentParser) -> None:
+    """How engine and simulation are compared."""
+    parser.add_argument("-j", "--workers", type=int, default=0, help="data loading processes")
+    parser.add_argument("--min-agreement", type=float, default=AGREEMENT, help="percent of images with the same class")
+    parser.add_argument("--layers", action="store_true", help="print the table of layers even if the engine passes")
+
+
+def verify_engine(model: nn.Module, metadata: dict[str, Any], engine: Engine, parsed: argparse.Namespace) -> bool:
+    """Compare on the validation images of ``parsed.data`` and print; whether they agree as far as asked.
+
+    ``model`` is set to simulate the engine's target.
+    """
     if "target" in engine.metadata:
         simulate_target(model, engine.metadata["target"])
+    if engine.metadata.get("target") == "onnxruntime" and any(
+        place.range is None for place in output_quantizers(model)
+    ):
+        print(
+            "note: the weights bring no ranges for the outputs of convolutions; the engine rounds there and the simulation "
+            "does not. Weights that quant_main.py calibrated or trained have them."
+        )
     preprocessing = Preprocessing.from_json(engine.metadata.get("preprocessing", metadata["preprocessing"]))
     source = open_validation(parsed.data, metadata.get("classes"))
-    loader = Loader(source, evaluation_transform(preprocessing), parsed.batch_size, workers=parsed.workers)
+    loader = Loader(source, evaluation_transform(preprocessing), parsed.batch_size or BATCH, workers=parsed.workers)
     comparison = compare(engine, model, _batches(loader, preprocessing))
     passed = comparison.agreement >= parsed.min_agreement
     _print(comparison, parsed.min_agreement, passed)
-    if (parsed.layers or not passed) and _is_quantized(model):
+    if (parsed.layers or not passed) and any(True for _ in quantizers(model)):
         images = next(_batches(loader, preprocessing))[0][:LAYER_IMAGES]
-        print(format_layers(compare_layers(parsed.engine, model, images)))
+        print(format_layers(compare_layers(engine.path, model, images)))
     return passed
 
 
 def _batches(loader: Loader, preprocessing: Preprocessing) -> Iterator[tuple[Tensor, Tensor]]:
     return ((normalize(images, preprocessing), labels) for images, labels in loader.epoch())
-
-
-def _is_quantized(model: nn.Module) -> bool:
-    return any(True for _ in islice(quantizers(model), 1))
 
 
 def _print(comparison: Comparison, gate: float, passed: bool) -> None:

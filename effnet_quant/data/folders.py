@@ -43,7 +43,7 @@ class FolderSource(EncodedSource):
         paths: list[str] = []
         labels: list[int] = []
         for name in found:
-            files = sorted(_image_files(os.path.join(root, name)))
+            files = sorted(image_files(os.path.join(root, name)))
             paths += files
             labels += [self.classes.index(name)] * len(files)
         if not paths:
@@ -84,7 +84,7 @@ def _is_folder(entry: os.DirEntry[str]) -> bool:
         return False
 
 
-def _image_files(folder: str, above: frozenset[tuple[int, int]] = frozenset()) -> Iterator[str]:
+def image_files(folder: str, above: frozenset[tuple[int, int]] = frozenset()) -> Iterator[str]:
     """The paths of all images below ``folder``; ``above`` are the device and inode numbers of the folders that hold it."""
     try:
         status = os.stat(folder)
@@ -94,7 +94,7 @@ def _image_files(folder: str, above: frozenset[tuple[int, int]] = frozenset()) -
         with os.scandir(folder) as entries:
             for entry in entries:
                 if _is_folder(entry):
-                    yield from _image_files(entry.path, above | {(status.st_dev, status.st_ino)})
+                    yield from image_files(entry.path, above | {(status.st_dev, status.st_ino)})
                 elif os.path.splitext(entry.name)[1].lower() in EXTENSIONS:
                     yield entry.path
     except OSError as error:

@@ -7,10 +7,10 @@ from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import Dataset
 
 from effnet_quant.data.decoding import DecodeError
-from effnet_quant.data.loaders import prepare_worker
+from effnet_quant.data.loaders import in_workers
 from effnet_quant.data.shards import ShardSource
 from effnet_quant.data.sources import EncodedSource, ImageSource, unreadable
 from effnet_quant.errors import UserError
@@ -47,7 +47,7 @@ def look(source: ImageSource, *, decode: bool, workers: int, limit: int | None =
         looked = _LookedAtShards(source)
     else:
         looked = _LookedAtImages(source, decode, torch.arange(count) * len(source) // max(1, count))
-    for looks in DataLoader(looked, batch_size=None, num_workers=workers, worker_init_fn=prepare_worker):
+    for looks in in_workers(looked, workers):
         for size, sentence in looks:
             findings.looked_at += 1
             if sentence is None:

@@ -124,21 +124,14 @@ class Loader:
                 raise UserError(f"no image of a batch can be read; the last: {sentence}")
 
     def _start(self) -> DataLoader[_Item]:
-        # a worker that inherits a dead DALI pipeline, and is the first to collect it, waits for threads it does not have
-        gc.collect()
         # by worker: its process id and the index of the image that it is at
         self._at = torch.full((self._workers, 2), -1, dtype=torch.int64).share_memory_()
-        return DataLoader(
+        return in_workers(
             _Batches(self.source, self._transform, self._at, refill=self.shuffle),
-            batch_size=None,
+            self._workers,
+            self._prefetch,
             sampler=self._keys,
-            num_workers=self._workers,
-            prefetch_factor=self._prefetch if self._workers else None,
             persistent_workers=self._workers > 0,
-            collate_fn=_unchanged,
-            worker_init_fn=prepare_worker,
-            # its workers' base seed; drawn from the global generator, it would shift the dropout of a resumed epoch
-            generator=torch.Generator(),
             pin_memory=torch.cuda.is_available(),
         )
 
@@ -226,12 +219,28 @@ def stack(images: list[Tensor], *, shared: bool) -> Tensor:
     return batch
 
 
+def in_workers(dataset: Dataset[Any], workers: int, prefetch: int = 2, **options: Any) -> DataLoader[Any]:
+    """The items of a dataset as they are, made in worker processes that end when the main process says so."""
+    # a worker that inherits a dead DALI pipeline, and is the first to collect it, waits for threads it does not have
+    gc.collect()
+    return DataLoader(
+        dataset,
+        batch_size=None,
+        num_workers=workers,
+        prefetch_factor=prefetch if workers else None,
+        collate_fn=_unchanged,
+        worker_init_fn=_prepare_worker,
+        # its workers' base seed; drawn from the global generator, it would shift the dropout of a resumed epoch
+        generator=torch.Generator(),
+        **options,
+    )
+
+
 def _unchanged(item: Any) -> Any:
     return item
 
 
-def prepare_worker(worker: int) -> None:
-    """What a loader's worker process does first."""
+def _prepare_worker(worker: int) -> None:
     # Ctrl-C and SIGTERM reach the whole process group; the main process decides when its workers end
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})

@@ -10,10 +10,10 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.utils.data import DataLoader, IterableDataset, get_worker_info
+from torch.utils.data import IterableDataset, get_worker_info
 
 from effnet_quant.data.decoding import DecodeError
-from effnet_quant.data.loaders import Loader, prepare_worker, stack
+from effnet_quant.data.loaders import Loader, in_workers, stack
 from effnet_quant.data.seeding import mix, seeded
 from effnet_quant.data.shards import ShardSource
 from effnet_quant.data.sources import unreadable
@@ -88,15 +88,7 @@ class ShardLoader(Loader):
             mix(self._seed, epoch, -2) if self.shuffle else None,
         )
         workers = min(self._workers, len(stream.urls)) if self.shuffle else min(self._workers, 1)
-        parts = DataLoader(
-            stream,
-            batch_size=None,
-            num_workers=workers,
-            prefetch_factor=self._prefetch if workers else None,
-            worker_init_fn=prepare_worker,
-            generator=torch.Generator(),
-            pin_memory=torch.cuda.is_available(),
-        )
+        parts = in_workers(stream, workers, self._prefetch, pin_memory=torch.cuda.is_available())
         yield from islice(self._whole(parts), first_batch, len(self))
 
     def _whole(self, parts: Any) -> Iterator[tuple[Tensor, Tensor]]:

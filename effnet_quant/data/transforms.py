@@ -131,7 +131,10 @@ class TrainingTransform:
         scaled = F.resize(region, [size, size], mode, antialias=True)
         if flipped:
             scaled = F.horizontal_flip(scaled)
-        return scaled if self.augmentation is None else self._policy(scaled)
+        if self.augmentation is None:
+            return scaled
+        # torchvision has each operation for Pillow's images and for tensors; Pillow's take half the time
+        return F.pil_to_tensor(self._policy(F.to_pil_image(scaled)))
 
     def draw(self, height: int, width: int) -> tuple[Box, bool]:
         """A random crop of an image of this size, and whether to flip it.

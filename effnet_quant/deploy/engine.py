@@ -22,12 +22,16 @@ class Engine:
     """A compiled model; call it with images, get logits.
 
     Attributes:
+        path: the ONNX file.
         backend: the runtime's name.
         metadata: what the exporter stored in the file: target, image_size and, where known, arch, classes, preprocessing.
     """
 
-    def __init__(self, run: Runner, image_shape: tuple[int, int, int], backend: str, metadata: dict[str, Any]) -> None:
+    def __init__(
+        self, run: Runner, image_shape: tuple[int, int, int], path: Path, backend: str, metadata: dict[str, Any]
+    ) -> None:
         self._run = run
+        self.path = path
         self._image_shape = image_shape
         self.backend = backend
         self.metadata = metadata
@@ -80,7 +84,7 @@ def load_engine(path: str | Path, backend: str = "onnxruntime") -> Engine:
     except Exception as error:  # each runtime has exceptions of its own
         reason = str(error).strip().splitlines()[0]
         raise UserError(f"{backend} can't compile {path}: {reason}; export it again for this backend.") from error
-    return Engine(run, (channels, height, width), backend, metadata)
+    return Engine(run, (channels, height, width), path, backend, metadata)
 
 
 def read_metadata(model: onnx.ModelProto) -> dict[str, Any]:

@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import hashlib
+import pickle
+
 import numpy as np
 import pytest
 import torch
 from PIL import Image
 from sklearn.datasets import load_digits
+from torchvision import datasets
 
 from effnet_quant.data.arrays import DigitsSource, SyntheticSource
 from effnet_quant.data.folders import FolderSource
@@ -184,3 +188,34 @@ def test_damaged_image_is_named(tmp_path, kind):
 def test_missing_image_is_named(tmp_path):
     with pytest.raises(UserError, match=r"no file .*nowhere\.png"):
         read_image(tmp_path / "nowhere.png")
+
+
+@pytest.mark.parametrize(("name", "folder"), [("cifar10", "cifar-10-batches-py"), ("cifar100", "cifar-100-python")])
+def test_cifar_is_read_from_its_authors_files(tmp_path, monkeypatch, name, folder):
+    dataset = getattr(datasets, name.upper())
+    generator = np.random.default_rng(0)
+    (tmp_path / folder).mkdir()
+
+    def write(file, content):
+        data = pickle.dumps(content)
+        (tmp_path / folder / file).write_bytes(data)
+        return hashlib.md5(data).hexdigest()
+
+    key = "labels" if name == "cifar10" else "fine_labels"
+    pixels = {}
+    for attribute in ("train_list", "test_list"):
+        files = []
+        for file, _ in getattr(dataset, attribute):
+            pixels[file] = generator.integers(0, 256, (4, 3072), dtype=np.uint8)
+            files.append([file, write(file, {"data": pixels[file], key: [3, 1, 0, 3]})])
+        monkeypatch.setattr(dataset, attribute, files)
+    names = dataset.meta["key"]
+    md5 = write(dataset.meta["filename"], {names: ["ant", "bee", "cat", "dog"]})
+    monkeypatch.setattr(dataset, "meta", {**dataset.meta, "md5": md5})
+
+    train, val = open_sources(str(tmp_path))
+    assert train.classes == val.classes == ["ant", "bee", "cat", "dog"]
+    assert (len(train), len(val)) == (4 * len(dataset.train_list), 4)
+    assert train.labels[:4].tolist() == [3, 1, 0, 3]
+    last = pixels[dataset.test_list[0][0]]
+    assert np.array_equal(val.read(2).numpy(), last[2].reshape(3, 32, 32))  # rows of red, then green, then blue

@@ -13,6 +13,7 @@ import torch
 from safetensors.torch import load_file
 
 from effnet_quant import create_model
+from effnet_quant.cli import verify
 
 # batches of 6: at 32 pixels the last stages have one value an image and channel, and BatchNorm over 4 of them explodes
 SMALL = shlex.split("--num-classes 3 --image-size 32 --prof 2 -b 6 --data-backend pytorch -j 1 --seed 1 -p 1")
@@ -244,3 +245,58 @@ def test_classify_agrees_between_pytorch_and_engine(run_script, image_folder, tu
     ours, theirs = (top_of(succeeded(result).out, image) for result in (simulated, run))
     assert ours.keys() == theirs.keys() == set(CLASSES)
     assert theirs == pytest.approx(ours, abs=1.0)  # percent, of a network that hardly prefers any class
+
+
+def test_classify_takes_files_folders_and_standard_input(run_script, image_folder, weights, monkeypatch):
+    model = ["--arch", "efficientnet-b0", "--pretrained-from-file", weights[".safetensors"]]
+    folder, image = image_folder / "val/cat", image_folder / "val/bear/00.jpg"
+    lines = succeeded(run_script("classify.py", *model, "--json", "--topk", 2, "-b", 3, "--image", folder, image)).out
+    rows = [json.loads(line) for line in lines.splitlines()]
+    assert [row["image"] for row in rows] == [*map(str, sorted(folder.iterdir())), str(image)]
+    assert all(len(row["top"]) == 2 for row in rows)
+    with image.open() as stdin:
+        monkeypatch.setattr("sys.stdin", stdin)
+        piped = json.loads(succeeded(run_script("classify.py", *model, "--json", "--image", "-")).out)
+    assert piped["image"] == "-"
+    assert piped["top"][0]["class"] == rows[-1]["top"][0]["class"]
+    assert piped["top"][0]["probability"] == pytest.approx(rows[-1]["top"][0]["probability"], abs=1e-4)
+
+
+def test_classify_names_what_it_could_not_read_and_goes_on(run_script, image_folder, weights, tmp_path):
+    model = ["--arch", "efficientnet-b0", "--pretrained-from-file", weights[".safetensors"]]
+    broken = tmp_path / "broken.jpg"
+    broken.write_bytes(b"\xff\xd8\xff no image")
+    image = image_folder / "val/bear/00.jpg"
+    result = run_script("classify.py", *model, "--image", broken, image)
+    assert result.code == 2
+    assert "broken.jpg is not an image or is damaged" in result.err
+    assert result.out.splitlines()[0] == str(image)
+
+
+@pytest.mark.parametrize("runtime", ["onnxruntime", "openvino"])
+def test_verify_compares_engine_and_simulation(image_folder, tuned, exported, runtime, capsys):
+    arguments = ["--model", str(tuned / "model_best.pth.tar"), "--engine", str(exported[runtime]), "--backend", runtime]
+    gate = ["--min-agreement", "90", "--layers", str(image_folder)]
+    assert verify.job([*arguments, *gate]) == 0
+    out = capsys.readouterr().out
+    assert "images                     18" in out
+    assert "the engine does what the simulation says" in out
+    assert "layers.6.block0.proj.conv._input_quantizer" in out
+    assert verify.job([*arguments, "--min-agreement", "100.1", str(image_folder)]) == 1
+    assert "the engine departs from the simulation" in capsys.readouterr().out
+
+
+def test_verify_lints_graphs_for_tensorrt(exported, capsys):
+    assert verify.job(["--lint", "tensorrt", "--engine", str(exported["tensorrt"])]) == 0
+    assert "no findings" in capsys.readouterr().out
+    assert verify.job(["--lint", "tensorrt", "--engine", str(exported["onnxruntime"])]) == 1
+    assert "a zero point is not 0" in capsys.readouterr().out
+
+
+def test_export_verifies_what_it_wrote(run_script, image_folder, tuned, tmp_path):
+    model = ["--arch", "efficientnet-quant-b0", "--pretrained-from-file", tuned / "model_best.pth.tar"]
+    output = ["--output", tmp_path / "model.onnx", "--verify", image_folder, "--min-agreement", 90]
+    assert "same class" in succeeded(run_script("model2onnx.py", *model, *output)).out
+    refused = run_script("model2onnx.py", *model, *output, "--target", "tensorrt")
+    assert refused.code == 2
+    assert "--lint tensorrt" in refused.err

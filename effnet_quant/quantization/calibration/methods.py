@@ -18,6 +18,10 @@ from effnet_quant.quantization.spec import TensorSpec
 
 METHODS = ("max", "percentile", "entropy", "mse", "moving-average", "lsq")
 CalibrationObserver = MaxObserver | MovingAverageObserver | HistogramObserver
+_WITHOUT_HISTOGRAM: dict[str, type[MaxObserver] | type[MovingAverageObserver]] = {
+    "max": MaxObserver,
+    "moving-average": MovingAverageObserver,
+}
 
 
 def check_method(method: str, percentile: float) -> None:
@@ -30,11 +34,8 @@ def check_method(method: str, percentile: float) -> None:
 
 def observer_for(method: str, shared: SeenTensors) -> CalibrationObserver:
     """What must look at the data for ``method``."""
-    if method == "max":
-        return MaxObserver()
-    if method == "moving-average":
-        return MovingAverageObserver()
-    return HistogramObserver(shared)
+    kind = _WITHOUT_HISTOGRAM.get(method)
+    return HistogramObserver(shared) if kind is None else kind()
 
 
 def choose_range(
@@ -45,9 +46,8 @@ def choose_range(
     Raises:
         ValueError: the observer has not collected what the method needs. A histogram serves all but the moving average.
     """
-    if type(observer) is not type(observer_for(method, SeenTensors())) and (
-        method != "max" or isinstance(observer, MovingAverageObserver)
-    ):
+    needed = _WITHOUT_HISTOGRAM.get(method, HistogramObserver)
+    if not isinstance(observer, needed) and not (method == "max" and isinstance(observer, HistogramObserver)):
         raise ValueError(f"a {type(observer).__name__} has not collected what the method '{method}' needs")
     low, high = observer.seen
     if isinstance(observer, HistogramObserver) and method != "max":

@@ -1,0 +1,71 @@
+"""Images by what a user calls them: a file, a folder, "-" for standard input, or a URL."""
+
+from __future__ import annotations
+
+import sys
+import urllib.error
+import urllib.request
+from pathlib import Path
+
+import numpy as np
+from torch import Tensor
+
+from effnet_quant.data.decoding import DecodeError, decode
+from effnet_quant.data.folders import image_files
+from effnet_quant.data.sources import read_image, unreadable
+from effnet_quant.errors import UserError
+
+STDIN = "-"
+_SCHEMES = ("http://", "https://")
+_TIMEOUT_SECONDS = 30
+_LARGEST_DOWNLOAD = 256 * 2**20
+
+
+def expand(names: list[str]) -> list[str]:
+    """The names with every folder replaced by the images below it, sorted.
+
+    Raises:
+        UserError: a folder holds no images.
+    """
+    expanded: list[str] = []
+    for name in names:
+        if not Path(name).is_dir():
+            expanded.append(name)
+            continue
+        found = sorted(image_files(name))
+        if not found:
+            raise UserError(f"there are no images in {name}; give a folder with image files.")
+        expanded += found
+    return expanded
+
+
+def read_named(name: str) -> Tensor:
+    """The image of that name, uint8 (3, H, W), upright.
+
+    Raises:
+        UserError: there is none, it can't be fetched, or it is damaged.
+    """
+    if name == STDIN:
+        return _decoded(sys.stdin.buffer.read(), "standard input")
+    if name.startswith(_SCHEMES):
+        return _decoded(_download(name), name)
+    return read_image(name)
+
+
+def _decoded(data: bytes, name: str) -> Tensor:
+    try:
+        return decode(np.frombuffer(bytearray(data), dtype=np.uint8))
+    except DecodeError as error:
+        raise unreadable(name, error) from error
+
+
+def _download(url: str) -> bytes:
+    try:
+        with urllib.request.urlopen(url, timeout=_TIMEOUT_SECONDS) as response:
+            data: bytes = response.read(_LARGEST_DOWNLOAD + 1)
+    except (OSError, ValueError) as error:  # URLError is an OSError
+        reason = error.reason if isinstance(error, urllib.error.URLError) else error
+        raise UserError(f"{url} can't be fetched ({reason}); check the address and the network.") from error
+    if len(data) > _LARGEST_DOWNLOAD:
+        raise UserError(f"{url} is larger than {_LARGEST_DOWNLOAD >> 20} MiB; download it and give the file.")
+    return data
