@@ -49,6 +49,7 @@ def test_check_decodes_everything(tool, data):
 
 
 def test_shards_hold_what_was_packed(tool, photo_folder, tmp_path):
+    pytest.importorskip("webdataset", reason="needs the extra 'webdataset'")
     for split in ("train", "val"):
         (tmp_path / "data").mkdir(exist_ok=True)
         (tmp_path / "data" / split).symlink_to(photo_folder)

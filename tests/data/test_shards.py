@@ -19,6 +19,8 @@ from effnet_quant.data.streaming import ShardLoader
 from effnet_quant.data.transforms import Preprocessing, evaluation_transform, training_transform
 from effnet_quant.errors import UserError
 
+pytest.importorskip("webdataset", reason="needs the extra 'webdataset'")
+
 EVALUATION = evaluation_transform(Preprocessing(32, 40))
 TRAINING = training_transform(Preprocessing(32, 40))
 
