@@ -64,7 +64,8 @@ def export_onnx(
     target: str = "onnxruntime",
     metadata: dict[str, Any] | None = None,
 ) -> None:
-    """Write ``model`` as ONNX (opset 17): "input" (batch, 3, image_size, image_size) float32 -> "logits", any batch.
+    """Write ``model`` as ONNX (opset 17): "input" (batch, C, image_size, image_size) float32 -> "logits", any batch.
+    C is what the first convolution takes.
 
     BatchNorm is folded into the convolutions. A quantized model gets int8 weights and QDQ nodes where ``target`` wants
     them; its ranges serve every target. For ONNX Runtime, outputs of convolutions are quantized too, so that they run as
@@ -89,8 +90,9 @@ def build_onnx(
     model: nn.Module, image_size: int, *, target: str = "onnxruntime", metadata: dict[str, Any] | None = None
 ) -> onnx.ModelProto:
     """The model that ``export_onnx`` writes, checked by ``onnx.checker``."""
-    exporter = _Exporter(trace(model, image_size), GraphWriter(get_target(target)))
-    proto = exporter.run(image_size)
+    channels = next((module.in_channels for module in model.modules() if isinstance(module, nn.Conv2d)), 3)
+    exporter = _Exporter(trace(model, image_size, channels), GraphWriter(get_target(target)))
+    proto = exporter.run((channels, image_size, image_size))
     proto.producer_name = "effnet_quant"
     stored = {"target": target, "image_size": image_size, **(metadata or {})}
     onnx.helper.set_model_props(proto, {METADATA_KEY: json.dumps(stored, sort_keys=True)})
@@ -110,7 +112,7 @@ class _Exporter:
         self.input_scales: dict[str, float] = {}  # of values behind a quantizer
         self.integer_convolutions: set[str] = set()
 
-    def run(self, image_size: int) -> onnx.ModelProto:
+    def run(self, image_shape: tuple[int, int, int]) -> onnx.ModelProto:
         self.names[self.traced.input] = "input"
         for node in self.traced.nodes:
             if node.op == "call_function":
@@ -119,7 +121,7 @@ class _Exporter:
             round_before_activations(self.writer)
             self._quantize_outputs()
         output = self.names[self.traced.output]
-        return self.writer.model("input", (3, image_size, image_size), output, OPSET)
+        return self.writer.model("input", image_shape, output, OPSET)
 
     def _emit(self, node: fx.Node) -> None:
         path = module_path(node)

@@ -135,6 +135,15 @@ def test_openvino_computes_the_simulation(folder: Path, quantized_model: nn.Modu
     )
 
 
+@torch.no_grad()
+def test_any_number_of_input_channels(tmp_path: Path) -> None:
+    model = create_model("cifar-resnet20", in_channels=1).eval()
+    images = torch.randn(3, 1, 32, 32)
+    export_onnx(model, tmp_path / "grey.onnx", 32)
+    got = torch.from_numpy(load_engine(tmp_path / "grey.onnx")(images.numpy()))
+    assert relative_error(got, model(images)) < 1e-5
+
+
 def test_symmetric_ranges_are_encoded_as_the_target_wants_them(folder: Path) -> None:
     def activation_zero_points(target: str) -> set[tuple[str, int]]:
         model = onnx.load(folder / f"{target}.onnx")

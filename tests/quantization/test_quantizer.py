@@ -6,8 +6,8 @@ import pytest
 import torch
 from torch import nn
 
-from effnet_quant import UserError, calibrate, create_model, quantize
-from effnet_quant.models.efficientnet import B0_STAGES, MBConv, _repeated
+from effnet_quant import UserError, calibrate, quantize
+from effnet_quant.models.efficientnet import B0_STAGES, EfficientNet, MBConv, _repeated
 from effnet_quant.quantization.insertion import quantizers
 from effnet_quant.quantization.modules import QuantConv2d
 from effnet_quant.quantization.quantizer import TensorQuantizer
@@ -133,7 +133,7 @@ def test_training_moves_weights_but_not_ranges() -> None:
     assert all(torch.equal(ranges[name], quantizer.amax) for name, quantizer in quantizers(model))
 
 
-@pytest.mark.parametrize("training", [True, False])
+@pytest.mark.parametrize("training", [pytest.param(True, marks=pytest.mark.slow), False])
 def test_compiles_without_graph_breaks_and_computes_the_same(training: bool) -> None:
     model = calibrated_block().train(training)
     compiled = torch.compile(copy.deepcopy(model), fullgraph=True)
@@ -149,8 +149,9 @@ def test_compiles_without_graph_breaks_and_computes_the_same(training: bool) -> 
 
 
 @pytest.mark.parametrize("training", [True, False])
-def test_the_whole_network_is_one_graph(training: bool) -> None:
-    model = create_model("efficientnet-quant-b0", 10)
+@pytest.mark.parametrize("depth", [0.1, pytest.param(1.0, marks=pytest.mark.slow)], ids=["a block a stage", "b0"])
+def test_the_whole_network_is_one_graph(training: bool, depth: float) -> None:
+    model = quantize(EfficientNet(depth=depth, num_classes=10, se_as_conv=True))
     for _, quantizer in quantizers(model):
         quantizer.set_amax(torch.tensor(3.0))
     model.train(training)

@@ -149,7 +149,9 @@ def test_calibration_records_its_metrics_and_a_checkpoint(calibrated):
     assert names(calibrated) == ["checkpoint.pth.tar", "experiment_raport.json"]
     (line,) = raport(calibrated)
     assert line["step"] == []
-    assert set(line["data"]) == {f"calib.{name}" for name in ("images", "loss", "top1", "top5", *SPEEDS, *LATENCIES)}
+    assert set(line["data"]) == {
+        f"calib.{name}" for name in ("images", "ranges", "loss", "top1", "top5", *SPEEDS, *LATENCIES)
+    }
     assert line["data"]["calib.images"] == 18
 
 
