@@ -12,7 +12,7 @@ demo: install
 	$(BIN)/python -m effnet_quant.cli.demo
 
 test: lint
-	$(BIN)/python -m pytest
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto --dist loadfile
 
 lint: install
 	$(BIN)/ruff check .

@@ -54,6 +54,7 @@ setup(
             *webdataset,
             *tensorboard,
             "pytest>=8",
+            "pytest-xdist>=3.5",
             "hypothesis>=6.100",
             "ruff>=0.8",
             "mypy>=1.13",
