@@ -81,7 +81,10 @@ class MBConv(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         out = self.expand(x) if self.expand is not None else x
-        out = self.proj(self.se(self.depsep(out)))
+        # one name for all: each activation is freed as soon as the next exists, which keeps memory in the caches
+        out = self.depsep(out)
+        out = self.se(out)
+        out = self.proj(out)
         if self.has_shortcut:
             out = self.residual_quantizer(x) + self.stochastic_depth(out)
         return out
