@@ -49,7 +49,7 @@ NETWORKS = {
 WHY_FLOAT = {
     "Conv": "its output leads to the model's output only",
     "FusedConv": "its output leads to the model's output only",
-    "Gemm": "weights or input not quantized",
+    "Gemm": "its input is not quantized",
     "BatchNormalization": "no convolution in front to take it in",
     "LayerNormalization": "no integer kernel",
     "Relu": "behind a BatchNorm or addition in float",

@@ -80,6 +80,9 @@ def verify_engine(model: nn.Module, metadata: dict[str, Any], engine: Engine, pa
 
     ``model`` is set to simulate the engine's target.
     """
+    batch_size = BATCH if parsed.batch_size is None else parsed.batch_size
+    if batch_size < 1:
+        raise UserError("--batch-size must be at least 1.")
     if "target" in engine.metadata:
         simulate_target(model, engine.metadata["target"])
     if engine.metadata.get("target") == "onnxruntime" and any(
@@ -91,7 +94,7 @@ def verify_engine(model: nn.Module, metadata: dict[str, Any], engine: Engine, pa
         )
     preprocessing = Preprocessing.from_json(engine.metadata.get("preprocessing", metadata["preprocessing"]))
     source = open_validation(parsed.data, metadata.get("classes"))
-    loader = Loader(source, evaluation_transform(preprocessing), parsed.batch_size or BATCH, workers=parsed.workers)
+    loader = Loader(source, evaluation_transform(preprocessing), batch_size, workers=parsed.workers)
     comparison = compare(engine, model, _batches(loader, preprocessing))
     passed = comparison.agreement >= parsed.min_agreement
     _print(comparison, parsed.min_agreement, passed)

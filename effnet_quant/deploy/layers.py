@@ -67,6 +67,9 @@ def compare_layers(path: str | Path, simulation: nn.Module, images: Tensor) -> l
     values = session.run(list(wanted), {session.get_inputs()[0].name: images.numpy()})
     simulated = _behind_quantizers(simulation, images)
     in_float = _behind_quantizers(float_teacher(simulation), images)
+    for name, value in zip(wanted.values(), values, strict=True):
+        if value.shape != tuple(simulated[name].shape):
+            raise UserError(f"{path} has another shape than the model at {name}; was it exported from another one?")
     return [
         LayerRow(
             name,

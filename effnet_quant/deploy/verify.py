@@ -58,6 +58,11 @@ def compare(
         raise UserError("there are no images to compare the engine and its simulation on.")
     got, expected, truth = torch.cat(engine_logits), torch.cat(simulation_logits), torch.cat(all_labels)
 
+    if got.shape != expected.shape:
+        raise UserError(
+            f"the engine has {got.shape[1]} classes and the model {expected.shape[1]}; give the weights that the engine "
+            "was exported from."
+        )
     difference = (got - expected).abs()
 
     def percent(hits: Tensor) -> float:

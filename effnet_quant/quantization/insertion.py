@@ -14,8 +14,8 @@ from effnet_quant.quantization.modules import (
     QuantAdaptiveAvgPool2d,
     QuantAvgPool2d,
     QuantConv2d,
-    QuantConvSubclass,
     QuantLinear,
+    QuantSubclass,
     float_weight,
 )
 from effnet_quant.quantization.output_quantizer import OutputQuantizer
@@ -141,8 +141,8 @@ def _place(module: nn.Module, spec: QuantSpec, target: Target) -> None:
             setattr(module, name, QuantAdaptiveAvgPool2d.from_float(child, spec))
         elif type(child) is nn.AvgPool2d and "pool" in wanted:
             setattr(module, name, QuantAvgPool2d.from_float(child, spec))
-        elif isinstance(child, nn.Conv2d):
-            QuantConvSubclass.convert(child, spec)
+        elif isinstance(child, (nn.Conv2d, nn.Linear)):
+            QuantSubclass.convert(child, spec)
         else:
             _place(child, spec, target)
 

@@ -44,22 +44,22 @@ class QuantConv2d(nn.Conv2d):
         return self._conv_forward(self._input_quantizer(input), self._weight_quantizer(self.weight), self.bias)
 
 
-class QuantConvSubclass(nn.Conv2d):
-    """Put before a subclass of Conv2d that has a forward of its own (timm's padded and standardised convolutions): it
-    quantizes the input, and ``weight``, wherever that forward reads it."""
+class QuantSubclass(nn.Module):
+    """Put before a subclass of Conv2d or Linear that has a forward of its own (timm's padded convolutions, its linear
+    layer): it quantizes the input, and ``weight``, wherever that forward reads it."""
 
     _input_quantizer: TensorQuantizer
     _weight_quantizer: TensorQuantizer
 
     @staticmethod
-    def convert(conv: nn.Conv2d, spec: QuantSpec) -> None:
-        """Turn ``conv`` into its twin, in place."""
-        own = conv.__class__
-        conv.__class__ = types.new_class(f"Quant{own.__name__}", (QuantConvSubclass, own))
-        _add_quantizers(conv, float_weight(conv), spec)
+    def convert(layer: nn.Conv2d | nn.Linear, spec: QuantSpec) -> None:
+        """Turn ``layer`` into its twin, in place."""
+        own = layer.__class__
+        layer.__class__ = types.new_class(f"Quant{own.__name__}", (QuantSubclass, own))
+        _add_quantizers(layer, float_weight(layer), spec)
 
     @property
-    def weight(self) -> Tensor:  # type: ignore[override]
+    def weight(self) -> Tensor:
         """The quantized weights."""
         return self._weight_quantizer(self._parameters["weight"])
 

@@ -2,24 +2,28 @@
 
 import pytest
 from model_sweep import NETWORKS, examine
+from torch import nn
+
+from effnet_quant import create_model
 
 pytest.importorskip("timm", reason="timm is not installed: pip install 'effnet-quant[timm]'")
 
 QUICK = ("torchvision:squeezenet1_1", "timm:mobilenetv3_large_100")
-# Counted in the networks' own definitions: convolutions and linear layers, residual additions, products of
-# squeeze-and-excitation, concatenations (one shared quantizer each).
+# By the networks' papers: residual additions, two operands of each squeeze-and-excitation's product, concatenations.
 PLACED = {
-    "timm:resnet50": {"weight": 54, "residual": 16},
-    "timm:mobilenetv3_large_100": {"weight": 63, "residual": 10, "mul": 16, "pooling": 8},
-    "timm:regnety_008": {"weight": 76, "residual": 14, "mul": 28, "pooling": 14},
-    "timm:densenet121": {"weight": 121, "concat": 62},
-    "torchvision:squeezenet1_1": {"weight": 26, "concat": 8},
-    "torchvision:shufflenet_v2_x1_0": {"weight": 57, "concat": 16, "pooling": 1},
+    "timm:resnet50": {"residual": 16},
+    "timm:mobilenetv3_large_100": {"residual": 10, "mul": 16, "pooling": 8},
+    "timm:regnety_008": {"residual": 14, "mul": 28, "pooling": 14},
+    "timm:densenet121": {"concat": 62},
+    "torchvision:squeezenet1_1": {"concat": 8},
+    "torchvision:shufflenet_v2_x1_0": {"concat": 16, "pooling": 1},
 }
 
 
 def check(name: str) -> None:
     row = examine(name, NETWORKS[name])
+    layers = [module for module in create_model(name).modules() if isinstance(module, (nn.Conv2d, nn.Linear))]
+    assert row.quantizers["weight"] == len(layers)
     for kind, count in PLACED.get(name, {}).items():
         assert row.quantizers[kind] == count, kind
     # Random weights amplify: where float sums in another order move the simulation itself, the engine, whose integer sums

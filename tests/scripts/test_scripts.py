@@ -12,7 +12,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from effnet_quant import create_model
+from effnet_quant import UserError, create_model, export_onnx
 from effnet_quant.cli import verify
 
 # batches of 6: at 32 pixels the last stages have one value an image and channel, and BatchNorm over 4 of them explodes
@@ -286,6 +286,17 @@ def test_verify_compares_engine_and_simulation(image_folder, tuned, exported, ru
     assert "layers.6.block0.proj.conv._input_quantizer" in out
     assert verify.job([*arguments, "--min-agreement", "100.1", str(image_folder)]) == 1
     assert "the engine departs from the simulation" in capsys.readouterr().out
+
+
+def test_verify_says_what_does_not_fit(weights, tuned, exported, image_folder, tmp_path):
+    other = tmp_path / "other.onnx"
+    export_onnx(create_model("cifar-resnet20", 7).eval(), other, 32)
+    model = ["--arch", "efficientnet-b0", "--pretrained-from-file", str(weights[".safetensors"])]
+    with pytest.raises(UserError, match="the engine has 7 classes and the model 3"):
+        verify.job([*model, "--engine", str(other), str(image_folder)])
+    own = ["--model", str(tuned / "model_best.pth.tar"), "--engine", str(exported["onnxruntime"])]
+    with pytest.raises(UserError, match="--batch-size must be at least 1"):
+        verify.job([*own, "-b", "-3", str(image_folder)])
 
 
 def test_verify_lints_graphs_for_tensorrt(exported, capsys):
