@@ -20,6 +20,7 @@ from effnet_quant import create_model
 from effnet_quant.deploy.latency import median_seconds
 
 NAMES = ("efficientnet-b0", "timm:efficientnet_b0")
+ROUNDS = 12
 Step = Callable[[], object]
 
 
@@ -53,7 +54,7 @@ def main() -> None:
         for name, pair in steps.items():
             for step in pair * 3:  # compilation, and the choice of convolution algorithms
                 step()
-            ours, timms = median_seconds(pair)
+            ours, timms = median_seconds(pair, ROUNDS)
             print(f"{mode:8}  {name:9}  {ours:18.4f}  {timms:22.4f}  {ours / timms:6.3f}", flush=True)
 
 

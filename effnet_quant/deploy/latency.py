@@ -11,14 +11,15 @@ ROUNDS = 5
 RUNS_A_TURN = 5
 
 
-def median_seconds(runs: Sequence[Callable[[], Any]]) -> list[float]:
+def median_seconds(runs: Sequence[Callable[[], Any]], rounds: int = ROUNDS) -> list[float]:
     """Median wall-clock seconds of each function.
 
     The functions take turns, so that what else the machine does hits all of them alike. A turn starts with a run that is
-    not timed: the threads of the function before may still be spinning, and caches hold its data.
+    not timed: the threads of the function before may still be spinning, and caches hold its data. Two functions within a
+    few percent of each other want more ``rounds``.
     """
     times: list[list[float]] = [[] for _ in runs]
-    for _ in range(ROUNDS):
+    for _ in range(rounds):
         for own_times, run in zip(times, runs, strict=True):
             run()
             for _ in range(RUNS_A_TURN):
