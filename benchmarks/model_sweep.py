@@ -36,6 +36,7 @@ NETWORKS = {
             *("resnet50", "resnet101", "resnetv2_50", "resnetv2_101", "mobilenetv1_100", "mobilenetv2_100"),
             *("mobilenetv3_large_100", "efficientnet_b3", "efficientnet_lite0", "tf_efficientnetv2_s", "densenet121"),
             *("vgg16_bn", "regnety_008", "convnext_nano", "repvgg_a0", "ghostnet_100"),
+            *("resnetv2_50x1_bit", "eca_nfnet_l0"),  # standardise their weights in the forward pass
         )
     },
     "torchvision:alexnet": 64,

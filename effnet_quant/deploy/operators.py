@@ -292,6 +292,22 @@ def _layer_norm(op: Operation) -> str:
     return op.emit("LayerNormalization", *inputs, axis=-len(op["normalized_shape"]), epsilon=op["eps"])
 
 
+def _group_norm(op: Operation) -> str:
+    """Each group becomes one channel of an InstanceNormalization; weight and bias are per channel and come after it."""
+    groups, rank = op["num_groups"], _rank(op.node.args[0])
+    channels = int(shape_of(op.node)[1])
+    ones = op.writer.constant(f"{op.path}.ones", np.ones(groups, np.float32))
+    zeros = op.writer.constant(f"{op.path}.zeros", np.zeros(groups, np.float32))
+    grouped = op.emit("Reshape", op.x, op.integers("groups", [0, groups, -1]))
+    normalised = op.emit("InstanceNormalization", grouped, ones, zeros, epsilon=op["eps"])
+    out = op.emit("Reshape", normalised, op.integers("shape", [-1, *[int(size) for size in shape_of(op.node)[1:]]]))
+    per_channel = op.integers("per_channel", [channels] + [1] * (rank - 2))
+    for op_type, name in (("Mul", "weight"), ("Add", "bias")):
+        if op[name] is not None:
+            out = op.emit(op_type, out, op.emit("Reshape", op.tensor(op[name]), per_channel))
+    return out
+
+
 def _batch_norm(op: Operation) -> str:
     """A BatchNorm in eval mode that no convolution could take in."""
     if op["training"]:
@@ -365,6 +381,7 @@ OPERATIONS: dict[Any, Emit] = {
     aten.split.Tensor: _split,
     aten.split_with_sizes.default: _split,
     aten.layer_norm.default: _layer_norm,
+    aten.group_norm.default: _group_norm,
     aten.batch_norm.default: _batch_norm,
     aten.softmax.int: _softmax,
 }

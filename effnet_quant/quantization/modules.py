@@ -8,9 +8,13 @@ marks their operands (``mul_a_quantizer``, ``mul_b_quantizer``, ``residual_quant
 from __future__ import annotations
 
 import types
+from collections.abc import Callable
+from typing import Any
 
+import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
+from torch.overrides import TorchFunctionMode
 
 from effnet_quant.quantization.quantizer import TensorQuantizer
 from effnet_quant.quantization.spec import QuantSpec
@@ -45,8 +49,8 @@ class QuantConv2d(nn.Conv2d):
 
 
 class QuantSubclass(nn.Module):
-    """Put before a subclass of Conv2d or Linear that has a forward of its own (timm's padded convolutions, its linear
-    layer): it quantizes the input, and ``weight``, wherever that forward reads it."""
+    """Put before a subclass of Conv2d or Linear that has a forward of its own (timm's padded and standardised convolutions,
+    its linear layer): it quantizes the input, and the weights that this forward hands to the convolution."""
 
     _input_quantizer: TensorQuantizer
     _weight_quantizer: TensorQuantizer
@@ -56,15 +60,39 @@ class QuantSubclass(nn.Module):
         """Turn ``layer`` into its twin, in place."""
         own = layer.__class__
         layer.__class__ = types.new_class(f"Quant{own.__name__}", (QuantSubclass, own))
-        _add_quantizers(layer, float_weight(layer), spec)
-
-    @property
-    def weight(self) -> Tensor:
-        """The quantized weights."""
-        return self._weight_quantizer(self._parameters["weight"])
+        _add_quantizers(layer, layer.weight, spec)
 
     def forward(self, input: Tensor) -> Tensor:
-        return super().forward(self._input_quantizer(input))
+        with _WeightsThrough(self._weight_quantizer):
+            return super().forward(self._input_quantizer(input))
+
+    def weight_in_use(self) -> Tensor:
+        """What the convolution gets: the parameter, or what the class's forward makes of it (standardised weights)."""
+        seen: list[Tensor] = []
+
+        def note(used: Tensor) -> Tensor:
+            seen.append(used)
+            return used
+
+        weight = self._parameters["weight"]
+        assert weight is not None
+        shape = (1, self.in_channels, *weight.shape[2:]) if isinstance(self, nn.Conv2d) else (1, weight.shape[1])
+        with _WeightsThrough(note), torch.no_grad():
+            super().forward(weight.new_zeros(shape))
+        return seen[0]
+
+
+class _WeightsThrough(TorchFunctionMode):
+    """Lets the weights of each convolution and linear function pass through ``function`` first."""
+
+    def __init__(self, function: Callable[[Tensor], Tensor]) -> None:
+        super().__init__()
+        self._function = function
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func in (F.conv2d, F.linear):
+            args = (args[0], self._function(args[1]), *args[2:])
+        return func(*args, **(kwargs or {}))
 
 
 class QuantLinear(nn.Linear):
@@ -123,11 +151,12 @@ class QuantAvgPool2d(nn.AvgPool2d):
         return super().forward(self._input_quantizer(input))
 
 
-def float_weight(layer: nn.Module) -> nn.Parameter:
-    """The layer's own weights, whatever its attribute ``weight`` gives."""
-    weight = layer._parameters["weight"]
-    assert weight is not None
-    return weight
+def float_weight(layer: nn.Module) -> Tensor:
+    """The float weights that the layer quantizes."""
+    if isinstance(layer, QuantSubclass):
+        return layer.weight_in_use()
+    assert isinstance(layer.weight, Tensor)
+    return layer.weight
 
 
 def _adopt_weight(twin: QuantConv2d | QuantLinear, layer: nn.Conv2d | nn.Linear, spec: QuantSpec) -> None:

@@ -170,7 +170,7 @@ def _weight_range(weight: Tensor, spec: TensorSpec, method: str) -> tuple[Tensor
     return extremes(weight, spec) if spec.bits >= 8 and method != "mse" else mse_weight_ranges(weight, spec)
 
 
-def _weights(model: nn.Module) -> dict[str, nn.Parameter]:
+def _weights(model: nn.Module) -> dict[str, Tensor]:
     """The float weights by the name of their quantizer."""
     return {
         f"{name}._weight_quantizer": float_weight(module)
