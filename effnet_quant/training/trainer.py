@@ -89,7 +89,7 @@ class Trainer:
         self._epoch = 0
         self._batch = 0  # of the epoch; not 0 only within it
         self._step = 0  # of the optimizer, since the training began
-        self._effective_steps = 0  # the scaler skips those that overflow
+        self._effective_steps: int | Tensor = 0  # the scaler skips those that overflow
         self.optimizer.register_step_post_hook(self._count_step)
         self._loss_sums: Tensor | None = None  # of the epoch that a resumed run starts in
         self._best_top1 = -math.inf
@@ -301,7 +301,7 @@ class Trainer:
         metrics = {"train.loss": meter.mean(self._world), "train.lr": lr, **self._speeds(stopwatch, "train")}
         if scaled:
             steps = self._step - steps_before
-            skipped = steps - (self._effective_steps - effective_before)
+            skipped = steps - int(self._effective_steps - effective_before)
             metrics["train.skipped_steps"] = skipped
             watch.report_skipped(skipped, steps)
         return metrics
@@ -345,7 +345,9 @@ class Trainer:
             callback.on_step_end(self._step)
 
     def _count_step(self, *arguments: object) -> None:
-        self._effective_steps += 1
+        # a fused optimizer is called for every step, and told on the device which to skip
+        overflowed = getattr(self.optimizer, "found_inf", None)
+        self._effective_steps = self._effective_steps + (1 if overflowed is None else 1 - overflowed)
 
     def _inputs(self, images: Tensor) -> Tensor:
         images = images.to(self.device, non_blocking=True)
