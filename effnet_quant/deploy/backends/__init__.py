@@ -11,6 +11,7 @@ from effnet_quant.errors import UserError
 _MODULES = {
     "onnxruntime": "effnet_quant.deploy.backends.onnxruntime",
     "openvino": "effnet_quant.deploy.backends.openvino",
+    "tensorrt": "effnet_quant.deploy.backends.tensorrt",
     "torch": "effnet_quant.deploy.backends.pytorch",
 }
 BACKENDS = tuple(_MODULES)
