@@ -23,12 +23,14 @@ class Engine:
         backend: the runtime's name.
         settings: device, precision and threads.
         input: name, type and shape of what it takes.
+        precision: what it computes in, e.g. "fp32", or "int8 + bf16".
         metadata: what the exporter stored in the file: target, image_size and, where known, arch, classes, preprocessing.
     """
 
     def __init__(self, compiled: Compiled, path: Path, backend: str, settings: Settings) -> None:
         self._run = compiled.run
         self.input = compiled.input
+        self.precision = compiled.precision
         self.metadata = compiled.metadata
         self.path = path
         self.backend = backend
@@ -57,17 +59,18 @@ class Engine:
         return logits.astype(np.float32, copy=False)
 
     def warm_up(self, batch_size: int = 1, runs: int = 2, *, image_size: int | None = None) -> None:
-        """Run a few batches of blank images, so that later ones don't pay for what a runtime puts off until then.
+        """Run a few batches of noise, so that later ones don't pay for what a runtime puts off until then.
 
         Raises:
             UserError: the file leaves the image size open and neither it nor ``image_size`` names one.
         """
-        images = self.blank_images(batch_size, image_size)
+        images = self.example_images(batch_size, image_size)
         for _ in range(runs):
             self(images)
 
-    def blank_images(self, batch_size: int, image_size: int | None = None) -> NDArray[Any]:
-        """Zeros that the engine takes; sizes that the file leaves open are ``image_size``, else what the file was made for.
+    def example_images(self, batch_size: int, image_size: int | None = None) -> NDArray[Any]:
+        """Noise that the engine takes, always the same; sizes that the file leaves open are ``image_size``, else those that
+        the file was made for.
 
         Raises:
             UserError: as ``warm_up``.
@@ -75,8 +78,11 @@ class Engine:
         size = image_size or self.metadata.get("image_size")
         if size is None and None in self.input.shape:
             raise UserError(f"{self.path} takes images of any size; say which.")
-        shape = [int(size or 0) if own is None else own for own in self.input.shape]
-        return np.zeros([batch_size, *shape], self.input.dtype)
+        shape = [batch_size, *(int(size or 0) if own is None else own for own in self.input.shape)]
+        generator = np.random.default_rng(0)
+        if self.input.dtype == "uint8":
+            return generator.integers(0, 256, shape, dtype=np.uint8)
+        return generator.standard_normal(shape, np.float32).astype(self.input.dtype)
 
 
 def load_engine(

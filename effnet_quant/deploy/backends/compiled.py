@@ -46,11 +46,13 @@ class Compiled:
     Attributes:
         run: maps images as ``input`` wants them, within its batches, to logits (N, classes).
         input: what it takes.
+        precision: what it computes in: "fp32", "fp16" …, with "int8 + " in front where some of it is quantized.
         metadata: what the file says of itself.
     """
 
     run: Runner
     input: ImageInput
+    precision: str
     metadata: dict[str, Any] = field(default_factory=dict)
 
 

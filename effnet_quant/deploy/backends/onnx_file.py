@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -19,8 +20,30 @@ _DTYPES = {
 }
 
 
-def read_onnx(path: str | Path) -> tuple[ImageInput, dict[str, Any]]:
-    """The input of an image classifier in an ONNX file, and what ``export_onnx`` stored in it.
+@dataclass(frozen=True)
+class OnnxFile:
+    """What an image classifier's ONNX file says of itself.
+
+    Attributes:
+        input: what it takes.
+        metadata: what ``export_onnx`` stored in it; empty for files of other tools.
+        quantized: whether it has QuantizeLinear and DequantizeLinear nodes.
+        half: whether it has constants in float16.
+    """
+
+    input: ImageInput
+    metadata: dict[str, Any]
+    quantized: bool
+    half: bool
+
+    def precision(self, floats: str) -> str:
+        """What an engine computes in whose runtime computes float32 as ``floats``."""
+        floats = "fp16" if self.half else floats
+        return f"int8 + {floats}" if self.quantized else floats
+
+
+def read_onnx(path: str | Path) -> OnnxFile:
+    """Read an image classifier's ONNX file.
 
     Raises:
         UserError: the file is missing, damaged, or holds something else than an image classifier.
@@ -30,7 +53,12 @@ def read_onnx(path: str | Path) -> tuple[ImageInput, dict[str, Any]]:
         raise UserError(f"there is no file {path}; check the path.")
     try:
         model = onnx.load(path)
-        return _image_input(model), read_metadata(model)
+        return OnnxFile(
+            _image_input(model),
+            read_metadata(model),
+            quantized=any(node.op_type == "DequantizeLinear" for node in model.graph.node),
+            half=any(entry.data_type == onnx.TensorProto.FLOAT16 for entry in model.graph.initializer),
+        )
     except (ValueError, IndexError, KeyError, TypeError, OSError) as error:
         raise _damaged(path) from error
     except Exception as error:  # protobuf's DecodeError, whose module depends on the protobuf version

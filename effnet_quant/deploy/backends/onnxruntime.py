@@ -19,7 +19,7 @@ def compile_file(path: Path, settings: Settings) -> Compiled:
     Raises:
         UserError: ONNX Runtime is missing or has no CUDA, or the file is missing or damaged.
     """
-    image_input, metadata = read_onnx(path)
+    file = read_onnx(path)
     try:
         import onnxruntime
     except ImportError as error:
@@ -41,4 +41,7 @@ def compile_file(path: Path, settings: Settings) -> Compiled:
     session = onnxruntime.InferenceSession(str(path), options, providers=providers)
     if settings.device == "cuda" and _CUDA not in session.get_providers():
         raise UserError("ONNX Runtime found no CUDA card that it can use; take the device cpu.")
-    return Compiled(lambda images: session.run(None, {image_input.name: images})[0], image_input, metadata)
+    name = file.input.name
+    return Compiled(
+        lambda images: session.run(None, {name: images})[0], file.input, file.precision("fp32"), file.metadata
+    )

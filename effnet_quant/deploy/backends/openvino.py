@@ -22,7 +22,7 @@ def compile_file(path: Path, settings: Settings) -> Compiled:
     Raises:
         UserError: OpenVINO is missing, the CPU has no bfloat16, or the file is missing or damaged.
     """
-    image_input, metadata = read_onnx(path)
+    file = read_onnx(path)
     try:
         import openvino
     except ImportError as error:
@@ -37,4 +37,9 @@ def compile_file(path: Path, settings: Settings) -> Compiled:
         properties["INFERENCE_NUM_THREADS"] = settings.threads
     compiled = openvino.Core().compile_model(str(path), "CPU", properties)
     request = compiled.create_infer_request()
-    return Compiled(lambda images: np.array(request.infer({0: images})[0]), image_input, metadata)
+    return Compiled(
+        lambda images: np.array(request.infer({0: images})[0]),
+        file.input,
+        file.precision(settings.precision),
+        file.metadata,
+    )

@@ -15,6 +15,7 @@ from effnet_quant.deploy.backends.compiled import Compiled, ImageInput, Settings
 from effnet_quant.errors import UserError
 from effnet_quant.models.registry import get_entry
 from effnet_quant.models.weights import read_weights
+from effnet_quant.quantization.insertion import quantizers
 
 DEVICES = ("cpu", "cuda")
 PRECISIONS = ("fp32", "bf16", "fp16")
@@ -40,7 +41,9 @@ def compile_file(path: Path, settings: Settings) -> Compiled:
     channels = next((module.in_channels for module in model.modules() if isinstance(module, nn.Conv2d)), 3)
     metadata = {"image_size": size, **weights.metadata}
     run = _Run(model, torch.device(settings.device), _AUTOCAST.get(settings.precision), settings.threads)
-    return Compiled(run, ImageInput("input", "float32", (channels, size, size)), metadata)
+    simulated = any(True for _ in quantizers(model))
+    precision = f"int8 simulated in {settings.precision}" if simulated else settings.precision
+    return Compiled(run, ImageInput("input", "float32", (channels, size, size)), precision, metadata)
 
 
 class _Run:

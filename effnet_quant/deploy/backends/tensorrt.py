@@ -19,6 +19,7 @@ DEVICES = ("cuda",)
 PRECISIONS = ("explicit",)  # all of it is in the graph
 GRAPHS_KEPT = 8
 _DTYPES = {"FLOAT": torch.float32, "HALF": torch.float16, "BF16": torch.bfloat16, "UINT8": torch.uint8}
+_COMPUTED = ("int8", "fp8", "fp16", "bf16", "fp32")
 _INPUT_DTYPES = {"FLOAT": "float32", "HALF": "float16", "UINT8": "uint8"}
 
 
@@ -39,7 +40,9 @@ def compile_file(path: Path, settings: Settings) -> Compiled:
         )
     image_input = plan.input if plan is not None else _input_of(trt, engine)
     run = _Run(engine, image_input.name, _output_name(trt, engine))
-    return Compiled(run, image_input, plan.metadata if plan is not None else {})
+    types = {layer.computes_in for layer in plan.layers} if plan is not None else set()
+    precision = " + ".join(name for name in _COMPUTED if name in types)
+    return Compiled(run, image_input, precision or "unknown", plan.metadata if plan is not None else {})
 
 
 class _Run:

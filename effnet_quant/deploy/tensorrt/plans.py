@@ -65,7 +65,7 @@ def compile_engine(
         UserError: TensorRT or a card is missing, the ONNX file is damaged or refused, or a file can't be written.
     """
     onnx_path, options = Path(onnx_path), options or BuildOptions()
-    image_input, metadata = read_onnx(onnx_path)
+    file = read_onnx(onnx_path)
     if output is not None:
         check_writable(Path(output))
     trt = library.import_tensorrt()
@@ -77,14 +77,14 @@ def compile_engine(
         timings = cache_folder() / timings_name(machine) if timing_cache is None else Path(timing_cache)
         check_writable(timings)
         measured = timings.read_bytes() if timings.is_file() else b""
-        content, measured = library.build_plan(trt, model, image_input, options, measured)
+        content, measured = library.build_plan(trt, model, file.input, options, measured)
         replace_file(timings, measured)
         engine = library.load_plan(trt, content, options.version_compatible)
         if engine is None:
             raise UserError(f"TensorRT {machine.tensorrt} built a plan from {onnx_path} that it can't load again.")
-        layers = read_layers(library.inspect(trt, engine, image_input, options))
-        takes = with_profile(image_input, options)
-        plan = Plan(kept, hashlib.sha256(content).hexdigest(), machine, options, takes, metadata, layers)
+        layers = read_layers(library.inspect(trt, engine, file.input, options))
+        takes = with_profile(file.input, options)
+        plan = Plan(kept, hashlib.sha256(content).hexdigest(), machine, options, takes, file.metadata, layers)
         write_plan(plan, content)
     if output is None:
         return plan
