@@ -15,7 +15,8 @@ from numpy.typing import NDArray
 from torch import Tensor, fx, nn
 
 from effnet_quant.deploy.graph import LARGEST_BIAS, GraphWriter
-from effnet_quant.deploy.operators import IDENTITIES, OPERATION_KINDS, OPERATIONS, Operation, shape_of
+from effnet_quant.deploy.operation import Operation, shape_of
+from effnet_quant.deploy.operators import IDENTITIES, OPERATION_KINDS, OPERATIONS
 from effnet_quant.deploy.ranges import NeededRanges
 from effnet_quant.deploy.rounding import round_before_activations
 from effnet_quant.deploy.tracing import FAKE_QUANTIZE, QUANTIZE_OUTPUT, TracedModel, module_path, trace
@@ -180,10 +181,14 @@ class _Exporter:
             layer.fold(*self._batch_norm(normalisation))
         if node.target is aten.linear.default:
             x = self._tensor(node.args[0])
-            names = [x, *self._weight_and_bias(layer, self.input_scales.get(x), path)]
-            if len(shape_of(node)) == 2:
+            matrix = len(shape_of(node)) == 2
+            # the bias of a Gemm is inside its integer kernel, that of a MatMul is an addition in float behind it
+            names = [x, *self._weight_and_bias(layer, self.input_scales.get(x) if matrix else None, path)]
+            if matrix:
                 return self.writer.node("Gemm", names, path, transB=1)
-            return self._linear_over_last_dimension(names, path)
+            self.writer.transpose_weight(names[1])
+            product = self.writer.node("MatMul", names[:2], path)
+            return self.writer.node("Add", [product, names[2]], path) if len(names) > 2 else product
         source, padding = _spatial_padding(node)
         x = self._tensor(source)
         names = [x, *self._weight_and_bias(layer, self.input_scales.get(x), path)]
@@ -201,12 +206,6 @@ class _Exporter:
         if layer.scale is not None and x in self.input_scales:
             self.integer_convolutions.add(name)
         return name
-
-    def _linear_over_last_dimension(self, names: list[str], path: str) -> str:
-        """A linear layer on more than two dimensions: Gemm takes matrices only."""
-        weight = self.writer.node("Transpose", [names[1]], path, perm=[1, 0])
-        product = self.writer.node("MatMul", [names[0], weight], path)
-        return self.writer.node("Add", [product, names[2]], path) if len(names) > 2 else product
 
     def _weight_and_bias(self, layer: _Layer, input_scale: float | None, path: str) -> list[str]:
         bias = layer.bias
