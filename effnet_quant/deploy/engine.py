@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 from effnet_quant.errors import UserError
 from effnet_quant.models.weights import METADATA_KEY
 
-Runner = Callable[[NDArray[np.float32]], NDArray[np.float32]]
+Runner = Callable[[NDArray[Any]], NDArray[np.float32]]
 
 
 class Engine:
@@ -29,25 +29,31 @@ class Engine:
 
     def __init__(
         self, run: Runner, image_shape: tuple[int, int, int], path: Path, backend: str, metadata: dict[str, Any]
-    ) -> None:
+    ) -> None:  # image_shape: 0 for a size that is open
         self._run = run
         self.path = path
         self._image_shape = image_shape
         self.backend = backend
         self.metadata = metadata
 
-    def __call__(self, images: NDArray[np.float32]) -> NDArray[np.float32]:
-        """Logits (N, classes) of normalised images (N, C, H, W), float32, for any N >= 1.
+    def __call__(self, images: NDArray[Any]) -> NDArray[np.float32]:
+        """Logits (N, classes) of images (N, C, H, W), for any N >= 1: normalised float32 images, or uint8 pixels for an
+        engine that normalises them itself.
 
         Raises:
             UserError: the images have another shape or type.
         """
         images = np.asarray(images)
-        if images.ndim != 4 or images.shape[1:] != self._image_shape or len(images) == 0:
-            expected = "x".join(str(size) for size in self._image_shape)
+        fits = images.ndim == 4 and all(
+            size in (0, own) for size, own in zip(self._image_shape, images.shape[1:], strict=True)
+        )
+        if not fits or len(images) == 0:
+            expected = "x".join("any" if size == 0 else str(size) for size in self._image_shape)
             raise UserError(f"the engine takes images of shape (N, {expected}), not {images.shape}; resize them first.")
-        if images.dtype != np.float32:
-            raise UserError(f"the engine takes float32 images, not {images.dtype}; normalise and convert them first.")
+        wanted = self.metadata.get("input", {}).get("type", "float32")
+        if images.dtype != wanted:
+            remedy = "give it pixels" if wanted == "uint8" else "normalise and convert them first"
+            raise UserError(f"the engine takes {wanted} images, not {images.dtype}; {remedy}.")
         return self._run(np.ascontiguousarray(images))
 
 
