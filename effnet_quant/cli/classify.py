@@ -12,12 +12,12 @@ import torch
 from torch import Tensor
 
 from effnet_quant.cli.arguments import Parser, add_model_arguments
-from effnet_quant.cli.inference import load_model
+from effnet_quant.cli.engines import add_engine_arguments, chosen_engine, is_engine
+from effnet_quant.cli.inference import load_model, run_engine
 from effnet_quant.cli.process import run
 from effnet_quant.cli.quantization import add_spec_arguments
 from effnet_quant.data.named import expand, read_named
 from effnet_quant.data.transforms import Preprocessing, evaluation_transform, normalize
-from effnet_quant.deploy.engine import BACKENDS, load_engine
 from effnet_quant.errors import UserError
 from effnet_quant.models.registry import CROP_MARGIN
 
@@ -26,7 +26,7 @@ Predict = Callable[[Tensor], Tensor]
 
 def job(arguments: Sequence[str]) -> int:
     """Classify as the command line says; returns the exit status, 2 if an image could not be read."""
-    parser = Parser("Classify images with PyTorch weights or an ONNX file.")
+    parser = Parser("Classify images with PyTorch weights, an ONNX file or a TensorRT plan.")
     add_model_arguments(parser, None)
     add_spec_arguments(parser)
     parser.add_argument(
@@ -34,22 +34,21 @@ def job(arguments: Sequence[str]) -> int:
     )
     parser.add_argument("--image-size", type=int, help="image size in pixels (default: the weights', else the model's)")
     parser.add_argument("--precision", choices=("AMP", "FP32"), default="FP32", help="arithmetic of PyTorch weights")
-    parser.add_argument("--backend", choices=BACKENDS, default="onnxruntime", help="runtime of an ONNX file")
+    add_engine_arguments(parser)
     parser.add_argument("-b", "--batch-size", type=int, default=32, help="images computed together")
     parser.add_argument("--topk", type=int, default=5, help="classes to print for each image")
     parser.add_argument("--json", action="store_true", help="print one JSON object a line and image")
     parsed = parser.parse(arguments)
     if not parsed.pretrained_from_file and not parsed.pretrained:
         raise UserError(
-            "there are no weights; give a weights or .onnx file with --pretrained-from-file, or --pretrained."
+            "there are no weights; give a weights, .onnx or .plan file with --pretrained-from-file, or --pretrained."
         )
     if min(parsed.batch_size, parsed.topk) < 1:
         raise UserError("--batch-size and --topk must be at least 1.")
     names = expand(parsed.image)
     # the only image is read before the model is built: a mistake shows at once
     ready = {names[0]: read_named(names[0])} if len(names) == 1 else {}
-    predict, metadata = _classifier(parsed)
-    preprocessing = _preprocessing(metadata)
+    predict, metadata, preprocessing = _classifier(parsed)
     transform = evaluation_transform(preprocessing)
     unreadable = 0
     for start in range(0, len(names), parsed.batch_size):
@@ -62,34 +61,40 @@ def job(arguments: Sequence[str]) -> int:
                 unreadable += 1
         if images:
             with torch.no_grad():
-                probabilities = predict(normalize(torch.stack(list(images.values())), preprocessing)).softmax(1)
+                probabilities = predict(torch.stack(list(images.values()))).softmax(1)
             for name, row in zip(images, probabilities, strict=True):
                 _print_top(name, row, metadata.get("classes"), parsed.topk, as_json=parsed.json)
     return 2 if unreadable else 0
 
 
-def _classifier(parsed: argparse.Namespace) -> tuple[Predict, dict[str, Any]]:
-    """What maps normalised images (N, 3, H, W) to logits, and what its weights say of themselves."""
-    if (parsed.pretrained_from_file or "").endswith(".onnx"):
-        engine = load_engine(parsed.pretrained_from_file, parsed.backend)
-        return (lambda images: torch.from_numpy(engine(images.numpy()))), engine.metadata
+def _classifier(parsed: argparse.Namespace) -> tuple[Predict, dict[str, Any], Preprocessing]:
+    """What maps uint8 images (N, 3, H, W) to logits, what its weights say of themselves, and how images are prepared."""
+    if is_engine(parsed.pretrained_from_file or ""):
+        engine = chosen_engine(parsed.pretrained_from_file, parsed)
+        preprocessing = _preprocessing(engine.metadata)
+        return (lambda pixels: run_engine(engine, pixels, preprocessing)), engine.metadata, preprocessing
+    if parsed.backend not in (None, "torch"):
+        raise UserError(f"{parsed.backend} takes no weights; export them with model2onnx.py, or leave --backend out.")
+    if parsed.device == "cuda" and not torch.cuda.is_available():
+        raise UserError("PyTorch finds no CUDA card; leave --device out.")
     model, metadata = load_model(parsed)
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    preprocessing = _preprocessing(metadata)
+    device = torch.device(parsed.device or ("cuda" if torch.cuda.is_available() else "cpu"))
     model.to(device)
     dtype = torch.float16 if device.type == "cuda" else torch.bfloat16
 
-    def predict(images: Tensor) -> Tensor:
+    def predict(pixels: Tensor) -> Tensor:
         with torch.autocast(device.type, dtype=dtype, enabled=parsed.precision == "AMP"):
-            return model(images.to(device)).float().cpu()
+            return model(normalize(pixels.to(device), preprocessing)).float().cpu()
 
-    return predict, metadata
+    return predict, metadata, preprocessing
 
 
 def _preprocessing(metadata: dict[str, Any]) -> Preprocessing:
     if "preprocessing" in metadata:
         return Preprocessing.from_json(metadata["preprocessing"])
     if "image_size" not in metadata:
-        raise UserError("the ONNX file does not say how its images are prepared; export it with model2onnx.py.")
+        raise UserError("the engine does not say how its images are prepared; export it with model2onnx.py.")
     return Preprocessing(metadata["image_size"], metadata["image_size"] + CROP_MARGIN)
 
 
