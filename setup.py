@@ -61,6 +61,7 @@ setup(
             "types-pyyaml",
             "types-tqdm",
             *timm,
+            "tritonclient>=2.50",  # carries the schema of Triton's configurations
         ],
     },
 )
