@@ -193,7 +193,7 @@ def _mean(op: Operation) -> str:
     axes = sorted(axis % rank for axis in op["dim"])
     if rank == 4 and axes == [2, 3] and op["keepdim"]:
         return op.emit("GlobalAveragePool", op.x)
-    return op.emit("ReduceMean", op.x, axes=axes, keepdims=int(op["keepdim"]))
+    return op.writer.reduce("ReduceMean", op.x, axes, op.path, keepdims=op["keepdim"])
 
 
 def _sum(op: Operation) -> str:
@@ -201,7 +201,7 @@ def _sum(op: Operation) -> str:
 
 
 def _amax(op: Operation) -> str:
-    return op.emit("ReduceMax", op.x, axes=list(op["dim"]), keepdims=int(op["keepdim"]))
+    return op.writer.reduce("ReduceMax", op.x, list(op["dim"]), op.path, keepdims=op["keepdim"])
 
 
 def _pad(op: Operation) -> str:
