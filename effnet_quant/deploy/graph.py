@@ -96,6 +96,17 @@ class GraphWriter:
         ]
         return self.node("DequantizeLinear", inputs, f"{path}.weight", axis=0)
 
+    def transpose_weight(self, name: str) -> None:
+        """Turn the matrix (out, in) that was written under this name to (in, out), as MatMul takes it: the numbers
+        themselves, because a runtime that finds a Transpose behind DequantizeLinear computes in float."""
+        while name not in self.initializers:
+            producer = next(node for node in self.nodes if name in node.output)
+            for attribute in producer.attribute:
+                if attribute.name == "axis":
+                    attribute.i = 1
+            name = producer.input[0]
+        self.initializers[name] = np.ascontiguousarray(self.initializers[name].T)
+
     def rounded_weight(self, weight: NDArray[np.float32], scale: NDArray[np.float32], path: str) -> str:
         """Float weights behind QuantizeLinear and DequantizeLinear with a scale per output channel (dimension 0)."""
         parameters = [

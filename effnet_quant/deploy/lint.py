@@ -68,9 +68,19 @@ class _Linter:
             found.append(f"{node.name}: activations have a scale per channel, but must have one per tensor")
         if weights and scale.size > 1:
             axis = next((attribute.i for attribute in node.attribute if attribute.name == "axis"), 1)
-            if axis != 0:
-                found.append(f"{node.name}: weights have a scale per index of axis {axis}, not per output channel (0)")
+            channels = self._output_axis(node)
+            if axis != channels:
+                found.append(
+                    f"{node.name}: weights have a scale per index of axis {axis}, not per output channel ({channels})"
+                )
         return found
+
+    def _output_axis(self, node: onnx.NodeProto) -> int:
+        """The axis of a layer's weights that is its output channels: the last of a MatMul's, the first of the others'."""
+        users = self._consumers.get(node.output[0], [])
+        while users and users[0].op_type == "DequantizeLinear":
+            users = self._consumers.get(users[0].output[0], [])
+        return 1 if users and users[0].op_type == "MatMul" else 0
 
     def _pair(self, node: onnx.NodeProto) -> list[str]:
         consumers = self._consumers.get(node.output[0], [])

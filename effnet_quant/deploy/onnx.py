@@ -16,7 +16,8 @@ from torch import Tensor, fx, nn
 from effnet_quant.deploy.graph import GraphWriter
 from effnet_quant.deploy.image_input import describe, image_input, write_input
 from effnet_quant.deploy.layer_weights import LayerWeights
-from effnet_quant.deploy.operators import IDENTITIES, OPERATION_KINDS, OPERATIONS, Operation, shape_of
+from effnet_quant.deploy.operation import Operation, shape_of
+from effnet_quant.deploy.operators import IDENTITIES, OPERATION_KINDS, OPERATIONS
 from effnet_quant.deploy.options import ExportOptions
 from effnet_quant.deploy.ranges import NeededRanges
 from effnet_quant.deploy.rounding import round_before_activations
@@ -179,10 +180,14 @@ class _Exporter:
             layer.fold(*self._batch_norm(normalisation))
         if node.target is aten.linear.default:
             x = self._tensor(node.args[0])
-            names = [x, *layer.write(self.writer, path, self.input_scales.get(x))]
-            if len(shape_of(node)) == 2:
+            matrix = len(shape_of(node)) == 2
+            # the bias of a Gemm is inside its integer kernel, that of a MatMul is an addition in float behind it
+            names = [x, *layer.write(self.writer, path, self.input_scales.get(x) if matrix else None)]
+            if matrix:
                 return self.writer.node("Gemm", names, path, transB=1)
-            return self._linear_over_last_dimension(names, path)
+            self.writer.transpose_weight(names[1])
+            product = self.writer.node("MatMul", names[:2], path)
+            return self.writer.node("Add", [product, names[2]], path) if len(names) > 2 else product
         source, padding = _spatial_padding(node)
         x = self._tensor(source)
         names = [x, *layer.write(self.writer, path, self.input_scales.get(x))]
@@ -200,12 +205,6 @@ class _Exporter:
         if layer.scale is not None and x in self.input_scales:
             self.integer_convolutions.add(name)
         return name
-
-    def _linear_over_last_dimension(self, names: list[str], path: str) -> str:
-        """A linear layer on more than two dimensions: Gemm takes matrices only."""
-        weight = self.writer.node("Transpose", [names[1]], path, perm=[1, 0])
-        product = self.writer.node("MatMul", [names[0], weight], path)
-        return self.writer.node("Add", [product, names[2]], path) if len(names) > 2 else product
 
     def _layer(self, node: fx.Node) -> LayerWeights:
         weight_node = node.args[1]

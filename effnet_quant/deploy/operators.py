@@ -2,16 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 import torch
-from torch import fx
 
-from effnet_quant.deploy.graph import GraphWriter
-from effnet_quant.errors import UserError
+from effnet_quant.deploy import normalisations, shapes
+from effnet_quant.deploy.operation import Emit, Operation, pair, rank, shape_of
 
 aten = torch.ops.aten
 
@@ -28,67 +25,6 @@ OPERATION_KINDS: dict[Any, str] = {
     aten.add_.Tensor: "add",
     aten.cat.default: "concat",
 }
-
-
-@dataclass
-class Operation:
-    """One traced operation on its way to ONNX.
-
-    Attributes:
-        writer: the graph under construction.
-        node: the traced node.
-        tensor: the ONNX name of a traced value; a Python number becomes a constant.
-        path: dotted name of the module it belongs to.
-    """
-
-    writer: GraphWriter
-    node: fx.Node
-    tensor: Callable[[Any], str]
-    path: str
-
-    def __getitem__(self, name: str) -> Any:
-        """The argument of that name in the operation's schema, or its default."""
-        for position, argument in enumerate(self.node.target._schema.arguments):  # type: ignore[union-attr]
-            if argument.name == name:
-                if position < len(self.node.args):
-                    return self.node.args[position]
-                return self.node.kwargs.get(name, argument.default_value)
-        raise KeyError(name)
-
-    @property
-    def x(self) -> str:
-        """The ONNX name of the first argument."""
-        return self.tensor(self.node.args[0])
-
-    def integers(self, name: str, values: list[int]) -> str:
-        """A constant of int64 numbers (axes, sizes)."""
-        return self.writer.constant(f"{self.path}.{name}", np.array(values, np.int64))
-
-    def emit(self, op_type: str, *inputs: str, **attributes: Any) -> str:
-        """Write a node and return its output's name."""
-        return self.writer.node(op_type, list(inputs), self.path, **attributes)
-
-    def refuse(self, why: str) -> UserError:
-        """The error for an operation in a form that ONNX has no words for."""
-        return UserError(f"{self.path or 'the model'}: {self.node.target} {why}.")
-
-
-Emit = Callable[[Operation], "str | list[str]"]
-
-
-def shape_of(value: Any) -> list[int | torch.SymInt]:
-    """Sizes of a traced value; the batch is symbolic."""
-    return list(value.meta["val"].shape)
-
-
-def pair(value: Any) -> list[int]:
-    """Height and width, from one number or two."""
-    values = [value] if isinstance(value, int) else list(value)
-    return (values * 2)[:2]
-
-
-def _rank(value: Any) -> int:
-    return len(shape_of(value))
 
 
 def _unary(op_type: str, **attributes: Any) -> Emit:
@@ -124,9 +60,9 @@ def _gelu(op: Operation) -> str:
     return op.emit("Mul", op.emit("Mul", op.x, op.emit("Add", gate, number(1.0))), number(0.5))
 
 
-def _clip(low: str, high: str) -> Emit:
+def _clip(low: str | None, high: str | None) -> Emit:
     def emit(op: Operation) -> str:
-        bounds = [op[low], op[high]]
+        bounds = [None if bound is None else op[bound] for bound in (low, high)]
         names = ["" if bound is None else op.tensor(float(bound)) for bound in bounds]
         return op.emit("Clip", op.x, *names)
 
@@ -188,132 +124,74 @@ def _averages(length: int, wanted: int) -> np.ndarray:
     return matrix
 
 
+def _adaptive_max_pool(op: Operation) -> list[str]:
+    if pair(op["output_size"]) != [1, 1]:
+        raise op.refuse("to more than one value can't be exported")
+    return [op.emit("GlobalMaxPool", op.x)]
+
+
+def _axes(op: Operation) -> list[int]:
+    dims = rank(op.node.args[0])
+    return sorted(axis % dims for axis in (op["dim"] or range(dims)))
+
+
 def _mean(op: Operation) -> str:
-    rank = _rank(op.node.args[0])
-    axes = sorted(axis % rank for axis in op["dim"])
-    if rank == 4 and axes == [2, 3] and op["keepdim"]:
+    axes = _axes(op)
+    if rank(op.node.args[0]) == 4 and axes == [2, 3] and op["keepdim"]:
         return op.emit("GlobalAveragePool", op.x)
     return op.writer.reduce("ReduceMean", op.x, axes, op.path, keepdims=op["keepdim"])
 
 
 def _sum(op: Operation) -> str:
-    return op.emit("ReduceSum", op.x, op.integers("axes", list(op["dim"])), keepdims=int(op["keepdim"]))
+    return op.emit("ReduceSum", op.x, op.integers("axes", _axes(op)), keepdims=int(op["keepdim"]))
 
 
 def _amax(op: Operation) -> str:
-    return op.writer.reduce("ReduceMax", op.x, list(op["dim"]), op.path, keepdims=op["keepdim"])
+    return op.writer.reduce("ReduceMax", op.x, _axes(op), op.path, keepdims=op["keepdim"])
 
 
-def _pad(op: Operation) -> str:
-    amounts = list(op["pad"])
-    mode = op["mode"] if op.node.target is aten.pad.default else "constant"
-    modes = {"constant": "constant", "reflect": "reflect", "replicate": "edge"}
-    if mode not in modes:
-        raise op.refuse(f"with mode {mode} can't be exported")
-    rank = _rank(op.node.args[0])
-    begins, ends = [0] * rank, [0] * rank
-    for index in range(len(amounts) // 2):  # PyTorch lists the last dimension first
-        begins[rank - 1 - index], ends[rank - 1 - index] = amounts[2 * index], amounts[2 * index + 1]
-    inputs = [op.x, op.integers("pads", begins + ends)]
-    if mode == "constant":
-        inputs.append(op.tensor(float(op["value"] or 0.0)))
-    return op.emit("Pad", *inputs, mode=modes[mode])
+def _euclidean_norm(op: Operation) -> str:
+    if (op["ord"] if op.node.target is aten.linalg_vector_norm.default else op["p"]) != 2:
+        raise op.refuse("of another order than 2 can't be exported")
+    squares = op.emit("Mul", op.x, op.x)
+    total = op.emit("ReduceSum", squares, op.integers("axes", _axes(op)), keepdims=int(op["keepdim"]))
+    return op.emit("Sqrt", total)
 
 
-def _reshape(op: Operation) -> str:
-    """Only the dimension with the batch is symbolic, so the traced result says every other size."""
-    sizes = [size if isinstance(size, int) else -1 for size in shape_of(op.node)]
-    if sizes.count(-1) > 1:
-        raise op.refuse("to a shape with two unknown sizes can't be exported")
-    return op.emit("Reshape", op.x, op.integers("shape", sizes))
+def _variance(op: Operation) -> str:
+    axes = _axes(op)
+    count = int(np.prod([int(shape_of(op.node.args[0])[axis]) for axis in axes]))
+    correction = op["correction"] if op.node.target is aten.var.correction else int(op["unbiased"])
+    correction = 1 if correction is None else correction
+    centred = op.emit("Sub", op.x, op.writer.reduce("ReduceMean", op.x, axes, op.path, keepdims=True))
+    squares = op.emit("Mul", centred, centred)
+    variance = op.writer.reduce("ReduceMean", squares, axes, op.path, keepdims=op["keepdim"])
+    return op.emit("Mul", variance, op.tensor(count / (count - correction))) if correction else variance
 
 
-def _flatten(op: Operation) -> str:
-    if op.node.args[1:] in ((1,), (1, -1)):
-        return op.emit("Flatten", op.x, axis=1)
-    return _reshape(op)
+def _attention(op: Operation) -> str:
+    """softmax(q k^T * scale + mask) v."""
+    if op["is_causal"] or op["enable_gqa"]:
+        raise op.refuse("with a causal mask or grouped queries can't be exported")
+    query, key, value = (op.tensor(op[name]) for name in ("query", "key", "value"))
+    dims, length = rank(op["query"]), int(shape_of(op["query"])[-1])
+    scale = length**-0.5 if op["scale"] is None else op["scale"]
+    order = [*range(dims - 2), dims - 1, dims - 2]
+    scores = op.emit("MatMul", op.emit("Mul", query, op.tensor(scale)), op.emit("Transpose", key, perm=order))
+    if op["attn_mask"] is not None:
+        scores = op.emit("Add", scores, op.tensor(op["attn_mask"]))
+    return op.emit("MatMul", op.emit("Softmax", scores, axis=-1), value)
 
 
-def _unsqueeze(op: Operation) -> str:
-    return op.emit("Unsqueeze", op.x, op.integers("axes", [op["dim"]]))
+def _cast(op: Operation) -> str:
+    """Networks turn float32 into float32, to be sure of it, and constants into something else."""
+    if not (op.node.args[0].meta["val"].is_floating_point() and op.node.meta["val"].is_floating_point()):  # type: ignore[union-attr]
+        raise op.refuse("between integers and floating-point numbers can't be exported")
+    return op.x
 
 
-def _permute(op: Operation) -> str:
-    rank = _rank(op.node.args[0])
-    return op.emit("Transpose", op.x, perm=[dim % rank for dim in op["dims"]])
-
-
-def _transpose(op: Operation) -> str:
-    rank = _rank(op.node.args[0])
-    order = list(range(rank))
-    first, second = op["dim0"] % rank, op["dim1"] % rank
-    order[first], order[second] = second, first
-    return op.emit("Transpose", op.x, perm=order)
-
-
-def _concat(op: Operation) -> str:
-    names = [op.tensor(value) for value in op["tensors"]]
-    return names[0] if len(names) == 1 else op.emit("Concat", *names, axis=op["dim"])
-
-
-def _slice(op: Operation) -> str:
-    axis, length = op["dim"], shape_of(op.node.args[0])[op["dim"]]
-    start, stop, step = op["start"] or 0, op["end"], op["step"]
-    if start == 0 and step == 1 and (stop is None or (not isinstance(stop, fx.Node) and _covers(stop, length))):
-        return op.x
-    if isinstance(start, fx.Node) or isinstance(stop, fx.Node):
-        raise op.refuse("at positions that depend on the data can't be exported")
-    stop = np.iinfo(np.int64).max if stop is None else stop
-    bounds = [op.integers(name, [value]) for name, value in (("starts", start), ("ends", stop), ("axes", axis))]
-    return op.emit("Slice", op.x, *bounds, op.integers("steps", [step]))
-
-
-def _covers(stop: int, length: int | torch.SymInt) -> bool:
-    return stop == np.iinfo(np.int64).max or (isinstance(length, int) and stop >= length)
-
-
-def _split(op: Operation) -> list[str]:
-    """chunk, split and unbind by sizes: one Split node; the parts are taken by ``getitem``."""
-    parts = [value.shape for value in op.node.meta["val"]]
-    axis = op["dim"] % _rank(op.node.args[0])
-    sizes = op.integers("split", [int(shape[axis]) for shape in parts])
-    return op.writer.node_with_outputs("Split", [op.x, sizes], op.path, len(parts), axis=axis)
-
-
-def _select(op: Operation) -> str:
-    index = op.writer.constant(f"{op.path}.index", np.array(op["index"], np.int64))
-    return op.emit("Gather", op.x, index, axis=op["dim"])
-
-
-def _layer_norm(op: Operation) -> str:
-    inputs = [op.x, op.tensor(op["weight"]) if op["weight"] is not None else op.tensor(1.0)]
-    if op["bias"] is not None:
-        inputs.append(op.tensor(op["bias"]))
-    return op.emit("LayerNormalization", *inputs, axis=-len(op["normalized_shape"]), epsilon=op["eps"])
-
-
-def _group_norm(op: Operation) -> str:
-    """Each group becomes one channel of an InstanceNormalization; weight and bias are per channel and come after it."""
-    groups, rank = op["num_groups"], _rank(op.node.args[0])
-    channels = int(shape_of(op.node)[1])
-    ones = op.writer.constant(f"{op.path}.ones", np.ones(groups, np.float32))
-    zeros = op.writer.constant(f"{op.path}.zeros", np.zeros(groups, np.float32))
-    grouped = op.emit("Reshape", op.x, op.integers("groups", [0, groups, -1]))
-    normalised = op.emit("InstanceNormalization", grouped, ones, zeros, epsilon=op["eps"])
-    out = op.emit("Reshape", normalised, op.integers("shape", [-1, *[int(size) for size in shape_of(op.node)[1:]]]))
-    per_channel = op.integers("per_channel", [channels] + [1] * (rank - 2))
-    for op_type, name in (("Mul", "weight"), ("Add", "bias")):
-        if op[name] is not None:
-            out = op.emit(op_type, out, op.emit("Reshape", op.tensor(op[name]), per_channel))
-    return out
-
-
-def _batch_norm(op: Operation) -> str:
-    """A BatchNorm in eval mode that no convolution could take in."""
-    if op["training"]:
-        raise op.refuse("in training mode can't be exported; call eval() on the model")
-    inputs = [op.tensor(op[name]) for name in ("weight", "bias", "running_mean", "running_var")]
-    return op.emit("BatchNormalization", op.x, *inputs, epsilon=op["eps"])
+def _einsum(op: Operation) -> str:
+    return op.emit("Einsum", *(op.tensor(value) for value in op["tensors"]), equation=op["equation"])
 
 
 def _softmax(op: Operation) -> str:
@@ -338,6 +216,13 @@ _ELEMENTWISE: dict[str, Emit] = {
     "exp": _unary("Exp"),
     "neg": _unary("Neg"),
     "abs": _unary("Abs"),
+    "softplus": _unary("Softplus"),
+    "selu": _unary("Selu"),
+    "reciprocal": _unary("Reciprocal"),
+    "rsqrt": lambda op: op.emit("Reciprocal", op.emit("Sqrt", op.x)),
+    "square": lambda op: op.emit("Mul", op.x, op.x),
+    "clamp_min": _clip("min", None),
+    "clamp_max": _clip(None, "max"),
 }
 
 OPERATIONS: dict[Any, Emit] = {
@@ -355,34 +240,60 @@ OPERATIONS: dict[Any, Emit] = {
     aten.div.Tensor: _binary("Div"),
     aten.div_.Tensor: _binary("Div"),
     aten.pow.Tensor_Scalar: _binary("Pow"),
+    aten.maximum.default: _binary("Max"),
+    aten.minimum.default: _binary("Min"),
     aten.matmul.default: _binary("MatMul"),
+    aten.bmm.default: _binary("MatMul"),
+    aten.einsum.default: _einsum,
+    aten.scaled_dot_product_attention.default: _attention,
     aten.adaptive_avg_pool2d.default: _adaptive_average_pool,
     aten.avg_pool2d.default: _pool("AveragePool"),
     aten.max_pool2d.default: _pool("MaxPool"),
+    aten.adaptive_max_pool2d.default: _adaptive_max_pool,
+    aten.upsample_nearest2d.vec: shapes.resize("nearest"),
+    aten.upsample_bilinear2d.vec: shapes.resize("linear"),
     aten.mean.dim: _mean,
+    aten.var.correction: _variance,
+    aten.var.dim: _variance,
+    aten.linalg_vector_norm.default: _euclidean_norm,
+    aten.norm.ScalarOpt_dim: _euclidean_norm,
     aten.sum.dim_IntList: _sum,
     aten.amax.default: _amax,
-    aten.pad.default: _pad,
-    aten.constant_pad_nd.default: _pad,
-    aten.flatten.using_ints: _flatten,
-    aten.view.default: _reshape,
-    aten.reshape.default: _reshape,
-    aten.unflatten.int: _reshape,
-    aten.squeeze.default: _reshape,
-    aten.squeeze.dim: _reshape,
-    aten.squeeze.dims: _reshape,
-    aten.unsqueeze.default: _unsqueeze,
-    aten.permute.default: _permute,
-    aten.transpose.int: _transpose,
-    aten.cat.default: _concat,
-    aten.slice.Tensor: _slice,
-    aten.select.int: _select,
-    aten.chunk.default: _split,
-    aten.split.Tensor: _split,
-    aten.split_with_sizes.default: _split,
-    aten.layer_norm.default: _layer_norm,
-    aten.group_norm.default: _group_norm,
-    aten.batch_norm.default: _batch_norm,
+    aten.pad.default: shapes.pad,
+    aten.constant_pad_nd.default: shapes.pad,
+    aten.flatten.using_ints: shapes.flatten,
+    aten.view.default: shapes.reshape,
+    aten.reshape.default: shapes.reshape,
+    aten.unflatten.int: shapes.reshape,
+    aten.squeeze.default: shapes.reshape,
+    aten.squeeze.dim: shapes.reshape,
+    aten.squeeze.dims: shapes.reshape,
+    aten.unsqueeze.default: shapes.unsqueeze,
+    aten.reshape_as.default: shapes.reshape,
+    aten.view_as.default: shapes.reshape,
+    aten.expand.default: shapes.expand,
+    aten.expand_as.default: shapes.expand,
+    aten.repeat.default: shapes.repeat,
+    aten.permute.default: shapes.permute,
+    aten.transpose.int: shapes.transpose,
+    aten.t.default: shapes.transpose_matrix,
+    aten.roll.default: shapes.roll,
+    aten.pixel_shuffle.default: shapes.pixel_shuffle,
+    aten.stack.default: shapes.stack,
+    aten.unbind.int: shapes.unbind,
+    aten.cat.default: shapes.concat,
+    aten.slice.Tensor: shapes.slice_,
+    aten.select.int: shapes.select,
+    aten.chunk.default: shapes.split,
+    aten.split.Tensor: shapes.split,
+    aten.split_with_sizes.default: shapes.split,
+    aten.to.dtype: _cast,
+    aten.to.dtype_layout: _cast,
+    aten.type_as.default: _cast,
+    aten.layer_norm.default: normalisations.layer_norm,
+    aten.rms_norm.default: normalisations.rms_norm,
+    aten.group_norm.default: normalisations.group_norm,
+    aten.batch_norm.default: normalisations.batch_norm,
     aten.softmax.int: _softmax,
 }
 
