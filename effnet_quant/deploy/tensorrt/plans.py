@@ -29,6 +29,7 @@ class Plan:
         machine: the card and the version it was built with.
         options: what it was built for.
         input: what it takes.
+        output: name of the logits.
         metadata: the ONNX file's: classes, preprocessing, target …
         layers: TensorRT's report of its layers.
     """
@@ -38,6 +39,7 @@ class Plan:
     machine: Machine
     options: BuildOptions
     input: ImageInput
+    output: str
     metadata: dict[str, Any]
     layers: list[LayerPrecision]
 
@@ -84,7 +86,9 @@ def compile_engine(
             raise UserError(f"TensorRT {machine.tensorrt} built a plan from {onnx_path} that it can't load again.")
         layers = read_layers(library.inspect(trt, engine, file.input, options))
         takes = with_profile(file.input, options)
-        plan = Plan(kept, hashlib.sha256(content).hexdigest(), machine, options, takes, file.metadata, layers)
+        plan = Plan(
+            kept, hashlib.sha256(content).hexdigest(), machine, options, takes, file.output, file.metadata, layers
+        )
         write_plan(plan, content)
     if output is None:
         return plan
@@ -109,6 +113,7 @@ def write_plan(plan: Plan, content: bytes) -> None:
         "machine": asdict(plan.machine),
         "options": plan.options.to_json(),
         "input": asdict(plan.input),
+        "output": plan.output,
         "metadata": plan.metadata,
         "layers": [asdict(layer) for layer in plan.layers],
     }
@@ -128,6 +133,7 @@ def find_plan(path: Path) -> Plan | None:
             Machine(**values["machine"]),
             BuildOptions(**values["options"]),
             ImageInput(**{**values["input"], "shape": tuple(values["input"]["shape"])}),
+            values["output"],
             values["metadata"],
             [
                 LayerPrecision(**{**layer, "inputs": tuple(layer["inputs"]), "outputs": tuple(layer["outputs"])})
