@@ -20,5 +20,5 @@ RUN pip install --no-cache-dir \
 
 COPY setup.py pyproject.toml README.md LICENSE ./
 COPY effnet_quant effnet_quant
-COPY main.py quant_main.py checkpoint2model.py model2onnx.py classify.py ./
+COPY main.py quant_main.py checkpoint2model.py model2onnx.py model2trt.py classify.py ./
 RUN pip install --no-cache-dir --no-deps --editable .

@@ -36,6 +36,8 @@ setup(
         "pyyaml>=6",
         "safetensors>=0.4.5",
         "scikit-learn>=1.4",
+        # where it has wheels; JPEGs are decoded without it too
+        "simplejpeg>=1.8; platform_machine in 'x86_64 AMD64 aarch64 arm64'",
         "tqdm>=4.66",
     ],
     extras_require={

@@ -11,6 +11,7 @@ __version__ = "0.1.0"
 _PUBLIC = {
     "UserError": "effnet_quant.errors",
     "calibrate": "effnet_quant.quantization.calibration",
+    "compile_engine": "effnet_quant.deploy.tensorrt.plans",
     "create_model": "effnet_quant.api",
     "export_onnx": "effnet_quant.deploy.onnx",
     "list_models": "effnet_quant.models.registry",

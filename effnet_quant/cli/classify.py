@@ -12,12 +12,12 @@ import torch
 from torch import Tensor
 
 from effnet_quant.cli.arguments import Parser, add_model_arguments
+from effnet_quant.cli.engines import add_engine_arguments, chosen_engine, is_engine
 from effnet_quant.cli.inference import load_model
 from effnet_quant.cli.process import run
 from effnet_quant.cli.quantization import add_spec_arguments
 from effnet_quant.data.named import expand, read_named
 from effnet_quant.data.transforms import Preprocessing, evaluation_transform, normalize
-from effnet_quant.deploy.engine import BACKENDS, load_engine
 from effnet_quant.errors import UserError
 from effnet_quant.models.registry import CROP_MARGIN
 
@@ -26,7 +26,7 @@ Predict = Callable[[Tensor], Tensor]
 
 def job(arguments: Sequence[str]) -> int:
     """Classify as the command line says; returns the exit status, 2 if an image could not be read."""
-    parser = Parser("Classify images with PyTorch weights or an ONNX file.")
+    parser = Parser("Classify images with PyTorch weights, an ONNX file or a TensorRT plan.")
     add_model_arguments(parser, None)
     add_spec_arguments(parser)
     parser.add_argument(
@@ -34,14 +34,14 @@ def job(arguments: Sequence[str]) -> int:
     )
     parser.add_argument("--image-size", type=int, help="image size in pixels (default: the weights', else the model's)")
     parser.add_argument("--precision", choices=("AMP", "FP32"), default="FP32", help="arithmetic of PyTorch weights")
-    parser.add_argument("--backend", choices=BACKENDS, default="onnxruntime", help="runtime of an ONNX file")
+    add_engine_arguments(parser)
     parser.add_argument("-b", "--batch-size", type=int, default=32, help="images computed together")
     parser.add_argument("--topk", type=int, default=5, help="classes to print for each image")
     parser.add_argument("--json", action="store_true", help="print one JSON object a line and image")
     parsed = parser.parse(arguments)
     if not parsed.pretrained_from_file and not parsed.pretrained:
         raise UserError(
-            "there are no weights; give a weights or .onnx file with --pretrained-from-file, or --pretrained."
+            "there are no weights; give a weights, .onnx or .plan file with --pretrained-from-file, or --pretrained."
         )
     if min(parsed.batch_size, parsed.topk) < 1:
         raise UserError("--batch-size and --topk must be at least 1.")
@@ -70,11 +70,15 @@ def job(arguments: Sequence[str]) -> int:
 
 def _classifier(parsed: argparse.Namespace) -> tuple[Predict, dict[str, Any]]:
     """What maps normalised images (N, 3, H, W) to logits, and what its weights say of themselves."""
-    if (parsed.pretrained_from_file or "").endswith(".onnx"):
-        engine = load_engine(parsed.pretrained_from_file, parsed.backend)
+    if is_engine(parsed.pretrained_from_file or ""):
+        engine = chosen_engine(parsed.pretrained_from_file, parsed)
         return (lambda images: torch.from_numpy(engine(images.numpy()))), engine.metadata
+    if parsed.backend not in (None, "torch"):
+        raise UserError(f"{parsed.backend} takes no weights; export them with model2onnx.py, or leave --backend out.")
+    if parsed.device == "cuda" and not torch.cuda.is_available():
+        raise UserError("PyTorch finds no CUDA card; leave --device out.")
     model, metadata = load_model(parsed)
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    device = torch.device(parsed.device or ("cuda" if torch.cuda.is_available() else "cpu"))
     model.to(device)
     dtype = torch.float16 if device.type == "cuda" else torch.bfloat16
 
@@ -89,7 +93,7 @@ def _preprocessing(metadata: dict[str, Any]) -> Preprocessing:
     if "preprocessing" in metadata:
         return Preprocessing.from_json(metadata["preprocessing"])
     if "image_size" not in metadata:
-        raise UserError("the ONNX file does not say how its images are prepared; export it with model2onnx.py.")
+        raise UserError("the engine does not say how its images are prepared; export it with model2onnx.py.")
     return Preprocessing(metadata["image_size"], metadata["image_size"] + CROP_MARGIN)
 
 

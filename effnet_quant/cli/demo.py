@@ -26,7 +26,8 @@ from effnet_quant.data.arrays import DigitsSource
 from effnet_quant.data.loaders import Loader
 from effnet_quant.data.opening import DIGITS
 from effnet_quant.data.transforms import Preprocessing, evaluation_transform, normalize
-from effnet_quant.deploy.engine import cpu_has_exact_int8, load_engine
+from effnet_quant.deploy.cpu import cpu_has_exact_int8
+from effnet_quant.deploy.engine import load_engine
 from effnet_quant.deploy.latency import median_seconds
 from effnet_quant.deploy.verify import compare
 from effnet_quant.errors import UserError

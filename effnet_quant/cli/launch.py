@@ -17,6 +17,8 @@ from effnet_quant.errors import UserError
 from effnet_quant.models.registry import get_entry
 from effnet_quant.recipes.recipe import Recipes, load_recipes, nearest, resolve
 
+QUANTIZING_MODES = ("calibration", "qat")
+
 
 def job(arguments: Sequence[str]) -> int:
     """Run the recipe that the command line names; the other flags are the script's and win over it."""
@@ -44,7 +46,10 @@ def job(arguments: Sequence[str]) -> int:
     if missing:
         raise UserError(f"{', '.join(missing)} must be given; --list shows what there is.")
     values = resolve(recipes, **chosen)
-    script = quant_script if get_entry(values["arch"]).quantized else main_script
+    quantized = get_entry(values["arch"]).quantized
+    if quantized is None:  # the name leaves it open
+        quantized = parsed.mode in QUANTIZING_MODES
+    script = quant_script if quantized else main_script
     command = [*_flags(values, script.build_parser(), parsed.cfg_file or "the recipe"), *rest]
     if parsed.dry_run:
         resolved = vars(script.build_parser().parse(command))

@@ -28,9 +28,8 @@ from effnet_quant.models.registry import get_entry
 from effnet_quant.quantization.calibration import METHODS, collect, report_ranges, set_ranges, track_outputs
 from effnet_quant.report.calibration import FORMATS, write_calibration_page
 from effnet_quant.training.callback import Callback
-from effnet_quant.training.metrics import Stopwatch
+from effnet_quant.training.metrics import Stopwatch, describe
 from effnet_quant.training.progress import progress
-from effnet_quant.training.trainer import describe
 
 
 def build_parser() -> Parser:
@@ -99,27 +98,30 @@ def _quantize(ready: Job, parsed: argparse.Namespace) -> int:
 
 def _calibrate(ready: Job, arguments: argparse.Namespace) -> None:
     """Ranges from training images through the evaluation transform; then a checkpoint."""
-    loader = _calibration_images(ready, arguments)
-    stopwatch = Stopwatch()
+    loader, world = _calibration_images(ready, arguments), ready.world
+    stopwatch = Stopwatch(world.size)
+    seen = torch.zeros((), dtype=torch.int64, device=ready.device)
 
     def batches() -> Iterator[Tensor]:
         for images, _ in progress(loader.epoch(), len(loader), "calibrate", arguments.print_freq):
             stopwatch.data_ready()
             yield normalize(images.to(ready.device, non_blocking=True), ready.preprocessing)
             stopwatch.batch_done(len(images))
+            seen.add_(len(images))
 
     method = arguments.calibration_method
     # the shares and the noise on the page of plots come from histograms
     observers = collect(ready.model, batches(), "mse" if arguments.report and method == "max" else method)
     set_ranges(ready.model, observers, method, arguments.percentile)
     ranges = [report.to_json() for report in report_ranges(ready.model, observers)]
-    if arguments.report:
+    if arguments.report and world.is_main:
         write_calibration_page(ranges, Path(arguments.report))
-    metrics: dict[str, float] = {"calib.images": loader.num_images, **stopwatch.metrics("calib")}
+    images = int(world.sum(seen))
+    metrics: dict[str, float] = {"calib.images": images, **stopwatch.metrics("calib")}
     if not arguments.training_only:
         metrics |= ready.trainer.evaluate(ready.val, "calib", "evaluate the calibrated model")
     ready.recorder.record({**metrics, "calib.ranges": ranges})
-    print(f"calibrated on {loader.num_images} images: {describe(metrics)}", flush=True)
+    print(f"calibrated on {images} images: {describe(metrics)}", flush=True)
     ready.trainer.save()
 
 
@@ -142,10 +144,13 @@ def _normalised_images(ready: Job, arguments: argparse.Namespace, title: str) ->
 
 
 def _calibration_images(ready: Job, arguments: argparse.Namespace) -> Loader:
-    """Training images spread evenly over the set, through the evaluation transform."""
+    """This process' share of training images spread evenly over the set, through the evaluation transform."""
     assert ready.train_source is not None
     available = len(ready.train_source)
     count = min(arguments.calibration_images, available)
+    chosen = torch.arange(count) * available // count
+    # shares in a row, because a moving average goes by the order of the images
+    share = chosen.tensor_split(ready.world.size)[ready.world.rank]
     return open_loader(
         "pytorch",
         ready.train_source,
@@ -155,7 +160,7 @@ def _calibration_images(ready: Job, arguments: argparse.Namespace) -> Loader:
         workers=arguments.workers,
         prefetch=arguments.prefetch,
         max_bad_images=arguments.max_bad_images,
-        indices=torch.arange(count) * available // count,
+        indices=share,
     )
 
 

@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
+import torch
 import yaml
 from torch import Tensor, nn
 
@@ -14,6 +15,7 @@ from effnet_quant.api import create_model
 from effnet_quant.errors import UserError
 from effnet_quant.quantization.qat import (
     Distillation,
+    find_not_finite,
     follow_ranges,
     freeze_batch_norm,
     freeze_ranges,
@@ -131,6 +133,9 @@ class QatSchedule(Callback):
         if self._arguments.freeze_bn is not None and epoch >= self._arguments.freeze_bn:
             freeze_batch_norm(self._model)
 
+    def on_divergence(self, images: Tensor) -> str | None:
+        return find_not_finite(self._model, images)
+
     def on_epoch_end(self, epoch: int) -> None:
         if self._arguments.reestimate_bn and epoch + 1 == self._epochs:
             reestimate_batch_norm(self._model, self._calibration_batches())
@@ -140,7 +145,10 @@ def distilled(loss: Loss, arguments: argparse.Namespace, model_options: dict[str
     """``loss`` mixed with the teacher's of ``--distill``, on the device of ``model``."""
     device = next(model.parameters()).device
     teacher = create_model(arguments.arch, arguments.num_classes, arguments.distill, quantized=False, **model_options)
-    teacher = teacher.to(device).eval().requires_grad_(False)
+    memory_format = torch.channels_last if arguments.memory_format == "nhwc" else torch.contiguous_format
+    teacher = teacher.to(device, memory_format=memory_format).eval().requires_grad_(False)  # type: ignore[call-overload]
+    if arguments.compile:
+        teacher.compile()
     distillation = Distillation(teacher, arguments.distill_temperature, arguments.distill_weight)
 
     def mixed(logits: Tensor, targets: Tensor, images: Tensor) -> Tensor:

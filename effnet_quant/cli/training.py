@@ -63,6 +63,7 @@ class Job:
     train: Loader | None
     train_source: ImageSource | None
     val: Loader
+    world: World
     has_ranges: bool
 
 
@@ -151,7 +152,7 @@ def _prepare(arguments: argparse.Namespace, world: World, *, quantized: bool) ->
         transform = augmented if train_source.augmentable else evaluation
         train = loader(train_source, transform, shuffle=True, seed=config.seed)
     val = loader(val_source, evaluation)
-    return Job(model, trainer, config, recorder, preprocessing, device, train, train_source, val, has_ranges)
+    return Job(model, trainer, config, recorder, preprocessing, device, train, train_source, val, world, has_ranges)
 
 
 def _model(

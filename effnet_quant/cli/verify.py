@@ -10,12 +10,14 @@ import onnx
 from torch import Tensor, nn
 
 from effnet_quant.cli.arguments import Parser, add_model_arguments
+from effnet_quant.cli.engines import add_engine_arguments, chosen_engine
 from effnet_quant.cli.inference import load_model
 from effnet_quant.cli.process import run
 from effnet_quant.data.loaders import Loader
 from effnet_quant.data.opening import open_validation
 from effnet_quant.data.transforms import Preprocessing, evaluation_transform, normalize
-from effnet_quant.deploy.engine import BACKENDS, Engine, load_engine
+from effnet_quant.deploy.backends.onnx_file import read_onnx
+from effnet_quant.deploy.engine import Engine
 from effnet_quant.deploy.layers import compare_layers, format_layers
 from effnet_quant.deploy.lint import lint_tensorrt
 from effnet_quant.deploy.verify import Comparison, compare
@@ -34,8 +36,8 @@ def job(arguments: Sequence[str]) -> int:
     add_model_arguments(parser, None)
     parser.add_argument("data", metavar="DATA", nargs="?", help="folder with val/<class>/, 'digits', 'cifar10' …")
     parser.add_argument("--model", metavar="FILE", dest="pretrained_from_file", help="same as --pretrained-from-file")
-    parser.add_argument("--engine", required=True, metavar="FILE", help="the ONNX file")
-    parser.add_argument("--backend", choices=BACKENDS, default="onnxruntime", help="runtime of the engine")
+    parser.add_argument("--engine", required=True, metavar="FILE", help="the ONNX file, or a TensorRT plan")
+    add_engine_arguments(parser)
     parser.add_argument("--image-size", type=int, help=argparse.SUPPRESS)
     parser.add_argument("-b", "--batch-size", type=int, help=f"images a batch (default: {BATCH})")
     add_verify_arguments(parser)
@@ -52,7 +54,7 @@ def job(arguments: Sequence[str]) -> int:
 
 
 def _lint(path: str) -> bool:
-    load_engine(path)  # a file that is missing or damaged is said there
+    read_onnx(path)  # a file that is missing or damaged is said there
     findings = lint_tensorrt(onnx.load(path))
     for finding in findings:
         print(finding)
@@ -61,7 +63,7 @@ def _lint(path: str) -> bool:
 
 
 def _verify(parsed: argparse.Namespace) -> bool:
-    engine = load_engine(parsed.engine, parsed.backend)
+    engine = chosen_engine(parsed.engine, parsed)
     if not parsed.arch:
         parsed.arch = engine.metadata.get("arch")
     model, metadata = load_model(parsed)
@@ -98,7 +100,8 @@ def verify_engine(model: nn.Module, metadata: dict[str, Any], engine: Engine, pa
     comparison = compare(engine, model, _batches(loader, preprocessing))
     passed = comparison.agreement >= parsed.min_agreement
     _print(comparison, parsed.min_agreement, passed)
-    if (parsed.layers or not passed) and any(True for _ in quantizers(model)):
+    has_layers = engine.path.suffix == ".onnx" and any(True for _ in quantizers(model))
+    if (parsed.layers or not passed) and has_layers:
         images = next(_batches(loader, preprocessing))[0][:LAYER_IMAGES]
         print(format_layers(compare_layers(engine.path, model, images)))
     return passed

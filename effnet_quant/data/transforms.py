@@ -128,7 +128,7 @@ class TrainingTransform:
             box, flipped = self.draw(*image.shape[-2:])
             region = F.crop(image, box.top, box.left, box.height, box.width)
         mode = v2.InterpolationMode(self.preprocessing.interpolation)
-        scaled = F.resize(region, [size, size], mode, antialias=True)
+        scaled = F.resize(_packed(region), [size, size], mode, antialias=True)
         if flipped:
             scaled = F.horizontal_flip(scaled)
         if self.augmentation is None:
@@ -181,6 +181,11 @@ def without_ends(image: Tensor) -> Tensor:
     height, width = image.shape[-2:]
     longest = _LONGEST * min(height, width)
     return F.center_crop(image, [min(height, longest), min(width, longest)])
+
+
+def _packed(region: Tensor) -> Tensor:
+    """A part (3, H, W) of a decoded image in memory of its own: with gaps between its rows, resizing takes twice as long."""
+    return region.permute(1, 2, 0).contiguous().permute(2, 0, 1) if region.stride(0) == 1 else region
 
 
 def normalize(images: Tensor, preprocessing: Preprocessing) -> Tensor:

@@ -2,144 +2,135 @@
 
 from __future__ import annotations
 
-import json
-import re
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import onnx
 from numpy.typing import NDArray
 
+from effnet_quant.deploy.backends import BACKENDS, get_backend
+from effnet_quant.deploy.backends.compiled import Compiled, Settings, run_in_batches
 from effnet_quant.errors import UserError
-from effnet_quant.models.weights import METADATA_KEY
 
-Runner = Callable[[NDArray[np.float32]], NDArray[np.float32]]
+__all__ = ["BACKENDS", "Engine", "load_engine"]
 
 
 class Engine:
     """A compiled model; call it with images, get logits.
 
     Attributes:
-        path: the ONNX file.
+        path: the file it was compiled from.
         backend: the runtime's name.
+        settings: device, precision and threads.
+        input: name, type and shape of what it takes.
+        precision: what it computes in, e.g. "fp32", or "int8 + bf16".
         metadata: what the exporter stored in the file: target, image_size and, where known, arch, classes, preprocessing.
     """
 
-    def __init__(
-        self, run: Runner, image_shape: tuple[int, int, int], path: Path, backend: str, metadata: dict[str, Any]
-    ) -> None:
-        self._run = run
+    def __init__(self, compiled: Compiled, path: Path, backend: str, settings: Settings) -> None:
+        self._run = compiled.run
+        self.input = compiled.input
+        self.precision = compiled.precision
+        self.metadata = compiled.metadata
         self.path = path
-        self._image_shape = image_shape
         self.backend = backend
-        self.metadata = metadata
+        self.settings = settings
 
-    def __call__(self, images: NDArray[np.float32]) -> NDArray[np.float32]:
-        """Logits (N, classes) of normalised images (N, C, H, W), float32, for any N >= 1.
+    def __call__(self, images: NDArray[Any]) -> NDArray[np.float32]:
+        """Logits (N, classes), float32, of normalised float32 images (N, C, H, W), for any N >= 1.
+
+        An engine that normalises by itself takes pixels, uint8 (N, H, W, C); ``input`` says so. Where a file takes a
+        fixed or bounded number of images, they are split and filled up.
 
         Raises:
             UserError: the images have another shape or type.
         """
         images = np.asarray(images)
-        if images.ndim != 4 or images.shape[1:] != self._image_shape or len(images) == 0:
-            expected = "x".join(str(size) for size in self._image_shape)
+        shape, wanted = self.input.shape, np.dtype(self.input.dtype)
+        fits = images.ndim == 4 and all(size in (None, own) for size, own in zip(shape, images.shape[1:], strict=True))
+        if not fits or len(images) == 0:
+            expected = "x".join("any" if size is None else str(size) for size in shape)
             raise UserError(f"the engine takes images of shape (N, {expected}), not {images.shape}; resize them first.")
-        if images.dtype != np.float32:
-            raise UserError(f"the engine takes float32 images, not {images.dtype}; normalise and convert them first.")
-        return self._run(np.ascontiguousarray(images))
+        if images.dtype != wanted:
+            remedy = "give it pixels" if wanted == np.uint8 else "normalise and convert them first"
+            raise UserError(f"the engine takes {wanted} images, not {images.dtype}; {remedy}.")
+        images = np.ascontiguousarray(images)
+        logits = run_in_batches(self._run, images, self.input.smallest_batch, self.input.largest_batch)
+        return logits.astype(np.float32, copy=False)
+
+    def warm_up(self, batch_size: int = 1, runs: int = 2, *, image_size: int | None = None) -> None:
+        """Run a few batches of noise, so that later ones don't pay for what a runtime puts off until then.
+
+        Raises:
+            UserError: the file leaves the image size open and neither it nor ``image_size`` names one.
+        """
+        images = self.example_images(batch_size, image_size)
+        for _ in range(runs):
+            self(images)
+
+    def example_images(self, batch_size: int, image_size: int | None = None) -> NDArray[Any]:
+        """Noise that the engine takes, always the same; sizes that the file leaves open are ``image_size``, else those that
+        the file was made for.
+
+        Raises:
+            UserError: as ``warm_up``.
+        """
+        size = image_size or self.metadata.get("image_size")
+        if size is None and None in self.input.shape:
+            raise UserError(f"{self.path} takes images of any size; say which.")
+        shape = [batch_size, *(int(size or 0) if own is None else own for own in self.input.shape)]
+        generator = np.random.default_rng(0)
+        if self.input.dtype == "uint8":
+            return generator.integers(0, 256, shape, dtype=np.uint8)
+        return generator.standard_normal(shape, np.float32).astype(self.input.dtype)
 
 
-def load_engine(path: str | Path, backend: str = "onnxruntime") -> Engine:
-    """Compile an ONNX file for this machine.
+def load_engine(
+    path: str | Path,
+    backend: str = "onnxruntime",
+    *,
+    device: str | None = None,
+    precision: str | None = None,
+    threads: int | None = None,
+) -> Engine:
+    """Make a model ready to run on this machine.
 
     Args:
-        path: a file written by ``export_onnx``.
-        backend: "onnxruntime" or "openvino".
+        path: an ONNX file written by ``export_onnx``; for "tensorrt" also a plan written by ``compile_engine``; for
+            "torch" a weights file or checkpoint.
+        backend: "onnxruntime", "openvino", "tensorrt", or "torch" for the model itself, float or simulated.
+        device: "cpu" or "cuda"; None for the backend's usual one.
+        precision: how the backend computes what the file leaves in floating point: "fp32"; OpenVINO and torch also in
+            "bf16", torch in "fp16". Integers are the file's. TensorRT takes all precisions from the file.
+        threads: on the CPU; None leaves it to the runtime.
 
     Raises:
-        UserError: the file is missing or damaged, the backend is unknown, refuses the file or is not installed.
+        UserError: the file is missing, damaged or of another kind, or the backend is unknown, not installed, does not run
+            on this device or in this precision, or refuses the file.
     """
-    path = Path(path)
-    if backend not in _BACKENDS:
-        raise UserError(f"there is no backend '{backend}'; choose one of: {', '.join(_BACKENDS)}.")
+    module, path = get_backend(backend), Path(path)
+    settings = Settings(
+        _choice(backend, "run on the device", device, module.DEVICES),
+        _choice(backend, "compute in", precision, module.PRECISIONS),
+        threads,
+    )
+    if threads is not None and (threads < 1 or settings.device != "cpu"):
+        raise UserError(f"{threads} threads? They are those of the CPU, at least 1.")
     if not path.is_file():
         raise UserError(f"there is no file {path}; check the path.")
     try:
-        model = onnx.load(path)
-        dimensions = model.graph.input[0].type.tensor_type.shape.dim
-        channels, height, width = (dimension.dim_value for dimension in dimensions[1:])
-        metadata = read_metadata(model)
-    except (ValueError, IndexError, TypeError, OSError) as error:
-        raise _damaged(path) from error
-    except Exception as error:  # protobuf's DecodeError, whose module depends on the protobuf version
-        if type(error).__name__ != "DecodeError":
-            raise
-        raise _damaged(path) from error
-    try:
-        run = _BACKENDS[backend](path)
+        compiled = module.compile_file(path, settings)
     except UserError:
         raise
     except Exception as error:  # each runtime has exceptions of its own
-        reason = str(error).strip().splitlines()[0]
+        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
         raise UserError(f"{backend} can't compile {path}: {reason}; export it again for this backend.") from error
-    return Engine(run, (channels, height, width), path, backend, metadata)
+    return Engine(compiled, path, backend, settings)
 
 
-def read_metadata(model: onnx.ModelProto) -> dict[str, Any]:
-    """What ``export_onnx`` stored in a model; empty for models of other tools."""
-    properties = {entry.key: entry.value for entry in model.metadata_props}
-    return dict(json.loads(properties.get(METADATA_KEY, "{}")))
-
-
-def _damaged(path: Path) -> UserError:
-    return UserError(f"{path} is truncated, damaged or no ONNX file of an image classifier; export it again.")
-
-
-def _onnxruntime(path: Path) -> Runner:
-    try:
-        import onnxruntime
-    except ImportError as error:
-        raise UserError("ONNX Runtime is not installed; pip install onnxruntime.") from error
-    options = onnxruntime.SessionOptions()
-    options.log_severity_level = 3
-    # On CPUs without VNNI the fast uint8 x int8 kernels saturate at 16 bits; with this entry ONNX Runtime uses kernels
-    # that compute what the graph says (it has no effect where VNNI is present).
-    options.add_session_config_entry("session.x64quantprecision", "1")
-    session = onnxruntime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
-    name = session.get_inputs()[0].name
-    return lambda images: session.run(None, {name: images})[0]
-
-
-def _openvino(path: Path) -> Runner:
-    try:
-        import openvino
-    except ImportError as error:
-        raise UserError("OpenVINO is not installed; pip install effnet-quant[openvino].") from error
-    # what the plugin leaves in floating point stays float32: on CPUs with AMX it would otherwise become bfloat16
-    settings = {"INFERENCE_PRECISION_HINT": "f32"}
-    if not cpu_has_exact_int8():
-        settings["LP_TRANSFORMS_MODE"] = "NO"
-    compiled = openvino.Core().compile_model(str(path), "CPU", settings)
-    request = compiled.create_infer_request()
-    return lambda images: np.array(request.infer({0: images})[0])
-
-
-def cpu_has_exact_int8() -> bool:
-    """Whether this CPU multiplies 8-bit integers into 32-bit sums in one instruction (VNNI, AMX).
-
-    Without it, OpenVINO's integer kernels add pairs of products in 16 bits, which saturates and changes results (a top-1
-    of 99.4 % fell to 96.7 % on the digits); ``load_engine`` then has it compute the same quantized values in float.
-    Where the CPU's features can't be read (anything but Linux on x86), they are taken to be there.
-    """
-    try:
-        flags = Path("/proc/cpuinfo").read_text(encoding="ascii", errors="replace")
-    except OSError:
-        return True
-    found = re.search(r"^flags\s*:(.*)$", flags, re.MULTILINE)
-    return found is None or bool({"avx512_vnni", "avx_vnni", "amx_int8"} & set(found.group(1).split()))
-
-
-_BACKENDS: dict[str, Callable[[Path], Runner]] = {"onnxruntime": _onnxruntime, "openvino": _openvino}
-BACKENDS = tuple(_BACKENDS)
+def _choice(backend: str, what: str, wanted: str | None, own: tuple[str, ...]) -> str:
+    if wanted is None:
+        return own[0]
+    if wanted not in own:
+        raise UserError(f"{backend} does not {what} '{wanted}'; choose one of: {', '.join(own)}.")
+    return wanted

@@ -4,26 +4,106 @@ from __future__ import annotations
 
 import statistics
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from functools import partial
 from typing import Any
+
+import numpy as np
+
+from effnet_quant.deploy.engine import Engine
 
 ROUNDS = 5
 RUNS_A_TURN = 5
+MOST_ROUNDS = 100
+FEWEST_ROUNDS = 3
 
 
-def median_seconds(runs: Sequence[Callable[[], Any]], rounds: int = ROUNDS) -> list[float]:
-    """Median wall-clock seconds of each function.
+def interleaved_seconds(
+    runs: Sequence[Callable[[], Any]], rounds: int = ROUNDS, runs_a_turn: int = RUNS_A_TURN
+) -> list[list[float]]:
+    """Wall-clock seconds of every timed run of each function, ``rounds * runs_a_turn`` of them.
 
     The functions take turns, so that what else the machine does hits all of them alike. A turn starts with a run that is
-    not timed: the threads of the function before may still be spinning, and caches hold its data. Two functions within a
-    few percent of each other want more ``rounds``.
+    not timed: the threads of the function before may still be spinning, and caches hold its data.
     """
     times: list[list[float]] = [[] for _ in runs]
     for _ in range(rounds):
         for own_times, run in zip(times, runs, strict=True):
             run()
-            for _ in range(RUNS_A_TURN):
+            for _ in range(runs_a_turn):
                 start = time.perf_counter()
                 run()
                 own_times.append(time.perf_counter() - start)
-    return [statistics.median(own_times) for own_times in times]
+    return times
+
+
+def median_seconds(runs: Sequence[Callable[[], Any]], rounds: int = ROUNDS) -> list[float]:
+    """Median of ``interleaved_seconds`` of each function. Two within a few percent of each other want more ``rounds``."""
+    return [statistics.median(own_times) for own_times in interleaved_seconds(runs, rounds)]
+
+
+@dataclass(frozen=True)
+class Latency:
+    """How long batches of one size took, in seconds; the figures are those of ``--mode benchmark_inference``.
+
+    Attributes:
+        batch_size: images a batch.
+        runs: how many were timed.
+        average, p50, p95, p99: mean and quantiles (the nearest run's time).
+    """
+
+    batch_size: int
+    runs: int
+    average: float
+    p50: float
+    p95: float
+    p99: float
+
+    @staticmethod
+    def of(batch_size: int, seconds: Sequence[float]) -> Latency:
+        """The figures of single runs' times."""
+        p50, p95, p99 = np.quantile(seconds, (0.50, 0.95, 0.99), method="nearest").tolist()
+        return Latency(batch_size, len(seconds), statistics.fmean(seconds), p50, p95, p99)
+
+    @property
+    def throughput(self) -> float:
+        """Images a second on average."""
+        return self.batch_size / self.average
+
+
+def measure_engines(
+    engines: Sequence[Engine], batch_sizes: Sequence[int], seconds: float, image_size: int | None = None
+) -> Iterator[list[Latency]]:
+    """For each batch size the latencies of the engines, in their order, measured in turns.
+
+    The images are noise. Each engine is warmed up and runs for about ``seconds`` at each batch size, at least three
+    rounds however long they take.
+
+    Raises:
+        UserError: an engine takes images of any size, and nothing says which.
+    """
+    for batch_size in batch_sizes:
+        runs = [partial(engine, engine.example_images(batch_size, image_size)) for engine in engines]
+        slowest = 0.0
+        for run in runs:
+            run()  # compiles, allocates, captures
+            start = time.perf_counter()
+            run()
+            slowest = max(slowest, time.perf_counter() - start)
+        times = interleaved_seconds(runs, *_rounds(seconds, slowest))
+        yield [Latency.of(batch_size, own_times) for own_times in times]
+
+
+def _rounds(seconds: float, slowest: float) -> tuple[int, int]:
+    """Rounds, and timed runs in each, that take an engine about ``seconds``."""
+    turn = (1 + RUNS_A_TURN) * slowest
+    if FEWEST_ROUNDS * turn <= seconds:
+        return min(int(seconds / turn), MOST_ROUNDS), RUNS_A_TURN
+    return FEWEST_ROUNDS, 2
+
+
+if __name__ == "__main__":
+    from effnet_quant.cli.latency import main
+
+    main()

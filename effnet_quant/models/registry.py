@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import difflib
 import fnmatch
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 
 from effnet_quant.errors import UserError
@@ -58,6 +58,13 @@ _CIFAR_WEIGHTS = {
     44: "resnet44-014dd654.th",
     56: "resnet56-4bfd9763.th",
     110: "resnet110-1d1ed7c2.th",
+}
+
+# NVIDIA's names of networks that the libraries have
+_NVIDIAS_NAMES = {
+    "resnet50": "torchvision:resnet50",
+    "resnext101-32x4d": "timm:resnext101_32x4d",
+    "se-resnext101-32x4d": "timm:seresnext101_32x4d",
 }
 
 
@@ -118,7 +125,8 @@ _ENTRIES = {
 def list_models(pattern: str = "*") -> list[str]:
     """Names of the models that match a shell-style pattern, sorted.
 
-    The networks of timm and torchvision are listed by patterns that name the library, e.g. ``timm:resnet*``.
+    The networks of timm and torchvision are listed by patterns that name the library, e.g. ``timm:resnet*``. Three of them
+    have NVIDIA's names too, which are not listed: resnet50, resnext101-32x4d and se-resnext101-32x4d.
 
     Raises:
         UserError: the pattern names timm, which is not installed.
@@ -136,8 +144,10 @@ def get_entry(name: str) -> ModelEntry:
     """
     if name.partition(":")[0] in LIBRARIES:
         return external_entry(name)
+    if name in _NVIDIAS_NAMES:
+        return replace(external_entry(_NVIDIAS_NAMES[name]), name=name, input=InputSpec(224, 224 + CROP_MARGIN))
     if name not in _ENTRIES:
-        near = difflib.get_close_matches(name, _ENTRIES, n=3, cutoff=0.5)
+        near = difflib.get_close_matches(name, [*_ENTRIES, *_NVIDIAS_NAMES], n=3, cutoff=0.5)
         near += [full for full in list_external("torchvision") if full == f"torchvision:{name}"]
         hint = f"did you mean: {', '.join(near)}?" if near else "python -m effnet_quant.models lists them."
         raise UserError(f"there is no model '{name}'; {hint}")

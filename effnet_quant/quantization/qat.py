@@ -15,6 +15,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from effnet_quant.errors import UserError
 from effnet_quant.quantization.extremes import extremes
 from effnet_quant.quantization.insertion import output_quantizers, quantizers
+from effnet_quant.quantization.passes import eager_pass
 from effnet_quant.quantization.quantizer import TensorQuantizer
 
 
@@ -83,7 +84,6 @@ def freeze_batch_norm(model: nn.Module) -> None:
         module.eval()
 
 
-@torch.no_grad()
 def reestimate_batch_norm(model: nn.Module, batches: Iterable[Tensor]) -> None:
     """Measure BatchNorm's running statistics anew, as the mean over ``batches`` weighted by their images, with the
     quantizers as they are and nothing else in training mode (no dropout).
@@ -94,31 +94,29 @@ def reestimate_batch_norm(model: nn.Module, batches: Iterable[Tensor]) -> None:
     Raises:
         UserError: there are no images.
     """
-    modes = {module: module.training for module in model.modules()}
     layers = list(_batch_norms(model))
     momenta = [layer.momentum for layer in layers]
     device = next(model.parameters()).device
     images = 0
     try:
-        model.eval()
-        for layer in layers:
-            layer.train()
-        for batch in batches:
-            images += len(batch)
+        with eager_pass(model):
             for layer in layers:
-                layer.momentum = len(batch) / images  # the first batch replaces what was there
-            model(batch.to(device))
+                layer.train()
+            for batch in batches:
+                images += len(batch)
+                for layer in layers:
+                    layer.momentum = len(batch) / images  # the first batch replaces what was there
+                model(batch.to(device))
     finally:
         for layer, momentum in zip(layers, momenta, strict=True):
             layer.momentum = momentum
-        for module, training in modes.items():
-            module.training = training
     if distributed.is_available() and distributed.is_initialized() and distributed.get_world_size() > 1:
         images = _mean_over_ranks(layers, images, device)
     if images == 0:
         raise UserError("there are no images to estimate BatchNorm's statistics with.")
 
 
+@torch.no_grad()
 def _mean_over_ranks(layers: list[_BatchNorm], images: int, device: torch.device) -> int:
     total = torch.tensor(images, device=device)
     distributed.all_reduce(total)
@@ -151,7 +149,8 @@ class Distillation:
     weight: float = 0.5
 
     def loss(self, label_loss: Tensor, logits: Tensor, images: Tensor) -> Tensor:
-        """The mixed loss. ``images`` are what the trained network made ``logits`` of; call it in the same autocast."""
+        """The mixed loss. ``images`` are what the trained network made ``logits`` of; the teacher sees them in the autocast
+        around the call."""
         with torch.no_grad():
             target = self.teacher(images)
         return (1 - self.weight) * label_loss + self.weight * distillation_loss(logits, target, self.temperature)
@@ -177,7 +176,6 @@ def float_teacher(model: nn.Module) -> nn.Module:
     return teacher
 
 
-@torch.no_grad()
 def find_not_finite(model: nn.Module, images: Tensor) -> str | None:
     """The name of the first quantizer, in the order of computation, that meets NaN or infinity; None if none does.
 
@@ -188,14 +186,12 @@ def find_not_finite(model: nn.Module, images: Tensor) -> str | None:
     for name, quantizer in quantizers(model):
         before[quantizer] = quantizer.observer
         quantizer.observer = _Finder(name, found)
-    modes = {module: module.training for module in model.modules()}
     try:
-        model.eval()(images)
+        with eager_pass(model):
+            model(images)
     finally:
         for quantizer, observer in before.items():
             quantizer.observer = observer
-        for module, training in modes.items():
-            module.training = training
     return found[0] if found else None
 
 

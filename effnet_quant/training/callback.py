@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from torch import Tensor
+
 
 class Callback:
     """Told when a training reaches a point; each method does nothing unless overridden.
@@ -18,3 +20,12 @@ class Callback:
 
     def on_epoch_end(self, epoch: int) -> None:
         """The epoch's last step is made; its validation and its checkpoint come next."""
+
+    def on_divergence(self, images: Tensor) -> str | None:
+        """The loss of these images, as the network takes them (N, 3, H, W), is not finite, and training ends. The process
+        that found it calls this alone.
+
+        Returns:
+            What part of the network is to blame, if the callback knows.
+        """
+        return None

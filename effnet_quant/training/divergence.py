@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 
 from effnet_quant.data.loaders import Loader
@@ -22,14 +23,25 @@ class DivergenceWatch:
         epoch: counted from 0.
         workspace: where the names of a whole batch are written.
         scaled: whether a loss scale skips steps that overflow, so that one such loss does no harm.
+        locate: from the number of a batch to the part of the network where it stops being numbers, if that is known.
     """
 
-    def __init__(self, meter: LossMeter, loader: Loader, epoch: int, workspace: Path, *, scaled: bool) -> None:
+    def __init__(
+        self,
+        meter: LossMeter,
+        loader: Loader,
+        epoch: int,
+        workspace: Path,
+        *,
+        scaled: bool,
+        locate: Callable[[int], str | None],
+    ) -> None:
         self._meter = meter
         self._loader = loader
         self._epoch = epoch
         self._workspace = workspace
         self._scaled = scaled
+        self._locate = locate
 
     def check(self) -> None:
         """Wait for the device and see whether every loss so far is a number.
@@ -39,9 +51,11 @@ class DivergenceWatch:
         """
         batch = None if self._scaled else self._meter.first_bad_batch()
         if batch is not None:
+            place = self._locate(batch)
+            met = f" (NaN or infinity first met in {place})" if place else ""
             raise UserError(
-                f"the loss is not finite in epoch {self._epoch + 1}, batch {batch + 1}: training has diverged, or one of "
-                f"these images is to blame: {self._images(batch)}; lower --lr, and resume from the last checkpoint."
+                f"the loss is not finite in epoch {self._epoch + 1}, batch {batch + 1}{met}: training has diverged, or one "
+                f"of these images is to blame: {self._images(batch)}; lower --lr, and resume from the last checkpoint."
             )
 
     def report_skipped(self, skipped: int, steps: int) -> None:

@@ -12,6 +12,7 @@ Loss = Callable[[Tensor, Tensor, Tensor], Tensor]
 
 logits are float32 (N, classes); targets are labels, int64 (N,), or shares of the classes, float32 (N, classes), where images
 were mixed; images are the network's input, normalised (N, 3, H, W), for losses that ask another network too.
+Called within the network's autocast.
 """
 
 

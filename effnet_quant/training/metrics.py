@@ -175,3 +175,13 @@ class LossMeter:
     def sums(self) -> Tensor:
         """Sum of the losses and number of the images, for a checkpoint."""
         return self._sums
+
+
+def describe(metrics: dict[str, float]) -> str:
+    """Metrics on one line for people."""
+    shown = {
+        name: value
+        for name, value in metrics.items()
+        if not name.endswith(("data_time", "compute_time", "compute_ips")) and "compute_latency" not in name
+    }
+    return ", ".join(f"{name} {value:.4g}" for name, value in shown.items())

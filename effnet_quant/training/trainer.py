@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
-import math
 from contextlib import nullcontext
+from functools import partial
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -27,8 +27,9 @@ from effnet_quant.training.distributed import ALONE, World
 from effnet_quant.training.divergence import DivergenceWatch
 from effnet_quant.training.ema import WeightAverage
 from effnet_quant.training.loss import Loss, cross_entropy
-from effnet_quant.training.metrics import Accuracy, LossMeter, Recorder, Stopwatch
+from effnet_quant.training.metrics import Accuracy, LossMeter, Recorder, Stopwatch, describe
 from effnet_quant.training.optimizers import build_optimizer, load_optimizer_state
+from effnet_quant.training.position import Position, random_states, restore_random_state
 from effnet_quant.training.precision import choose_precision
 from effnet_quant.training.progress import progress
 from effnet_quant.training.schedules import learning_rate
@@ -86,14 +87,10 @@ class Trainer:
         self._scaler = self._precision.scaler
         self._batches_per_step = config.batches_per_step(world.size)
         self._average: WeightAverage | None = None
-        self._epoch = 0
-        self._batch = 0  # of the epoch; not 0 only within it
-        self._step = 0  # of the optimizer, since the training began
-        self._effective_steps = 0  # the scaler skips those that overflow
+        self._position = Position()
+        self._effective_steps: int | Tensor = 0  # the scaler skips those that overflow
         self.optimizer.register_step_post_hook(self._count_step)
         self._loss_sums: Tensor | None = None  # of the epoch that a resumed run starts in
-        self._best_top1 = -math.inf
-        self._epochs_since_best = 0
         self._signals = SignalWatch()
         if config.compile:
             self.model.compile()
@@ -107,30 +104,27 @@ class Trainer:
             Interrupted: a signal arrived.
             UserError: an image can't be read, a checkpoint can't be written, or the loss is not finite.
         """
-        config = self.config
+        config, position = self.config, self._position
         last = config.epochs
         if config.run_epochs > 0:
-            last = min(last, self._epoch + config.run_epochs)
+            last = min(last, position.epoch + config.run_epochs)
         if config.use_ema is not None and self._average is None:
             self._average = WeightAverage(self.model, config.use_ema)
         network = self._network()
         with self._signals:
-            while self._epoch < last:
+            while position.epoch < last:
                 metrics = self._train_epoch(network, train)
+                title = f"epoch {position.epoch + 1}/{config.epochs}"
                 if not config.training_only:
-                    metrics |= self.validate(val, f"epoch {self._epoch + 1}/{config.epochs} val")
-                self._recorder.record(metrics, epoch=self._epoch)
-                print(f"epoch {self._epoch + 1}/{config.epochs}: {describe(metrics)}", flush=True)
-                top1 = metrics.get("val.top1")
-                is_best = top1 is not None and top1 > self._best_top1
-                if top1 is not None:
-                    self._best_top1 = max(self._best_top1, top1)
-                    self._epochs_since_best = 0 if is_best else self._epochs_since_best + 1
-                self._epoch, self._batch, self._loss_sums = self._epoch + 1, 0, None
+                    metrics |= self.validate(val, f"{title} val")
+                self._recorder.record(metrics, epoch=position.epoch)
+                print(f"{title}: {describe(metrics)}", flush=True)
+                is_best = "val.top1" in metrics and position.note_top1(metrics["val.top1"])
+                position.epoch, position.batch, self._loss_sums = position.epoch + 1, 0, None
                 self.save(is_best=is_best)
                 self._stop_if_signalled(save=False)
-                if 0 < config.early_stopping_patience <= self._epochs_since_best:
-                    print(f"stopped early: {self._epochs_since_best} epochs without a better top-1", flush=True)
+                if 0 < config.early_stopping_patience <= position.epochs_since_best:
+                    print(f"stopped early: {position.epochs_since_best} epochs without a better top-1", flush=True)
                     break
 
     def validate(self, loader: Loader, title: str = "evaluate") -> dict[str, float]:
@@ -177,8 +171,8 @@ class Trainer:
         Raises:
             UserError: it does not fit the model or the configuration.
         """
-        batch = int(checkpoint.get("batch", 0))
-        if batch > 0:
+        position = Position.of(checkpoint)
+        if position.batch > 0:
             self._check_same_batches(checkpoint, source)
         has_ranges = load_weights(self.model, Weights(checkpoint["state_dict"], source=source))
         if self.config.use_ema is not None:
@@ -186,47 +180,31 @@ class Trainer:
             if "state_dict_ema" in checkpoint:
                 load_weights(self._average.model, Weights(checkpoint["state_dict_ema"], source=source))
         load_optimizer_state(self.optimizer, self._scaler, checkpoint, source)
-        self._epoch = int(checkpoint["epoch"])
-        self._batch = batch
-        self._step = int(checkpoint.get("step", 0))
-        best = checkpoint.get("best_prec1")
-        self._best_top1 = -math.inf if best is None else float(best)
-        self._epochs_since_best = int(checkpoint.get("epochs_since_best", 0))
-        if batch > 0 and self._world.is_main:
+        self._position = position
+        if position.batch > 0 and self._world.is_main:
             self._loss_sums = checkpoint.get("loss_sums")
-        states = checkpoint.get("rng")
-        if isinstance(states, list) and len(states) == self._world.size:
-            torch.set_rng_state(states[self._world.rank])
-            if self.device.type == "cuda" and checkpoint.get("cuda_rng"):
-                torch.cuda.set_rng_state(checkpoint["cuda_rng"][self._world.rank])
+        restore_random_state(checkpoint, self._world, self.device)
         return has_ranges
 
     def save(self, *, is_best: bool = False) -> None:
         """Write the checkpoint of this moment, unless checkpoints are off; all processes of a job call it."""
         if not self.config.save_checkpoints:
             return
-        rng = self._world.gather(torch.get_rng_state())
-        on_gpu = self.device.type == "cuda"
-        cuda_rng = self._world.gather(torch.cuda.get_rng_state()) if on_gpu else None
+        states = random_states(self._world, self.device)
         loss_sums = None if self._loss_sums is None else self._world.sum(self._loss_sums).cpu()
         if not self._world.is_main:
             return
         averaged = {} if self._average is None else {"state_dict_ema": _on_cpu(self._average.model)}
         save_checkpoint(
             {
-                "epoch": self._epoch,
-                "batch": self._batch,
-                "step": self._step,
+                **self._position.entries(),
                 "arch": self._metadata["arch"],
                 "state_dict": _on_cpu(self.model),
                 **averaged,
-                "best_prec1": self._best_top1,
-                "epochs_since_best": self._epochs_since_best,
                 "optimizer": self.optimizer.state_dict(),
                 "scaler": self._scaler.state_dict(),
                 "loss_sums": loss_sums,
-                "rng": rng,
-                "cuda_rng": cuda_rng,
+                **states,
                 "config": dataclasses.asdict(self.config),
                 "processes": self._world.size,
                 "metadata": self._metadata,
@@ -234,7 +212,7 @@ class Trainer:
             self._workspace,
             self.config.checkpoint_filename,
             is_best=is_best,
-            gather=self.config.gather_checkpoints if self._batch == 0 else 0,
+            gather=self.config.gather_checkpoints if self._position.batch == 0 else 0,
         )
 
     def note_signal(self, number: int) -> None:
@@ -250,10 +228,10 @@ class Trainer:
         )
 
     def _train_epoch(self, network: nn.Module, loader: Loader) -> dict[str, float]:
-        config = self.config
+        config, position = self.config, self._position
         lr = learning_rate(
             config.lr_schedule,
-            self._epoch,
+            position.epoch,
             base_lr=config.lr,
             epochs=config.epochs,
             warmup=config.warmup,
@@ -263,31 +241,32 @@ class Trainer:
             group["lr"] = lr
         self.model.train()
         for callback in self.callbacks:
-            callback.on_epoch_start(self._epoch)
+            callback.on_epoch_start(position.epoch)
         total = self._batches_of(loader)
-        first, steps_before, effective_before = self._batch, self._step, self._effective_steps
+        first, steps_before, effective_before = position.batch, position.step, self._effective_steps
         meter = LossMeter(self.device, self._loss_sums)
         self._loss_sums = meter.sums
         scaled = self._scaler.is_enabled()
-        watch = DivergenceWatch(meter, loader, self._epoch, self._workspace, scaled=scaled)
+        locate = partial(self._locate_divergence, loader)
+        watch = DivergenceWatch(meter, loader, position.epoch, self._workspace, scaled=scaled, locate=locate)
         stopwatch = self._stopwatch(total - first)
-        title = f"epoch {self._epoch + 1}/{config.epochs} train"
-        batches = islice(loader.epoch(self._epoch, first), max(0, total - first))
+        title = f"epoch {position.epoch + 1}/{config.epochs} train"
+        batches = islice(loader.epoch(position.epoch, first), max(0, total - first))
         for images, labels in progress(batches, total - first, title, config.print_freq):
             stopwatch.data_ready()
-            position = self._batch % self._batches_per_step
+            before = position.batch % self._batches_per_step
             # at the end of an epoch the optimizer's batch may hold fewer batches
-            accumulated = min(self._batches_per_step, total - (self._batch - position))
-            complete = position + 1 == accumulated
+            accumulated = min(self._batches_per_step, total - (position.batch - before))
+            complete = before + 1 == accumulated
             self._forward_backward(network, images, labels, accumulated, complete, meter, watch)
             if complete:
                 self._optimizer_step()
             self._synchronize()
             stopwatch.batch_done(len(labels))
-            self._batch += 1
-            if complete and self._batch < total:
+            position.batch += 1
+            if complete and position.batch < total:
                 every = config.checkpoint_every_steps
-                if every > 0 and self._step % every == 0:
+                if every > 0 and position.step % every == 0:
                     watch.check()
                     self.save()
                 self._stop_if_signalled(watch)
@@ -297,11 +276,11 @@ class Trainer:
             if self._average is not None:
                 self._world.broadcast(self._average.model.buffers())
         for callback in self.callbacks:
-            callback.on_epoch_end(self._epoch)
+            callback.on_epoch_end(position.epoch)
         metrics = {"train.loss": meter.mean(self._world), "train.lr": lr, **self._speeds(stopwatch, "train")}
         if scaled:
-            steps = self._step - steps_before
-            skipped = steps - (self._effective_steps - effective_before)
+            steps = position.step - steps_before
+            skipped = steps - int(self._effective_steps - effective_before)
             metrics["train.skipped_steps"] = skipped
             watch.report_skipped(skipped, steps)
         return metrics
@@ -319,7 +298,7 @@ class Trainer:
         inputs = self._inputs(images)
         targets = labels.to(self.device, non_blocking=True)
         if self.config.mixup > 0:
-            seed = mix(self.config.seed, self._epoch, self._batch, self._world.rank)
+            seed = mix(self.config.seed, self._position.epoch, self._position.batch, self._world.rank)
             shares = F.one_hot(targets, int(self._metadata["num_classes"])).float()
             inputs, targets = mixup(inputs, shares, self.config.mixup, torch.Generator().manual_seed(seed))
         # gradients travel once for each step of the optimizer
@@ -327,10 +306,10 @@ class Trainer:
         with network.no_sync() if local else nullcontext():  # type: ignore[operator]
             with self._precision.autocast():
                 logits = network(inputs)
-            loss = self.loss(logits.float(), targets, inputs)
-            meter.add(loss.detach(), len(labels), self._batch)
+                loss = self.loss(logits.float(), targets, inputs)
+            meter.add(loss.detach(), len(labels), self._position.batch)
             # a GPU is asked now and then only, or it would have to be waited for
-            if self.device.type == "cpu" or self._batch % self.config.print_freq == 0:
+            if self.device.type == "cpu" or self._position.batch % self.config.print_freq == 0:
                 watch.check()
             self._scaler.scale(loss / accumulated).backward()
 
@@ -339,13 +318,23 @@ class Trainer:
         self._scaler.update()
         self.optimizer.zero_grad(set_to_none=True)
         if self._average is not None:
-            self._average.update(self.model, self._step)
-        self._step += 1
+            self._average.update(self.model, self._position.step)
+        self._position.step += 1
         for callback in self.callbacks:
-            callback.on_step_end(self._step)
+            callback.on_step_end(self._position.step)
+
+    def _locate_divergence(self, loader: Loader, batch: int) -> str | None:
+        """The part of the network that a callback blames for a batch's loss, which is not finite."""
+        if not self.callbacks:
+            return None
+        images, _ = next(loader.epoch(self._position.epoch, batch))
+        inputs = self._inputs(images)
+        return next((place for callback in self.callbacks if (place := callback.on_divergence(inputs))), None)
 
     def _count_step(self, *arguments: object) -> None:
-        self._effective_steps += 1
+        # a fused optimizer is called for every step, and told on the device which to skip
+        overflowed = getattr(self.optimizer, "found_inf", None)
+        self._effective_steps = self._effective_steps + (1 if overflowed is None else 1 - overflowed)
 
     def _inputs(self, images: Tensor) -> Tensor:
         images = images.to(self.device, non_blocking=True)
@@ -389,13 +378,3 @@ class Trainer:
 
 def _on_cpu(model: nn.Module) -> dict[str, Tensor]:
     return {name: tensor.cpu() for name, tensor in model.state_dict().items()}
-
-
-def describe(metrics: dict[str, float]) -> str:
-    """Metrics on one line for people."""
-    shown = {
-        name: value
-        for name, value in metrics.items()
-        if not name.endswith(("data_time", "compute_time", "compute_ips")) and "compute_latency" not in name
-    }
-    return ", ".join(f"{name} {value:.4g}" for name, value in shown.items())

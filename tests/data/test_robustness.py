@@ -39,27 +39,36 @@ def test_every_kind_of_image_goes_through_training(odd_images):
     assert [tuple(images.shape) for images, _ in loader.epoch()] == [(5, 3, 32, 32)] * 2
 
 
-def test_rows_below_the_crop_are_not_needed(photo_folder, tmp_path):
-    script = tmp_path / "compare.py"  # in a process of its own, since libjpeg is silenced for good
-    script.write_text(
-        "import sys, numpy as np, torch\n"
-        "from pathlib import Path\n"
-        "from effnet_quant.data.decoding import Box, EncodedImage, decode, quiet_libjpeg\n"
-        "quiet_libjpeg()\n"
-        "for path in sorted(Path(sys.argv[1]).rglob('*.jpg')):\n"
-        "    data = np.fromfile(path, dtype=np.uint8)\n"
-        "    whole = decode(data)\n"
-        "    for top, height in ((0, 1), (0, 40), (7, 90), (33, 64), (100, whole.shape[1] - 100)):\n"
-        "        region = EncodedImage(data).region(Box(top, 5, height, 60), 1000)\n"
-        "        assert torch.equal(region, whole[:, top:top + height, 5:65]), path\n"
-        "    assert np.array_equal(data, np.fromfile(path, dtype=np.uint8))\n"
-        "print('same')\n"
-    )
-    environment = {**os.environ, "PYTHONPATH": os.getcwd()}
-    result = subprocess.run(
-        [sys.executable, script, photo_folder], capture_output=True, text=True, env=environment, check=False
-    )
-    assert (result.stdout, result.stderr) == ("same\n", "")
+REGIONS = """
+import sys, zlib
+if sys.argv[2] == "torchvision":
+    sys.modules["simplejpeg"] = None
+import numpy as np, torch
+from pathlib import Path
+from effnet_quant.data.decoding import Box, EncodedImage, decode, quiet_libjpeg
+quiet_libjpeg()
+checksum = 0
+for path in sorted(Path(sys.argv[1]).rglob("*.jpg")):
+    data = np.fromfile(path, dtype=np.uint8)
+    whole = decode(data)
+    checksum = zlib.crc32(whole.contiguous().numpy().data, checksum)
+    for top, height in ((0, 1), (0, 40), (7, 90), (33, 64), (100, whole.shape[1] - 100)):
+        region = EncodedImage(data).region(Box(top, 5, height, 60), 1000)
+        assert torch.equal(region, whole[:, top : top + height, 5:65]), path
+    assert np.array_equal(data, np.fromfile(path, dtype=np.uint8))
+print(checksum)
+"""
+
+
+def test_rows_below_the_crop_are_not_needed_and_both_decoders_agree(photo_folder):
+    outputs = []
+    for decoder in ("simplejpeg", "torchvision"):  # each in a process of its own, since libjpeg is silenced for good
+        arguments = [sys.executable, "-c", REGIONS, str(photo_folder), decoder]
+        environment = {**os.environ, "PYTHONPATH": os.getcwd()}
+        result = subprocess.run(arguments, capture_output=True, text=True, env=environment, check=False)
+        assert result.stderr == ""
+        outputs.append(result.stdout)
+    assert outputs[0] == outputs[1] != ""
 
 
 @pytest.mark.parametrize(("size", "shrink"), [(20, 8), (50, 4), (99, 2), (100, 2), (101, 1)])

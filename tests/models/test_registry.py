@@ -23,7 +23,8 @@ def test_libraries_are_listed_by_patterns_that_name_them() -> None:
     [
         ("efficentnet-b0", "efficientnet-b0"),
         ("cifar-resnet21", "cifar-resnet20"),
-        ("resnet50", "torchvision:resnet50"),
+        ("resnet34", "torchvision:resnet34"),
+        ("resnet5O", "resnet50"),
         ("timm:resnet5O", "timm:resnet50"),
         ("torchvision:mnasnet1.0", "torchvision:mnasnet1_0"),
         ("qqqqqq", "python -m effnet_quant.models lists them"),
@@ -59,3 +60,15 @@ def test_nvidia_published_weights_of_b0_and_b4(kind: str) -> None:
         f"efficientnet-{kind}b0",
         f"efficientnet-{kind}b4",
     ]
+
+
+@pytest.mark.parametrize(
+    ("name", "parameters"),  # of the papers' networks, in millions
+    [("resnet50", 25.56), ("resnext101-32x4d", 44.18), ("se-resnext101-32x4d", 48.96)],
+)
+def test_nvidias_names_of_resnets(name: str, parameters: float) -> None:
+    entry = get_entry(name)
+    assert entry.name == name
+    assert (entry.input.image_size, entry.input.resize_size, entry.input.interpolation) == (224, 256, "bilinear")
+    assert sum(p.numel() for p in entry.shapes().parameters()) / 1e6 == pytest.approx(parameters, abs=0.005)
+    assert entry.quantized is None

@@ -45,6 +45,18 @@ def test_dry_run_of_a_quantized_model_is_quant_mains(run_script):
     assert (values["augmentation"], values["momentum"], values["calibration_method"]) == (None, 0.89, "percentile")
 
 
+@pytest.mark.parametrize(
+    ("mode", "script", "rate"),
+    [("convergence", "main", 2.048), ("qat", "quant_main", 0.001), ("calibration", "quant_main", 2.048)],
+)
+def test_the_mode_says_whether_a_resnet_is_quantized(run_script, mode, script, rate):
+    chosen = shlex.split("--model resnet50 --precision TF32 --platform DGXA100 --mode")
+    result = run_script("launch.py", *chosen, mode, "/data", "--dry-run")
+    assert result.code == 0, result.err
+    assert result.out.startswith(f"# python {script}.py ")
+    assert yaml.safe_load(result.out)["lr"] == rate
+
+
 def test_switches_that_are_off_stay_off(run_script):
     result = run_script("launch.py", *B0, "--mode", "benchmark_training", "/data", "--dry-run")
     values = yaml.safe_load(result.out)

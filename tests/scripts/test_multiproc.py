@@ -14,6 +14,8 @@ import time
 import pytest
 import torch
 
+from effnet_quant import create_model
+
 # the larger the batches, the less a value's rounding matters to BatchNorm over it
 RUN = shlex.split(
     "digits --num-classes 10 --image-size 32 --data-backend pytorch -j 0 --epochs 1 --lr 0.01 --seed 3 --dropout 0 "
@@ -82,6 +84,31 @@ def test_quant_main_in_two_processes_is_one_with_the_doubled_batch(run_process, 
     compare_with_accumulation(
         run_process, run_script, tmp_path, repository / "quant_main.py", [*arguments, *weights], 2
     )
+
+
+def test_calibration_images_are_shared_between_processes(run_process, run_script, repository, tmp_path):
+    weights = tmp_path / "float.pth"
+    torch.manual_seed(0)
+    torch.save(create_model("cifar-resnet20").state_dict(), weights)
+    calibrate = shlex.split(
+        "digits --arch cifar-resnet20 --image-size 32 --data-backend pytorch -j 0 -b 4 -p 1 --epochs 0"
+    )
+    flags = ["--training-only", "--calibration-method", "moving-average", "--calibration-images", 21]
+    flags += ["--pretrained-from-file", weights]
+    one, two = tmp_path / "one", tmp_path / "two"
+    result = run_script("quant_main.py", *calibrate, *flags, "--workspace", one)
+    assert result.code == 0, result.err
+    result = run_process(
+        "multiproc.py", *TOGETHER, repository / "quant_main.py", *calibrate, *flags, "--workspace", two, cwd=tmp_path
+    )
+    assert result.code == 0, result.err
+    assert "calibrated on 21 images" in result.out
+    (log,) = (tmp_path / "multiproc_logs").glob("*/attempt_0/1/stderr.log")
+    # 11 of 21 images are process 0's, 10 the other's, in batches of 4
+    assert ("calibrate: 3/3" in result.err, "calibrate: 3/3" in log.read_text()) == (True, True)
+    states = [torch.load(folder / "checkpoint.pth.tar", weights_only=True)["state_dict"] for folder in (one, two)]
+    for name, tensor in states[0].items():
+        torch.testing.assert_close(states[1][name], tensor, rtol=1e-6, atol=0, msg=name)
 
 
 @pytest.mark.slow

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import shlex
 
 import pytest
@@ -106,3 +107,15 @@ def test_mistakes_end_with_a_sentence(run_script, image_folder, weights, tmp_pat
     assert result.code == 2
     assert message in result.error_lines[0]
     assert not (tmp_path / "new" / "checkpoint.pth.tar").exists()
+
+
+def test_a_loss_that_is_no_number_is_reported_with_the_quantizer_that_met_it(
+    run_script, image_folder, weights, tmp_path
+):
+    start = ["--pretrained-from-file", weights, "--epochs", 1, "--training-only", "--workspace", tmp_path]
+    flags = ["--prof", 2, "-b", 3, "--lr", 1e39, "--calibration-images", 6]
+    result = run_script("quant_main.py", image_folder, *NETWORK, *start, *flags)
+    assert result.code == 2
+    (error,) = result.error_lines
+    assert re.search(r"epoch 1, batch 2 \(NaN or infinity first met in conv1\._weight_quantizer\)", error)
+    assert str(image_folder / "train") in error

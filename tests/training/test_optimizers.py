@@ -9,9 +9,9 @@ import pytest
 import torch
 from torch import nn
 
-from effnet_quant import create_model
+from effnet_quant import calibrate, create_model, quantize
 from effnet_quant.training.config import TrainConfig
-from effnet_quant.training.optimizers import build_optimizer
+from effnet_quant.training.optimizers import build_optimizer, load_optimizer_state
 
 REFERENCE = json.loads((Path(__file__).parents[1] / "reference" / "training.json").read_text())
 
@@ -97,3 +97,59 @@ def test_five_steps_of_recorded_optimizers(recorded):
         optimizer.step()
     assert conv.flatten().tolist() == pytest.approx(recorded["conv"], rel=1e-12)
     assert norm.tolist() == pytest.approx(recorded["bn"], rel=1e-12)
+
+
+@pytest.mark.parametrize("optimizer", ["sgd", "rmsprop"])
+def test_many_parameters_are_updated_at_a_time(tiny_network, optimizer):
+    (kinds,) = {(group["fused"], group["foreach"]) for group in build(tiny_network(), optimizer).param_groups}
+    assert kinds == {"sgd": (True, None), "rmsprop": (None, True)}[optimizer]
+
+
+def build(model, optimizer):
+    built = build_optimizer(model, TrainConfig(optimizer=optimizer, lr=0.1))
+    for group in built.param_groups:
+        group.setdefault("fused", None)
+    return built
+
+
+def test_ranges_that_are_switched_on_later_get_their_first_gradient_later():
+    torch.manual_seed(0)
+    model = create_model("cifar-resnet20")
+    quantize(model, "w8a8-lsq")
+    calibrate(model, [torch.randn(2, 3, 32, 32)], method="max")
+    ranges = [parameter for name, parameter in model.named_parameters() if name.endswith("_amax")]
+    optimizer = build_optimizer(model, TrainConfig())
+    assert len(optimizer.param_groups[2]["params"]) == len(ranges) > 2
+    before = [parameter.item() if parameter.numel() == 1 else None for parameter in ranges]
+    for switched_on in (1, len(ranges)):
+        for parameter in ranges[:switched_on]:
+            parameter.grad = torch.full_like(parameter, 0.25)
+        optimizer.step()
+    scalars = [index for index, value in enumerate(before) if value is not None and index > 0]
+    assert scalars
+    for index in scalars:
+        assert ranges[index].item() == pytest.approx(before[index] - 0.1 * 0.25, rel=1e-5)
+
+
+def test_a_state_of_another_memory_layout_gives_the_same_step(tiny_network):
+    """NVIDIA's checkpoints of NCHW runs are resumed with --memory-format nhwc; a fused kernel would mix the entries up."""
+    weights = {}
+    for memory_format in (torch.contiguous_format, torch.channels_last):
+        model = tiny_network().to(memory_format=memory_format)
+        optimizer = build_optimizer(model, TrainConfig(lr=0.1, weight_decay=0.0))
+        state = optimizer.state_dict()
+        of_conv = next(
+            i for i, p in enumerate(p for g in optimizer.param_groups for p in g["params"]) if p is model[0].weight
+        )
+        momentum = torch.arange(216.0).reshape(8, 3, 3, 3)
+        state["state"] = {of_conv: {"momentum_buffer": momentum.clone()}}
+        for group in state["param_groups"]:
+            del group["fused"]  # as older versions of torch write it
+        load_optimizer_state(optimizer, torch.amp.GradScaler("cpu", enabled=False), {"optimizer": state}, "nvidia")
+        assert optimizer.param_groups[0]["fused"]
+        before = model[0].weight.detach().clone()
+        model[0].weight.grad = torch.zeros_like(model[0].weight)
+        optimizer.step()
+        torch.testing.assert_close(before - model[0].weight, 0.1 * 0.9 * momentum)
+        weights[memory_format] = model[0].weight.detach()
+    assert torch.equal(*weights.values())

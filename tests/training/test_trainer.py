@@ -54,7 +54,10 @@ def test_training_is_the_plain_loop(tiny_network, make_trainer, make_loaders, pr
     norm = list(reference[1].parameters())
     others = [reference[0].weight, *reference[5].parameters()]
     optimizer = torch.optim.SGD(
-        [{"params": norm, "weight_decay": 0.0}, {"params": others, "weight_decay": 0.01}], lr=1.0, momentum=0.8
+        [{"params": norm, "weight_decay": 0.0}, {"params": others, "weight_decay": 0.01}],
+        lr=1.0,
+        momentum=0.8,
+        fused=True,  # rounds otherwise than the loop over parameters
     )
     train, _ = make_loaders()
     batches = [list(train.epoch(epoch)) for epoch in range(2)]

@@ -20,6 +20,7 @@ from effnet_quant.quantization.calibration.mse import extremes, mse_weight_range
 from effnet_quant.quantization.calibration.ranks import merge_ranks, merge_tracked_ranges, total_over_ranks
 from effnet_quant.quantization.insertion import output_quantizers, quantizers
 from effnet_quant.quantization.modules import float_weight
+from effnet_quant.quantization.passes import eager_pass
 from effnet_quant.quantization.quantizer import TensorQuantizer
 from effnet_quant.quantization.spec import TensorSpec
 
@@ -128,7 +129,6 @@ def set_ranges(
         places[name].set_range(amin, amax)
 
 
-@torch.no_grad()
 def track_outputs(model: nn.Module, batches: Iterable[Tensor], progress: Callable[[int], None] | None = None) -> None:
     """Renew the ranges of convolution outputs (OutputQuantizer) in one pass over ``batches``; other ranges stay.
 
@@ -138,24 +138,21 @@ def track_outputs(model: nn.Module, batches: Iterable[Tensor], progress: Callabl
     Raises:
         UserError: there are no images.
     """
-    modes = {module: module.training for module in model.modules()}
     trackers = list(output_quantizers(model))
     device = next(model.parameters()).device
     images = 0
     try:
-        model.eval()
         for tracker in trackers:
             tracker.start_tracking()
-        for batch in batches:
-            model(batch.to(device))
-            images += len(batch)
-            if progress is not None:
-                progress(len(batch))
+        with eager_pass(model):
+            for batch in batches:
+                model(batch.to(device))
+                images += len(batch)
+                if progress is not None:
+                    progress(len(batch))
     finally:
         for tracker in trackers:
             tracker.stop_tracking()
-        for module, training in modes.items():
-            module.training = training
     if total_over_ranks(images, device) == 0:
         raise UserError("there are no images to calibrate with.")
     merge_tracked_ranges(trackers)

@@ -1,0 +1,135 @@
+"""python -m effnet_quant.deploy.latency: how long do these engines take, in turns on this machine?"""
+
+from __future__ import annotations
+
+import importlib.metadata
+import json
+from collections.abc import Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from effnet_quant.cli.arguments import Parser
+from effnet_quant.cli.engines import usual_backend
+from effnet_quant.cli.process import run
+from effnet_quant.deploy.cpu import NOTABLE, cpu_flags
+from effnet_quant.deploy.engine import Engine, load_engine
+from effnet_quant.deploy.latency import Latency, measure_engines
+from effnet_quant.errors import UserError
+from effnet_quant.files import check_writable, replace_file
+from effnet_quant.training.machine import describe_machine
+
+BATCH_SIZES = (1, 2, 4, 8, 16, 32, 64, 128, 256)  # as in NVIDIA's tables
+_RUNTIMES = ("torch", "onnxruntime", "openvino", "tensorrt")
+_TITLES = ("engine", "backend", "precision", "batch", "img/s", "avg ms", "50 % ms", "95 % ms", "99 % ms", "speed")
+
+
+def job(arguments: Sequence[str]) -> int:
+    """Measure as the command line says; returns the exit status."""
+    parser = Parser("Time engines in turns, and print a table; the last column is the speed over the first engine's.")
+    add = parser.add_argument
+    add(
+        "engines",
+        nargs="+",
+        metavar="ENGINE",
+        help="FILE, FILE@BACKEND or FILE@BACKEND@PRECISION, e.g. int8.onnx@openvino@bf16; weights run in torch",
+    )
+    add("-b", "--batch-sizes", type=int, nargs="+", default=BATCH_SIZES, metavar="N", help="images a batch")
+    add("--device", choices=("cpu", "cuda"), help="where they run (default: each backend's usual one)")
+    add("--threads", type=int, help="of the CPU (default: each runtime's own choice)")
+    add("--image-size", type=int, help="in pixels, for engines that take any")
+    add("--seconds", type=float, default=5, help="time for each engine at each batch size, about")
+    add("--json", metavar="FILE", help="write the figures there too, in seconds")
+    parsed = parser.parse(arguments)
+    if min(parsed.batch_sizes) < 1 or parsed.seconds <= 0:
+        raise UserError("--batch-sizes and --seconds must be positive.")
+    if parsed.json:
+        check_writable(Path(parsed.json))
+    engines = [_load(text, parsed.device, parsed.threads) for text in parsed.engines]
+    machine = describe_engines_machine(parsed.threads)
+    print(f"{machine_line(machine)}\n")
+    names = [engine.path.name for engine in engines]
+    width = max(6, *(len(name) for name in names))
+    print(_line(_TITLES, width))
+    print(_line(["-" * len(title) for title in _TITLES], width), flush=True)
+    rows = []
+    for latencies in measure_engines(engines, parsed.batch_sizes, parsed.seconds, parsed.image_size):
+        for engine, latency in zip(engines, latencies, strict=True):
+            print(_line(_cells(engine, latency, latencies[0]), width), flush=True)
+            rows.append(_record(engine, latency, latencies[0]))
+    if parsed.json:
+        content = json.dumps({"machine": machine, "rows": rows}, indent=1)
+        replace_file(Path(parsed.json), content.encode())
+    return 0
+
+
+def describe_engines_machine(threads: int | None) -> dict[str, Any]:
+    """``describe_machine``, and what decides how fast engines are: threads, the CPU's number formats, versions."""
+    flags = cpu_flags()
+    return {
+        **describe_machine(),
+        "threads": threads,
+        "cpu_flags": None if flags is None else [name for name in NOTABLE if name in flags],
+        "runtimes": {name: version for name in _RUNTIMES if (version := _version(name))},
+    }
+
+
+def machine_line(machine: dict[str, Any]) -> str:
+    """What ``describe_engines_machine`` found, as a line."""
+    flags = ", ".join(machine["cpu_flags"] or ["features unknown"])
+    count = machine["threads"]
+    threads = "the runtimes' own threads" if count is None else f"{count} thread{'s' * (count != 1)}"
+    versions = ", ".join(f"{name} {version}" for name, version in machine["runtimes"].items())
+    device = "" if machine["device"] == "CPU" else f"{machine['device']}; "
+    return f"{device}{machine['processor']}, {machine['cores']} cores ({flags}), {threads}; {versions}"
+
+
+def _load(text: str, device: str | None, threads: int | None) -> Engine:
+    path, _, rest = text.partition("@")
+    backend, _, precision = rest.partition("@")
+    backend = backend or usual_backend(path)
+    return load_engine(path, backend, device=device, precision=precision or None, threads=threads)
+
+
+def _version(package: str) -> str | None:
+    try:
+        return importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+        return None
+
+
+def _cells(engine: Engine, latency: Latency, first: Latency) -> list[str]:
+    times = (latency.average, latency.p50, latency.p95, latency.p99)
+    return [
+        engine.path.name,
+        engine.backend,
+        engine.precision,
+        str(latency.batch_size),
+        f"{latency.throughput:.0f}",
+        *(f"{1e3 * seconds:.2f}" for seconds in times),
+        f"{first.p50 / latency.p50:.2f}x",
+    ]
+
+
+def _line(cells: Sequence[str], width: int) -> str:
+    """A row of a markdown table; names to the left, numbers to the right."""
+    first, backend, precision, *numbers = cells
+    padded = [f"{first:<{width}}", f"{backend:<11}", f"{precision:<11}", *(f"{cell:>8}" for cell in numbers)]
+    return f"| {' | '.join(padded)} |"
+
+
+def _record(engine: Engine, latency: Latency, first: Latency) -> dict[str, Any]:
+    return {
+        "engine": str(engine.path),
+        "backend": engine.backend,
+        "device": engine.settings.device,
+        "precision": engine.precision,
+        **asdict(latency),
+        "throughput": latency.throughput,
+        "speed_over_first": first.p50 / latency.p50,
+    }
+
+
+def main() -> None:
+    """Entry point of ``python -m effnet_quant.deploy.latency``."""
+    run(job)

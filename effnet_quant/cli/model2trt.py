@@ -1,0 +1,63 @@
+"""model2trt.py: from an ONNX file to a TensorRT plan for this machine's card."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+from effnet_quant.cli.arguments import Parser
+from effnet_quant.cli.process import run
+from effnet_quant.deploy.tensorrt.inspector import format_layers, summarize
+from effnet_quant.deploy.tensorrt.options import HARDWARE_COMPATIBILITY, BuildOptions
+from effnet_quant.deploy.tensorrt.plans import compile_engine
+
+_USUAL = BuildOptions()
+
+
+def job(arguments: Sequence[str]) -> int:
+    """Build as the command line says; returns the exit status."""
+    parser = Parser("Build a TensorRT plan from an ONNX file; the precisions are those in the file.")
+    add = parser.add_argument
+    add("onnx", metavar="ONNX", help="a file that model2onnx.py wrote with --target tensorrt")
+    add("--output", metavar="FILE", help="the plan (default: the ONNX file's name with .plan)")
+    add("--min-batch", type=int, default=_USUAL.smallest_batch, help="fewest images a run")
+    add("-b", "--batch-size", type=int, help="images a run that it is tuned for (default: 32, or what is nearest)")
+    add("--max-batch", type=int, default=_USUAL.largest_batch, help="most images a run")
+    add("--image-size", type=int, help="in pixels, where the ONNX file leaves it open")
+    add("--workspace", type=int, metavar="MIB", help="memory a layer may use (default: all that the card has)")
+    add(
+        "--timing-cache",
+        metavar="FILE",
+        help="layer timings of earlier builds, read and written (default: kept for you)",
+    )
+    add("--version-compatible", action="store_true", help="let later versions of TensorRT run it")
+    add(
+        "--hardware-compatible",
+        choices=HARDWARE_COMPATIBILITY,
+        default=_USUAL.hardware_compatible,
+        help="let other cards run it",
+    )
+    add("--layers", action="store_true", help="print the precision of every layer, not only how many there are")
+    parsed = parser.parse(arguments)
+    options = BuildOptions(
+        parsed.min_batch,
+        parsed.batch_size or min(max(_USUAL.usual_batch, parsed.min_batch), parsed.max_batch),
+        parsed.max_batch,
+        parsed.image_size,
+        parsed.workspace,
+        parsed.version_compatible,
+        parsed.hardware_compatible,
+    )
+    output = parsed.output or Path(parsed.onnx).with_suffix(".plan")
+    plan = compile_engine(parsed.onnx, output, options, timing_cache=parsed.timing_cache)
+    print(format_layers(plan.layers) if parsed.layers else summarize(plan.layers))
+    print(
+        f"{plan.path}: {plan.path.stat().st_size:,} bytes, for {plan.machine.card} and TensorRT {plan.machine.tensorrt}, "
+        f"{plan.input.smallest_batch} to {plan.input.largest_batch} images a run"
+    )
+    return 0
+
+
+def main() -> None:
+    """Entry point of the script."""
+    run(job)

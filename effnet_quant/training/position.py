@@ -1,0 +1,77 @@
+"""Where a training stands: the part of a checkpoint that is neither weights nor optimizer."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from effnet_quant.training.distributed import World
+
+
+@dataclass
+class Position:
+    """How far a training has come.
+
+    Attributes:
+        epoch: that is under way or comes next, counted from 0.
+        batch: of the epoch; not 0 only within it.
+        step: of the optimizer, since the training began.
+        best_top1: in percent, -inf before the first validation.
+        epochs_since_best: validations since then.
+    """
+
+    epoch: int = 0
+    batch: int = 0
+    step: int = 0
+    best_top1: float = -math.inf
+    epochs_since_best: int = 0
+
+    @staticmethod
+    def of(checkpoint: dict[str, Any]) -> Position:
+        """The position in a checkpoint of ours or of NVIDIA's scripts, which stand between epochs."""
+        best = checkpoint.get("best_prec1")
+        return Position(
+            epoch=int(checkpoint["epoch"]),
+            batch=int(checkpoint.get("batch", 0)),
+            step=int(checkpoint.get("step", 0)),
+            best_top1=-math.inf if best is None else float(best),
+            epochs_since_best=int(checkpoint.get("epochs_since_best", 0)),
+        )
+
+    def entries(self) -> dict[str, Any]:
+        """What ``of`` reads, under NVIDIA's names where it has any."""
+        return {
+            "epoch": self.epoch,
+            "batch": self.batch,
+            "step": self.step,
+            "best_prec1": self.best_top1,
+            "epochs_since_best": self.epochs_since_best,
+        }
+
+    def note_top1(self, top1: float) -> bool:
+        """Take a validation into account; whether it is the best so far."""
+        is_best = top1 > self.best_top1
+        self.best_top1 = max(self.best_top1, top1)
+        self.epochs_since_best = 0 if is_best else self.epochs_since_best + 1
+        return is_best
+
+
+def random_states(world: World, device: torch.device) -> dict[str, Any]:
+    """The random states of every process, by rank, as a checkpoint holds them; all processes call it."""
+    on_gpu = device.type == "cuda"
+    return {
+        "rng": world.gather(torch.get_rng_state()),
+        "cuda_rng": world.gather(torch.cuda.get_rng_state()) if on_gpu else None,
+    }
+
+
+def restore_random_state(checkpoint: dict[str, Any], world: World, device: torch.device) -> None:
+    """Go on with this process' random state, if the checkpoint is of as many processes."""
+    states = checkpoint.get("rng")
+    if isinstance(states, list) and len(states) == world.size:
+        torch.set_rng_state(states[world.rank])
+        if device.type == "cuda" and checkpoint.get("cuda_rng"):
+            torch.cuda.set_rng_state(checkpoint["cuda_rng"][world.rank])

@@ -1,0 +1,111 @@
+"""Latencies: the figures against NumPy's and the training loop's, and the command that prints them."""
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from effnet_quant import UserError, calibrate, create_model, export_onnx, load_engine, quantize
+from effnet_quant.cli import latency as command
+from effnet_quant.deploy import latency
+from effnet_quant.deploy.latency import Latency, interleaved_seconds, measure_engines, median_seconds
+from effnet_quant.models.weights import write_weights
+from effnet_quant.training.metrics import Stopwatch
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("latency")
+    torch.manual_seed(0)
+    model = create_model("cifar-resnet20").eval()
+    export_onnx(model, folder / "float.onnx", 32)
+    write_weights(folder / "float.safetensors", model.state_dict(), {"arch": "cifar-resnet20"})
+    quantize(model)
+    calibrate(model, [torch.randn(4, 3, 32, 32)], method="max")
+    export_onnx(model, folder / "int8.onnx", 32)
+    return folder
+
+
+def test_the_figures_are_those_of_the_times() -> None:
+    seconds = np.random.default_rng(0).gamma(2, 1e-3, 101).tolist()
+    figures = Latency.of(8, seconds)
+    in_order = sorted(seconds)
+    assert (figures.p50, figures.p95, figures.p99) == (in_order[50], in_order[95], in_order[99])
+    assert figures.average == pytest.approx(sum(seconds) / 101)
+    assert figures.throughput == pytest.approx(8 * 101 / sum(seconds))
+    assert figures.runs == 101
+
+
+def test_benchmark_inference_computes_the_same_figures() -> None:
+    seconds = np.random.default_rng(1).gamma(2, 1e-3, 37).tolist()
+    stopwatch = Stopwatch()
+    stopwatch._compute = seconds
+    theirs, ours = stopwatch.latencies("val"), Latency.of(1, seconds)
+    assert theirs["val.compute_latency"] == pytest.approx(ours.average)
+    assert theirs["val.compute_latency_at50"] == ours.p50
+    assert theirs["val.compute_latency_at95"] == ours.p95
+    assert theirs["val.compute_latency_at99"] == ours.p99
+
+
+def test_functions_take_turns_and_each_turn_starts_untimed() -> None:
+    calls: list[str] = []
+    times = interleaved_seconds([lambda: calls.append("a"), lambda: calls.append("b")], rounds=2, runs_a_turn=3)
+    assert "".join(calls) == "aaaabbbb" * 2
+    assert [len(own) for own in times] == [6, 6]
+    assert len(median_seconds([lambda: None], rounds=1)) == 1
+
+
+@pytest.mark.parametrize(
+    ("seconds", "slowest", "expected"),
+    [(6, 0.125, (8, 5)), (6, 1.0, (3, 2)), (5, 1e-5, (100, 5)), (2.25, 0.125, (3, 5))],
+)
+def test_slow_engines_run_less_often(seconds: float, slowest: float, expected: tuple[int, int]) -> None:
+    assert latency._rounds(seconds, slowest) == expected
+
+
+def test_engines_are_measured_at_every_batch_size(folder: Path) -> None:
+    engines = [load_engine(folder / "float.onnx", threads=1), load_engine(folder / "int8.onnx", "openvino", threads=1)]
+    measured = list(measure_engines(engines, (1, 4), seconds=0.05))
+    assert [[row.batch_size for row in rows] for rows in measured] == [[1, 1], [4, 4]]
+    assert all(0 < row.p50 <= row.p95 <= row.p99 and row.runs >= 6 for rows in measured for row in rows)
+
+
+def test_the_command_prints_a_table_and_writes_json(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    engines = ["float.onnx", "int8.onnx", "int8.onnx@openvino", "float.safetensors"]
+    arguments = [*(str(folder / name) for name in engines), "-b", "1", "2", "--threads", "1", "--seconds", "0.02"]
+    assert command.job([*arguments, "--json", str(folder / "latency.json")]) == 0
+    out = capsys.readouterr().out
+    lines = [[cell.strip() for cell in line.strip("|").split("|")] for line in out.splitlines() if line.startswith("|")]
+    titles, rule, *rows = lines
+    assert titles[:4] == ["engine", "backend", "precision", "batch"]
+    assert set("".join(rule)) == {"-"}
+    assert [row[1:4] for row in rows[:4]] == [
+        ["onnxruntime", "fp32", "1"],
+        ["onnxruntime", "int8 + fp32", "1"],
+        ["openvino", "int8 + fp32", "1"],
+        ["torch", "fp32", "1"],
+    ]
+    assert len(rows) == 8
+    assert rows[0][-1] == rows[4][-1] == "1.00x"
+    assert ", 1 thread;" in out
+    assert f"onnxruntime {__import__('onnxruntime').__version__}" in out
+    stored = json.loads((folder / "latency.json").read_text())
+    assert stored["machine"]["threads"] == 1
+    assert stored["machine"]["processor"]
+    for row, entry in zip(rows, stored["rows"], strict=True):
+        assert float(row[5]) == pytest.approx(1e3 * entry["average"], abs=0.006)
+        assert float(row[4]) == pytest.approx(entry["batch_size"] / entry["average"], abs=0.51)
+
+
+def test_what_can_not_be_measured_is_said(folder: Path, tmp_path: Path) -> None:
+    file = str(folder / "float.onnx")
+    with pytest.raises(UserError, match="must be positive"):
+        command.job([file, "-b", "0"])
+    with pytest.raises(UserError, match="no backend 'tpu'"):
+        command.job([f"{file}@tpu"])
+    with pytest.raises(UserError, match="does not compute in 'fp8'"):
+        command.job([f"{file}@openvino@fp8"])
+    with pytest.raises(UserError, match="no folder"):
+        command.job([file, "--json", str(tmp_path / "missing" / "latency.json")])
