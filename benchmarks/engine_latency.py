@@ -51,7 +51,7 @@ Images = NDArray[np.float32]
 Run = Callable[[Images], Any]
 NETWORKS = ("timm:efficientnet_b0", "timm:resnet50", "timm:mobilenetv2_100")
 BASE = "ORT FP32 (ms)"
-CALIBRATION_IMAGES = 16
+CALIBRATION_IMAGES = 8
 # (rounds, timed runs in each) by batch size: what a column's 2 % need, in a few minutes altogether
 SCHEDULE = {1: (12, 8)}
 LARGE_BATCH_SCHEDULE = (3, 2)
