@@ -24,7 +24,8 @@ def cpu_has_exact_int8() -> bool:
     """Whether this CPU multiplies 8-bit integers into 32-bit sums in one instruction (VNNI, AMX).
 
     Without it, OpenVINO's integer kernels add pairs of products in 16 bits, which saturates and changes results (a top-1
-    of 99.4 % fell to 96.7 % on the digits); ``load_engine`` then has it compute the same quantized values in float.
+    of 99.4 % fell to 96.7 % on the digits); ``load_engine`` then has it compute the same quantized values in float, unless
+    the weights have 7 bits.
     Where the CPU's features can't be read, they are taken to be there.
     """
     flags = cpu_flags()

@@ -130,6 +130,8 @@ _INT4_WEIGHT = TensorSpec(bits=4, axis=0)
 _FIXED = {
     "w8a8": QuantSpec(),
     "w8a8-affine": QuantSpec(activation=TensorSpec(bits=8, symmetric=False, signed=False)),
+    # two products of uint8 and 7 bits fit into 16: what fast kernels of CPUs without VNNI add
+    "w7a8": QuantSpec(weight=TensorSpec(bits=7, axis=0)),
     "w8a16": QuantSpec(activation=TensorSpec(bits=16)),
     "w4a8": QuantSpec(weight=_INT4_WEIGHT),
     # 16 values are too few to leave half of them unused behind a ReLU: affine

@@ -9,11 +9,14 @@ import onnx
 import pytest
 import torch
 from onnx import TensorProto, helper, numpy_helper
+from torch import nn
 
 from effnet_quant import UserError, calibrate, create_model, export_onnx, load_engine, quantize
 from effnet_quant.deploy import cpu
 from effnet_quant.deploy.backends import BACKENDS, get_backend, openvino
 from effnet_quant.deploy.backends.compiled import run_in_batches
+from effnet_quant.deploy.backends.onnx_file import read_onnx
+from effnet_quant.deploy.options import ExportOptions
 from effnet_quant.models.weights import write_weights
 from effnet_quant.quantization.insertion import simulate_target
 
@@ -193,3 +196,21 @@ def test_torch_and_onnxruntime_on_a_card(path: Path, model: torch.nn.Module) -> 
     images = torch.randn(3, 3, 32, 32)
     got = load_engine(path, device="cuda")(images.numpy())
     np.testing.assert_allclose(got, model(images).numpy(), rtol=1e-2, atol=1e-2)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("backend", ONNX_BACKENDS)
+@pytest.mark.parametrize("spec", ["w7a8", "w8a8"])
+def test_sums_of_the_largest_products_do_not_saturate(backend: str, spec: str, tmp_path: Path) -> None:
+    """On CPUs without VNNI fast kernels add two products in 16 bits; all of these are the largest there are."""
+    model = nn.Sequential(nn.Conv2d(16, 32, 3), nn.ReLU(), nn.Conv2d(32, 8, 3), nn.Flatten(), nn.Linear(8, 4)).eval()
+    for parameter in model.parameters():
+        parameter.fill_(1 / 16)
+    images = torch.ones(4, 16, 5, 5)
+    calibrate(quantize(model, spec, target=backend), [images], method="max")
+    export_onnx(model, tmp_path / "model.onnx", 5, target=backend)
+    assert read_onnx(tmp_path / "model.onnx").fits_16_bits == (spec == "w7a8")
+    logits = load_engine(tmp_path / "model.onnx", backend)(images.numpy())
+    np.testing.assert_allclose(logits, model(images).numpy(), rtol=1e-4)
+    export_onnx(model, tmp_path / "floats.onnx", 5, target=backend, options=ExportOptions(float_weights=True))
+    assert not read_onnx(tmp_path / "floats.onnx").fits_16_bits

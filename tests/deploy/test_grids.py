@@ -38,6 +38,7 @@ def network(spec: str | QuantSpec) -> nn.Module:
     "spec",
     [
         "w8a8-affine",
+        "w7a8",
         "w4a8",
         "w4a4",
         QuantSpec(weight=TensorSpec(), activation=TensorSpec(signed=False)),

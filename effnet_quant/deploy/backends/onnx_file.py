@@ -30,6 +30,8 @@ class OnnxFile:
         metadata: what ``export_onnx`` stored in it; empty for files of other tools.
         quantized: whether it has QuantizeLinear and DequantizeLinear nodes.
         half: whether it has constants in float16.
+        fits_16_bits: whether all its weights are stored as integers of 7 bits or fewer, so that two products with 8-bit
+            activations add up in 16 bits without saturation.
     """
 
     input: ImageInput
@@ -37,6 +39,7 @@ class OnnxFile:
     metadata: dict[str, Any]
     quantized: bool
     half: bool
+    fits_16_bits: bool
 
     def precision(self, floats: str) -> str:
         """What an engine computes in whose runtime computes float32 as ``floats``."""
@@ -61,6 +64,7 @@ def read_onnx(path: str | Path) -> OnnxFile:
             read_metadata(model),
             quantized=any(node.op_type == "DequantizeLinear" for node in model.graph.node),
             half=any(entry.data_type == onnx.TensorProto.FLOAT16 for entry in model.graph.initializer),
+            fits_16_bits=_fits_16_bits(model),
         )
     except (ValueError, IndexError, KeyError, TypeError, OSError) as error:
         raise _damaged(path) from error
@@ -74,6 +78,16 @@ def read_metadata(model: onnx.ModelProto) -> dict[str, Any]:
     """What ``export_onnx`` stored in a model; empty for models of other tools."""
     properties = {entry.key: entry.value for entry in model.metadata_props}
     return dict(json.loads(properties.get(METADATA_KEY, "{}")))
+
+
+def _fits_16_bits(model: onnx.ModelProto) -> bool:
+    weights = [
+        onnx.numpy_helper.to_array(entry)
+        for entry in model.graph.initializer
+        if entry.data_type == onnx.TensorProto.INT8 and len(entry.dims) > 1
+    ]
+    # 2 * 255 * 64 = 32,640
+    return bool(weights) and all(values.min() >= -64 and values.max() <= 64 for values in weights)
 
 
 def _image_input(model: onnx.ModelProto) -> ImageInput:

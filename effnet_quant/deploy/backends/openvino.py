@@ -34,7 +34,7 @@ def compile_file(path: Path, settings: Settings) -> Compiled:
         raise UserError("this CPU does not compute in bfloat16 (AVX512-BF16, AMX); take the precision fp32.")
     # without this, what the plugin leaves in floating point would become bfloat16 on CPUs with AMX, unasked
     properties: dict[str, Any] = {"INFERENCE_PRECISION_HINT": "bf16" if settings.precision == "bf16" else "f32"}
-    if not cpu_has_exact_int8():
+    if not (cpu_has_exact_int8() or file.fits_16_bits):
         properties["LP_TRANSFORMS_MODE"] = "NO"
     if settings.threads is not None:
         properties["INFERENCE_NUM_THREADS"] = settings.threads
