@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import math
+import re
+from collections import defaultdict
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
-import numpy as np
 import onnx
 import torch
 from torch import Tensor, nn
@@ -15,22 +17,26 @@ from effnet_quant.errors import UserError
 from effnet_quant.quantization.insertion import quantizers
 from effnet_quant.quantization.qat import float_teacher
 
-_MARK = "_quantizer/DequantizeLinear"
+_MARK = re.compile(r"(.+)/DequantizeLinear(?:_(\d+))?")
+_LOGITS = "logits"
 # A ratio this high is float rounding; below it, a layer counts as departing from the simulation.
 FAITHFUL_DB = 30.0
 
 
 @dataclass(frozen=True)
 class LayerRow:
-    """One quantized value, named by its quantizer; ratios are signal-to-quantization-noise in decibels, inf if equal.
+    """One quantized value; ratios are signal-to-quantization-noise in decibels, inf if equal.
 
     Attributes:
-        name: the quantizer.
+        name: the quantizer, with the number of its use where several values share its range; at last "logits".
+        by_itself: how near the engine is to a simulation that gets the engine's values behind all earlier quantizers, so
+            that differences of earlier layers, which a network may amplify, are left out.
         engine_to_simulation: how near the engine is to the simulation.
         simulation_to_float: how near the simulation is to the float network.
     """
 
     name: str
+    by_itself: float
     engine_to_simulation: float
     simulation_to_float: float
 
@@ -39,8 +45,8 @@ class LayerRow:
 def compare_layers(
     path: str | Path, simulation: nn.Module, images: Tensor, pixels: Tensor | None = None
 ) -> list[LayerRow]:
-    """The values behind every activation quantizer that the file has, in the file's order; ``images`` is (N, C, H, W),
-    normalised, and ``pixels`` the same as uint8, for a file that normalises them itself.
+    """The values behind every activation quantizer that the file has, in the file's order, and the logits; ``images`` is
+    (N, C, H, W), normalised, and ``pixels`` the same as uint8, for a file that normalises them itself.
 
     ONNX Runtime computes the file with these values as further outputs; the simulation must be the one it was exported
     from, in eval mode on the CPU.
@@ -54,11 +60,12 @@ def compare_layers(
         raise UserError("the table of layers needs ONNX Runtime; pip install onnxruntime.") from error
     proto = onnx.load(path)
     known = dict(quantizers(simulation))
-    wanted = {
-        node.output[0]: node.name.removesuffix("/DequantizeLinear")
-        for node in proto.graph.node
-        if node.name.endswith(_MARK) and node.name.removesuffix("/DequantizeLinear") in known
-    }
+    uses: dict[str, list[tuple[int, str]]] = defaultdict(list)
+    for node in proto.graph.node:
+        mark = _MARK.fullmatch(node.name)
+        if mark and mark[1] in known:
+            uses[mark[1]].append((int(mark[2] or 0), node.output[0]))
+    wanted = [output for name in uses for _, output in sorted(uses[name])]
     if not wanted:
         raise UserError(f"{path} has no quantized layers of this model to compare; was it exported from another one?")
     for name in wanted:
@@ -72,27 +79,39 @@ def compare_layers(
     session = onnxruntime.InferenceSession(proto.SerializeToString(), options, providers=["CPUExecutionProvider"])
     entry = session.get_inputs()[0]
     fed = pixels if pixels is not None and entry.type == "tensor(uint8)" else images
-    values = session.run(list(wanted), {entry.name: fed.numpy()})
+    wanted.append(session.get_outputs()[0].name)
+    computed = session.run(wanted, {entry.name: fed.numpy()})
+    values = dict(zip(wanted, map(torch.from_numpy, computed), strict=True))
     simulated = _behind_quantizers(simulation, images)
     in_float = _behind_quantizers(float_teacher(simulation), images)
-    for name, value in zip(wanted.values(), values, strict=True):
-        if value.shape != tuple(simulated[name].shape):
+    engine = {name: [values[output] for _, output in sorted(uses[name])] for name in uses}
+    engine[_LOGITS] = [values[wanted[-1]]]
+    # a value that two quantizers with one range round is written once in the file: which use is which, it does not say
+    engine = {name: own for name, own in engine.items() if len(own) == len(simulated[name])}
+    for name, own in engine.items():
+        if [value.shape for value in own] != [value.shape for value in simulated[name]]:
             raise UserError(f"{path} has another shape than the model at {name}; was it exported from another one?")
+    continued = _behind_quantizers(simulation, images, engine)
     return [
         LayerRow(
-            name,
-            _ratio(simulated[name], torch.from_numpy(np.asarray(value))),
-            _ratio(in_float[name], simulated[name]),
+            name if len(engine[name]) == 1 else f"{name} (use {use + 1})",
+            _ratio(continued[name][use], value),
+            _ratio(simulated[name][use], value),
+            _ratio(in_float[name][use], simulated[name][use]),
         )
-        for name, value in zip(wanted.values(), values, strict=True)
+        for name in engine
+        for use, value in enumerate(engine[name])
     ]
 
 
 def format_layers(rows: list[LayerRow]) -> str:
     """The table as text; ends with the first layer that departs from the simulation, if one does."""
-    lines = [f"{'values behind':<50} {'engine/simulation':>18} {'simulation/float':>17}"]
-    lines += [f"{row.name:<50} {row.engine_to_simulation:15.1f} dB {row.simulation_to_float:14.1f} dB" for row in rows]
-    departing = next((row for row in rows if row.engine_to_simulation < FAITHFUL_DB), None)
+    lines = [f"{'values behind':<50} {'engine/simulation':>18} {'of this layer':>14} {'simulation/float':>17}"]
+    lines += [
+        f"{row.name:<50} {row.engine_to_simulation:15.1f} dB {row.by_itself:11.1f} dB {row.simulation_to_float:14.1f} dB"
+        for row in rows
+    ]
+    departing = next((row for row in rows if row.by_itself < FAITHFUL_DB), None)
     if departing is None:
         lines.append(f"no layer departs from the simulation (all at {FAITHFUL_DB:.0f} dB or more)")
     else:
@@ -100,17 +119,25 @@ def format_layers(rows: list[LayerRow]) -> str:
     return "\n".join(lines)
 
 
-def _behind_quantizers(model: nn.Module, images: Tensor) -> dict[str, Tensor]:
-    seen: dict[str, Tensor] = {}
+def _behind_quantizers(
+    model: nn.Module, images: Tensor, given: Mapping[str, list[Tensor]] | None = None
+) -> dict[str, list[Tensor]]:
+    """What comes out of every quantizer, use by use, and the logits; the model goes on with the ``given`` values."""
+    seen: dict[str, list[Tensor]] = defaultdict(list)
+
+    def hook(name: str, output: Tensor) -> Tensor:
+        seen[name].append(output.clone())
+        return given[name][len(seen[name]) - 1] if given and name in given else output
+
     hooks = [
-        quantizer.register_forward_hook(lambda _, args, output, name=name: seen.__setitem__(name, output.clone()))
+        quantizer.register_forward_hook(lambda _, args, output, name=name: hook(name, output))
         for name, quantizer in quantizers(model)
     ]
     try:
-        model(images)
+        seen[_LOGITS] = [model(images)]
     finally:
-        for hook in hooks:
-            hook.remove()
+        for handle in hooks:
+            handle.remove()
     return seen
 
 

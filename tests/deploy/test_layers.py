@@ -30,9 +30,10 @@ def path(model: torch.nn.Module, tmp_path: Path) -> Path:
 def test_a_faithful_engine_departs_nowhere(model: torch.nn.Module, path: Path) -> None:
     rows = compare_layers(path, model, IMAGES)
     activations = [name for name, _ in quantizers(model) if not name.endswith("_weight_quantizer")]
-    assert {row.name for row in rows} <= set(activations)
+    assert {row.name for row in rows} <= {*activations, "logits"}
     assert len(rows) >= 21  # one a convolution and the classifier
     assert min(row.engine_to_simulation for row in rows) > 40
+    assert min(row.by_itself for row in rows) > 50
     assert all(5 < row.simulation_to_float < 60 for row in rows)
     assert format_layers(rows).splitlines()[-1].startswith("no layer departs")
 
