@@ -76,6 +76,7 @@ def _modelopt(images: torch.Tensor) -> nn.Module | None:
     try:
         import modelopt.torch.quantization as mtq
     except ImportError:
+        print("nvidia-modelopt is not installed, so it is left out: pip install nvidia-modelopt requests", flush=True)
         return None
     return mtq.quantize(create_model("efficientnet-b0"), mtq.INT8_DEFAULT_CFG, lambda model: model(images))
 

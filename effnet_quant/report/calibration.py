@@ -36,9 +36,12 @@ def write_calibration_page(ranges: Sequence[dict[str, Any]], path: Path) -> None
             starts = [entry[part][0] for entry in ranges]
             widths = [entry[part][1] - entry[part][0] for entry in ranges]
             extents.barh(rows, widths, height, starts, color=colour, label=part)
-        extents.set_xscale("symlog", linthresh=0.1)
-        extents.legend(loc="lower right")
-        extents.set_title("range")
+        reach = [max(map(abs, entry["chosen"])) for entry in ranges]
+        extents.set_xscale("symlog", linthresh=max(min(reach), 1e-3 * max(reach)) or 1.0)
+        extents.set_title("range", loc="left")
+        extents.legend(
+            loc="lower right", bbox_to_anchor=(1, 1), ncols=2, frameon=False
+        )  # beside the title, over no row
         clipped.barh(rows, [100 * (entry["clipped"] or 0) for entry in ranges], color="#b5543c")
         clipped.set_title("clipped, %")
         noise.barh(rows, [entry["sqnr"] or 0 for entry in ranges], color="#5b8c5a")

@@ -310,6 +310,24 @@ def test_a_pointwise_convolution_of_single_pixels_trains_as_what_it_is(bias: boo
         torch.testing.assert_close(trained, evaluated, rtol=1e-5, atol=1e-6)
 
 
+def test_passes_that_observe_a_compiled_model_compile_nothing() -> None:
+    graphs = []
+
+    def backend(module: torch.fx.GraphModule, inputs: list[torch.Tensor]) -> object:
+        graphs.append(module)
+        return module.forward
+
+    torch.manual_seed(0)
+    model = quantize(float_network())
+    model.compile(backend=backend)
+    calibrate(model, images(8).split(4), "mse")
+    reestimate_batch_norm(model, [images(4)])
+    assert find_not_finite(model, images(2)) is None
+    assert not graphs
+    model(images(2))
+    assert len(graphs) == 1
+
+
 def test_the_first_place_that_meets_nan_is_named() -> None:
     model = network()
     assert find_not_finite(model, images(2)) is None
