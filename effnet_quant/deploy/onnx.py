@@ -19,7 +19,7 @@ from effnet_quant.deploy.operation import Operation, shape_of
 from effnet_quant.deploy.operators import IDENTITIES, OPERATION_KINDS, OPERATIONS
 from effnet_quant.deploy.ranges import NeededRanges
 from effnet_quant.deploy.rounding import round_before_activations
-from effnet_quant.deploy.tracing import FAKE_QUANTIZE, QUANTIZE_OUTPUT, TracedModel, module_path, trace
+from effnet_quant.deploy.tracing import FAKE_QUANTIZE, QUANTIZE_OUTPUT, TracedModel, image_channels, module_path, trace
 from effnet_quant.errors import UserError
 from effnet_quant.files import replace_file
 from effnet_quant.models.weights import METADATA_KEY
@@ -66,7 +66,7 @@ def export_onnx(
     metadata: dict[str, Any] | None = None,
 ) -> None:
     """Write ``model`` as ONNX (opset 17): "input" (batch, C, image_size, image_size) float32 -> "logits", any batch.
-    C is what the first convolution takes.
+    C is what the model takes.
 
     BatchNorm is folded into the convolutions. A quantized model gets int8 weights and QDQ nodes where ``target`` wants
     them; its ranges serve every target. For ONNX Runtime, outputs of convolutions are quantized too, so that they run as
@@ -91,7 +91,7 @@ def build_onnx(
     model: nn.Module, image_size: int, *, target: str = "onnxruntime", metadata: dict[str, Any] | None = None
 ) -> onnx.ModelProto:
     """The model that ``export_onnx`` writes, checked by ``onnx.checker``."""
-    channels = next((module.in_channels for module in model.modules() if isinstance(module, nn.Conv2d)), 3)
+    channels = image_channels(model, image_size)
     exporter = _Exporter(trace(model, image_size, channels), GraphWriter(get_target(target)))
     proto = exporter.run((channels, image_size, image_size))
     proto.producer_name = "effnet_quant"
@@ -225,6 +225,11 @@ class _Exporter:
         bias_node = node.args[2] if len(node.args) > 2 else None
         bias = None if bias_node is None else self._constant(bias_node).float().numpy()
         assert isinstance(weight_node, fx.Node)
+        if weight_node not in self.traced.constants and weight_node.target is not FAKE_QUANTIZE:
+            raise UserError(
+                f"{module_path(node) or 'the model'}: a convolution whose weights are computed from the image "
+                "(a conditional convolution) can't be exported; choose a network with fixed weights."
+            )
         if weight_node.target is not FAKE_QUANTIZE:
             return _Layer(self._constant(weight_node).float().numpy(), bias, None)
         weight, scale = self._constant(weight_node.args[0]).float(), self._constant(weight_node.args[1]).float()

@@ -182,6 +182,15 @@ def pixel_shuffle(op: Operation) -> str:
     return op.emit("DepthToSpace", op.x, blocksize=op["upscale_factor"], mode="CRD")
 
 
+def pixel_unshuffle(op: Operation) -> str:
+    """Pixels to channels: (C, H * r, W * r) -> (C * r * r, H, W). SpaceToDepth lists the channels in another order."""
+    factor = op["downscale_factor"]
+    channels, height, width = (int(size) for size in shape_of(op.node.args[0])[1:])
+    blocks = op.integers("blocks", [-1, channels, height // factor, factor, width // factor, factor])
+    moved = op.emit("Transpose", op.emit("Reshape", op.x, blocks), perm=[0, 1, 3, 5, 2, 4])
+    return op.emit("Reshape", moved, op.integers("shape", [-1, *(int(size) for size in shape_of(op.node)[1:])]))
+
+
 def resize(mode: str) -> Emit:
     """Nearest or bilinear interpolation to the traced size."""
 
