@@ -299,6 +299,8 @@ OPERATIONS: dict[Any, Emit] = {
     aten.cat.default: shapes.concat,
     aten.slice.Tensor: shapes.slice_,
     aten.select.int: shapes.select,
+    aten.index.Tensor: shapes.index,
+    aten.index_select.default: lambda op: op.emit("Gather", op.x, op.tensor(op["index"]), axis=op["dim"]),
     aten.chunk.default: shapes.split,
     aten.split.Tensor: shapes.split,
     aten.split_with_sizes.default: shapes.split,

@@ -160,6 +160,15 @@ def _gather(op: Operation, index: int, axis: int) -> str:
     return op.emit("Gather", op.x, op.writer.constant(f"{op.path}.index", np.array(index, np.int64)), axis=axis)
 
 
+def index(op: Operation) -> str:
+    """A list of positions in one dimension, which are numbers of the model."""
+    chosen = [(axis, positions) for axis, positions in enumerate(op["indices"]) if positions is not None]
+    if len(chosen) != 1 or rank(chosen[0][1]) != 1 or chosen[0][1].meta["val"].dtype == torch.bool:
+        raise op.refuse("by anything but positions in one dimension can't be exported")
+    axis, positions = chosen[0]
+    return op.emit("Gather", op.x, op.tensor(positions), axis=axis)
+
+
 def roll(op: Operation) -> str:
     """Shift along dimensions, what leaves at the end comes back at the beginning."""
     x = op.x

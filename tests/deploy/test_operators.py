@@ -56,6 +56,7 @@ OPERATIONS: dict[str, Callable[..., Tensor] | nn.Module] = {
     "repeat": lambda x: x.repeat(1, 2, 1, 3),
     "stack": lambda x: torch.stack([x, x * 2], dim=2),
     "unbind": lambda x: x.unbind(1)[2] - x.unbind(1)[0],
+    "positions": lambda x: x[:, torch.tensor([2, 0, 3])].index_select(2, torch.tensor([5, 1])),
     "roll": lambda x: torch.roll(x, (3, -2), (2, 3)),
     "pixel shuffle": nn.PixelShuffle(2),
     "pixel unshuffle": nn.PixelUnshuffle(2),
