@@ -63,6 +63,7 @@ setup(
             "types-pyyaml",
             "types-tqdm",
             *timm,
+            "tritonclient>=2.50",  # carries the schema of Triton's configurations
         ],
     },
 )

@@ -10,18 +10,15 @@ from __future__ import annotations
 
 import argparse
 import copy
-from collections.abc import Callable
 
 import torch
-from torch import nn
-from torch.nn import functional as F
+from steps import inference_step, random_batch, training_step
 
 from effnet_quant import create_model
 from effnet_quant.deploy.latency import median_seconds
 
 NAMES = ("efficientnet-b0", "timm:efficientnet_b0")
 ROUNDS = 12
-Step = Callable[[], object]
 
 
 def main() -> None:
@@ -33,9 +30,7 @@ def main() -> None:
     arguments = parser.parse_args()
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     torch.manual_seed(0)
-    shape = (arguments.batch_size, 3, arguments.image_size, arguments.image_size)
-    images = torch.randn(shape, device=device).contiguous(memory_format=torch.channels_last)
-    labels = torch.randint(0, 1000, (arguments.batch_size,), device=device)
+    images, labels = random_batch(arguments.batch_size, arguments.image_size, device)
     print(
         f"batch {arguments.batch_size}, {arguments.image_size} px, {device}, {torch.get_num_threads()} threads, "
         f"torch {torch.__version__}"
@@ -48,40 +43,14 @@ def main() -> None:
             models = [torch.compile(model, fullgraph=True) for model in models]
             evaluated = [torch.compile(model, fullgraph=True) for model in evaluated]
         steps = {
-            "inference": [_inference_step(model, images) for model in evaluated],
-            "training": [_training_step(model, images, labels) for model in models],
+            "inference": [inference_step(model, images) for model in evaluated],
+            "training": [training_step(model, images, labels) for model in models],
         }
         for name, pair in steps.items():
             for step in pair * 3:  # compilation, and the choice of convolution algorithms
                 step()
             ours, timms = median_seconds(pair, ROUNDS)
             print(f"{mode:8}  {name:9}  {ours:18.4f}  {timms:22.4f}  {ours / timms:6.3f}", flush=True)
-
-
-def _training_step(model: nn.Module, images: torch.Tensor, labels: torch.Tensor) -> Step:
-    optimizer = torch.optim.SGD(model.parameters(), lr=1e-3, momentum=0.9)
-
-    def step() -> None:
-        F.cross_entropy(model(images), labels).backward()
-        optimizer.step()
-        optimizer.zero_grad(set_to_none=True)
-        _wait(images.device)
-
-    return step
-
-
-def _inference_step(model: nn.Module, images: torch.Tensor) -> Step:
-    def step() -> None:
-        with torch.no_grad():
-            model(images)
-        _wait(images.device)
-
-    return step
-
-
-def _wait(device: torch.device) -> None:
-    if device.type == "cuda":
-        torch.cuda.synchronize()
 
 
 if __name__ == "__main__":

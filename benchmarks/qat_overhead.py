@@ -11,17 +11,14 @@ from __future__ import annotations
 
 import argparse
 import copy
-import statistics
 import time
-from collections.abc import Callable
 
 import torch
+from steps import Step, inference_step, random_batch, training_step
 from torch import nn
-from torch.nn import functional as F
 
 from effnet_quant import calibrate, create_model
-
-Step = Callable[[], object]
+from effnet_quant.deploy.latency import median_seconds
 
 
 def main() -> None:
@@ -29,14 +26,12 @@ def main() -> None:
     parser = argparse.ArgumentParser(description="QAT against float: seconds a step, eager and compiled.")
     parser.add_argument("--batch-size", "-b", type=int, default=32)
     parser.add_argument("--image-size", type=int, default=128)
-    parser.add_argument("--rounds", type=int, default=9, help="interleaved rounds")
+    parser.add_argument("--rounds", type=int, default=3, help="interleaved rounds, of five steps each")
     parser.add_argument("--eager-only", action="store_true", help="skip compilation, which takes minutes")
     arguments = parser.parse_args()
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     torch.manual_seed(0)
-    shape = (arguments.batch_size, 3, arguments.image_size, arguments.image_size)
-    images = torch.randn(shape, device=device).contiguous(memory_format=torch.channels_last)
-    labels = torch.randint(0, 1000, (arguments.batch_size,), device=device)
+    images, labels = random_batch(arguments.batch_size, arguments.image_size, device)
 
     models = {"float": create_model("efficientnet-b0"), "quantized": create_model("efficientnet-quant-b0")}
     calibrate(models["quantized"], [images.cpu()], method="max")
@@ -52,9 +47,14 @@ def main() -> None:
                 fullgraph = name != "modelopt"  # its data-dependent branches break the graph
                 trained = torch.compile(trained, fullgraph=fullgraph)
                 evaluated = torch.compile(evaluated, fullgraph=fullgraph)
-            steps[name, mode, "training"] = _training_step(trained, images, labels)
-            steps[name, mode, "inference"] = _inference_step(evaluated, images)
-    seconds = _interleaved_medians(steps, arguments.rounds, device)
+            steps[name, mode, "training"] = training_step(trained, images, labels)
+            steps[name, mode, "inference"] = inference_step(evaluated, images)
+    for key, step in steps.items():
+        start = time.perf_counter()
+        for _ in range(3):  # compilation, and the choice of convolution algorithms
+            step()
+        print(f"warm-up {' '.join(key)}: {time.perf_counter() - start:.1f} s", flush=True)
+    seconds = dict(zip(steps, median_seconds(list(steps.values()), arguments.rounds), strict=True))
 
     print(
         f"efficientnet-b0, batch {arguments.batch_size}, {arguments.image_size} px, {device}, torch {torch.__version__}"
@@ -69,44 +69,6 @@ def main() -> None:
                 if name != "float"
             ]
             print(f"{mode:10}  {phase:9}  {base:8.4f}  " + "  ".join(f"{cell:>16}" for cell in cells))
-
-
-def _training_step(model: nn.Module, images: torch.Tensor, labels: torch.Tensor) -> Step:
-    optimizer = torch.optim.SGD(model.parameters(), lr=1e-3, momentum=0.9)
-
-    def step() -> None:
-        F.cross_entropy(model(images), labels).backward()
-        optimizer.step()
-        optimizer.zero_grad(set_to_none=True)
-
-    return step
-
-
-def _inference_step(model: nn.Module, images: torch.Tensor) -> Step:
-    def step() -> torch.Tensor:
-        with torch.no_grad():
-            return model(images)
-
-    return step
-
-
-def _interleaved_medians(
-    steps: dict[tuple[str, str, str], Step], rounds: int, device: torch.device
-) -> dict[tuple[str, str, str], float]:
-    for key, step in steps.items():
-        start = time.perf_counter()
-        for _ in range(3):
-            step()
-        print(f"warm-up {' '.join(key)}: {time.perf_counter() - start:.1f} s", flush=True)
-    times: dict[tuple[str, str, str], list[float]] = {key: [] for key in steps}
-    for _ in range(rounds):
-        for key, step in steps.items():
-            start = time.perf_counter()
-            step()
-            if device.type == "cuda":
-                torch.cuda.synchronize()
-            times[key].append(time.perf_counter() - start)
-    return {key: statistics.median(values) for key, values in times.items()}
 
 
 def _modelopt(images: torch.Tensor) -> nn.Module | None:

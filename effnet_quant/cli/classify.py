@@ -13,7 +13,7 @@ from torch import Tensor
 
 from effnet_quant.cli.arguments import Parser, add_model_arguments
 from effnet_quant.cli.engines import add_engine_arguments, chosen_engine, is_engine
-from effnet_quant.cli.inference import load_model
+from effnet_quant.cli.inference import load_model, run_engine
 from effnet_quant.cli.process import run
 from effnet_quant.cli.quantization import add_spec_arguments
 from effnet_quant.data.named import expand, read_named
@@ -48,8 +48,7 @@ def job(arguments: Sequence[str]) -> int:
     names = expand(parsed.image)
     # the only image is read before the model is built: a mistake shows at once
     ready = {names[0]: read_named(names[0])} if len(names) == 1 else {}
-    predict, metadata = _classifier(parsed)
-    preprocessing = _preprocessing(metadata)
+    predict, metadata, preprocessing = _classifier(parsed)
     transform = evaluation_transform(preprocessing)
     unreadable = 0
     for start in range(0, len(names), parsed.batch_size):
@@ -62,31 +61,33 @@ def job(arguments: Sequence[str]) -> int:
                 unreadable += 1
         if images:
             with torch.no_grad():
-                probabilities = predict(normalize(torch.stack(list(images.values())), preprocessing)).softmax(1)
+                probabilities = predict(torch.stack(list(images.values()))).softmax(1)
             for name, row in zip(images, probabilities, strict=True):
                 _print_top(name, row, metadata.get("classes"), parsed.topk, as_json=parsed.json)
     return 2 if unreadable else 0
 
 
-def _classifier(parsed: argparse.Namespace) -> tuple[Predict, dict[str, Any]]:
-    """What maps normalised images (N, 3, H, W) to logits, and what its weights say of themselves."""
+def _classifier(parsed: argparse.Namespace) -> tuple[Predict, dict[str, Any], Preprocessing]:
+    """What maps uint8 images (N, 3, H, W) to logits, what its weights say of themselves, and how images are prepared."""
     if is_engine(parsed.pretrained_from_file or ""):
         engine = chosen_engine(parsed.pretrained_from_file, parsed)
-        return (lambda images: torch.from_numpy(engine(images.numpy()))), engine.metadata
+        preprocessing = _preprocessing(engine.metadata)
+        return (lambda pixels: run_engine(engine, pixels, preprocessing)), engine.metadata, preprocessing
     if parsed.backend not in (None, "torch"):
         raise UserError(f"{parsed.backend} takes no weights; export them with model2onnx.py, or leave --backend out.")
     if parsed.device == "cuda" and not torch.cuda.is_available():
         raise UserError("PyTorch finds no CUDA card; leave --device out.")
     model, metadata = load_model(parsed)
+    preprocessing = _preprocessing(metadata)
     device = torch.device(parsed.device or ("cuda" if torch.cuda.is_available() else "cpu"))
     model.to(device)
     dtype = torch.float16 if device.type == "cuda" else torch.bfloat16
 
-    def predict(images: Tensor) -> Tensor:
+    def predict(pixels: Tensor) -> Tensor:
         with torch.autocast(device.type, dtype=dtype, enabled=parsed.precision == "AMP"):
-            return model(images.to(device)).float().cpu()
+            return model(normalize(pixels.to(device), preprocessing)).float().cpu()
 
-    return predict, metadata
+    return predict, metadata, preprocessing
 
 
 def _preprocessing(metadata: dict[str, Any]) -> Preprocessing:

@@ -1,4 +1,5 @@
-"""What model2onnx.py and classify.py have in common: a model in eval mode from arguments and a weights file."""
+"""What model2onnx.py, classify.py and verify have in common: a model in eval mode from arguments and a weights file, and
+an engine on pixels."""
 
 from __future__ import annotations
 
@@ -6,13 +7,15 @@ import argparse
 from dataclasses import asdict
 from typing import Any
 
-from torch import nn
+import torch
+from torch import Tensor, nn
 
 from effnet_quant.api import create_model
 from effnet_quant.cli.arguments import model_options
-from effnet_quant.cli.quantization import chosen_spec
+from effnet_quant.cli.quantization import SPEC_KEY, chosen_spec
 from effnet_quant.cli.weights import given_weights, load_given
-from effnet_quant.data.transforms import Preprocessing
+from effnet_quant.data.transforms import Preprocessing, normalize
+from effnet_quant.deploy.engine import Engine
 from effnet_quant.errors import UserError
 from effnet_quant.models.registry import get_entry
 
@@ -51,6 +54,15 @@ def load_model(arguments: argparse.Namespace) -> tuple[nn.Module, dict[str, Any]
     if arguments.image_size is not None:
         preprocessing = preprocessing.resized(arguments.image_size)
     metadata = {"arch": arguments.arch, "num_classes": num_classes, "preprocessing": preprocessing.to_json()}
+    if quantized:
+        metadata[SPEC_KEY] = spec.to_json()
     if "classes" in weights.metadata:
         metadata["classes"] = weights.metadata["classes"]
     return model.eval(), metadata
+
+
+def run_engine(engine: Engine, pixels: Tensor, preprocessing: Preprocessing) -> Tensor:
+    """Logits (N, classes) of uint8 images (N, C, H, W), normalised here unless the engine does that itself."""
+    if engine.input.dtype == "uint8":
+        return torch.from_numpy(engine(pixels.numpy()))
+    return torch.from_numpy(engine(normalize(pixels, preprocessing).numpy()))

@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 import argparse
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import onnx
-from torch import Tensor, nn
+import torch
+from torch import nn
 
 from effnet_quant.cli.arguments import Parser, add_model_arguments
 from effnet_quant.cli.engines import add_engine_arguments, chosen_engine
-from effnet_quant.cli.inference import load_model
+from effnet_quant.cli.inference import load_model, run_engine
 from effnet_quant.cli.process import run
 from effnet_quant.data.loaders import Loader
 from effnet_quant.data.opening import open_validation
@@ -97,18 +98,18 @@ def verify_engine(model: nn.Module, metadata: dict[str, Any], engine: Engine, pa
     preprocessing = Preprocessing.from_json(engine.metadata.get("preprocessing", metadata["preprocessing"]))
     source = open_validation(parsed.data, metadata.get("classes"))
     loader = Loader(source, evaluation_transform(preprocessing), batch_size, workers=parsed.workers)
-    comparison = compare(engine, model, _batches(loader, preprocessing))
+    comparison = compare(
+        lambda pixels: run_engine(engine, torch.from_numpy(pixels), preprocessing).numpy(),
+        lambda pixels: model(normalize(pixels, preprocessing)),
+        loader.epoch(),
+    )
     passed = comparison.agreement >= parsed.min_agreement
     _print(comparison, parsed.min_agreement, passed)
     has_layers = engine.path.suffix == ".onnx" and any(True for _ in quantizers(model))
     if (parsed.layers or not passed) and has_layers:
-        images = next(_batches(loader, preprocessing))[0][:LAYER_IMAGES]
-        print(format_layers(compare_layers(engine.path, model, images)))
+        pixels = next(iter(loader.epoch()))[0][:LAYER_IMAGES]
+        print(format_layers(compare_layers(engine.path, model, normalize(pixels, preprocessing), pixels)))
     return passed
-
-
-def _batches(loader: Loader, preprocessing: Preprocessing) -> Iterator[tuple[Tensor, Tensor]]:
-    return ((normalize(images, preprocessing), labels) for images, labels in loader.epoch())
 
 
 def _print(comparison: Comparison, gate: float, passed: bool) -> None:

@@ -39,7 +39,7 @@ class Engine:
     def __call__(self, images: NDArray[Any]) -> NDArray[np.float32]:
         """Logits (N, classes), float32, of normalised float32 images (N, C, H, W), for any N >= 1.
 
-        An engine that normalises by itself takes pixels, uint8 (N, H, W, C); ``input`` says so. Where a file takes a
+        An engine that normalises by itself takes pixels, uint8 (N, C, H, W); ``input`` says so. Where a file takes a
         fixed or bounded number of images, they are split and filled up.
 
         Raises:

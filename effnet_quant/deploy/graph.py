@@ -9,27 +9,47 @@ import onnx
 from numpy.typing import NDArray
 from onnx import TensorProto, helper, numpy_helper
 
+from effnet_quant.deploy.options import ExportOptions
+from effnet_quant.errors import UserError
 from effnet_quant.quantization.targets import Target
 
-# 2**30: an int32 bias beyond this could overflow the accumulator it is added to.
-LARGEST_BIAS = float(2**30)
+_HALF_MAX = float(np.finfo(np.float16).max)
 
 
 class GraphWriter:
     """An ONNX graph under construction for one target.
 
     Value names are module paths, so that a node of the engine can be found in the model.
+
+    Args:
+        target: the runtime's rules.
+        opset: version of ONNX's operators.
+        options: the form of the file.
     """
 
-    def __init__(self, target: Target) -> None:
+    def __init__(self, target: Target, opset: int, options: ExportOptions) -> None:
         self.target = target
+        self.opset = opset
+        self.half = options.fp16
+        self.float_weights = options.float_weights
+        # int32 biases have steps of s_input * s_weight, which float16 has not
+        self.quantized_bias_wanted = target.quantized_bias and not options.fp16
         self.nodes: list[onnx.NodeProto] = []
         self.initializers: dict[str, NDArray[Any]] = {}
         self._names: set[str] = set()
         self._pairs: dict[tuple[str, float, int], str] = {}
 
-    def constant(self, name: str, value: NDArray[Any]) -> str:
-        """Add an initializer; the name is made unique."""
+    def constant(self, name: str, value: NDArray[Any], *, half: bool | None = None) -> str:
+        """Add an initializer; the name is made unique. Float numbers become float16 if ``half`` (default: where the graph
+        computes in float16).
+
+        Raises:
+            UserError: a number is too large for float16.
+        """
+        if value.dtype == np.float32 and (self.half if half is None else half):
+            if bool((np.isfinite(value) & (np.abs(value) > _HALF_MAX)).any()):
+                raise UserError(f"{name} holds {np.abs(value).max():.3g}, more than float16 can; export without fp16.")
+            value = value.astype(np.float16)
         name = self._unique(name)
         self.initializers[name] = np.array(value, order="C")
         return name
@@ -46,6 +66,13 @@ class GraphWriter:
         names = [name, *(self._unique(f"{name}.{index}") for index in range(1, outputs))]
         self.nodes.append(helper.make_node(op_type, inputs, names, name=name, **attributes))
         return names
+
+    def reduce(self, op_type: str, x: str, axes: list[int], path: str, *, keepdims: bool) -> str:
+        """Append ReduceMean or ReduceMax, whose axes are an attribute up to opset 17 and an input from 18 on."""
+        if self.opset < 18:
+            return self.node(op_type, [x], path, axes=axes, keepdims=int(keepdims))
+        names = [x, self.constant(f"{path}.axes", np.array(axes, np.int64))]
+        return self.node(op_type, names, path, keepdims=int(keepdims))
 
     def quantized_activation(self, x: str, scale: float, zero_point: int, path: str) -> str:
         """QuantizeLinear and DequantizeLinear behind ``x``; the same pair on the same value is written once."""
@@ -80,6 +107,16 @@ class GraphWriter:
             name = producer.input[0]
         self.initializers[name] = np.ascontiguousarray(self.initializers[name].T)
 
+    def rounded_weight(self, weight: NDArray[np.float32], scale: NDArray[np.float32], path: str) -> str:
+        """Float weights behind QuantizeLinear and DequantizeLinear with a scale per output channel (dimension 0)."""
+        parameters = [
+            self.constant(f"{path}.weight_scale", scale),
+            self.constant(f"{path}.weight_zero_point", np.zeros(scale.shape, np.int8)),
+        ]
+        stored = self.constant(f"{path}.weight", weight)
+        integers = self.node("QuantizeLinear", [stored, *parameters], f"{path}.weight", axis=0)
+        return self.node("DequantizeLinear", [integers, *parameters], f"{path}.weight", axis=0)
+
     def quantized_bias(self, bias: NDArray[np.float32], scale: NDArray[np.float32], path: str) -> str:
         """DequantizeLinear of int32 biases with the scale of the accumulator, input scale times weight scale."""
         inputs = [
@@ -89,8 +126,8 @@ class GraphWriter:
         ]
         return self.node("DequantizeLinear", inputs, f"{path}.bias", axis=0)
 
-    def model(self, input_name: str, image_shape: tuple[int, int, int], output: str, opset: int) -> onnx.ModelProto:
-        """The finished model, "input" (batch, C, H, W) to "logits" (batch, classes), with a dynamic batch."""
+    def model(self, image: onnx.ValueInfoProto, output: str) -> onnx.ModelProto:
+        """The finished model from the described input to "logits" (batch, classes)."""
         self._sort_nodes(output)
         for node in self.nodes:  # the graph's output takes its public name
             node.output[:] = ["logits" if name == output else name for name in node.output]
@@ -98,11 +135,12 @@ class GraphWriter:
         graph = helper.make_graph(
             self.nodes,
             "effnet_quant",
-            [helper.make_tensor_value_info(input_name, TensorProto.FLOAT, ["batch", *image_shape])],
+            [image],
             [helper.make_tensor_value_info("logits", TensorProto.FLOAT, ["batch", None])],
             [numpy_helper.from_array(value, name) for name, value in self.initializers.items()],
         )
-        return helper.make_model(graph, opset_imports=[helper.make_opsetid("", opset)], ir_version=8)
+        opsets = [helper.make_opsetid("", self.opset)]
+        return helper.make_model(graph, opset_imports=opsets, ir_version=helper.find_min_ir_version_for(opsets))
 
     def _sort_nodes(self, output: str) -> None:
         """Put every node behind those it needs, and drop what the output does not need."""

@@ -42,8 +42,11 @@ class LayerRow:
 
 
 @torch.no_grad()
-def compare_layers(path: str | Path, simulation: nn.Module, images: Tensor) -> list[LayerRow]:
-    """The values behind every activation quantizer that the file has, and the logits; ``images`` is (N, C, H, W).
+def compare_layers(
+    path: str | Path, simulation: nn.Module, images: Tensor, pixels: Tensor | None = None
+) -> list[LayerRow]:
+    """The values behind every activation quantizer that the file has, in the file's order, and the logits; ``images`` is
+    (N, C, H, W), normalised, and ``pixels`` the same as uint8, for a file that normalises them itself.
 
     ONNX Runtime computes the file with these values as further outputs; the simulation must be the one it was exported
     from, in eval mode on the CPU.
@@ -66,14 +69,19 @@ def compare_layers(path: str | Path, simulation: nn.Module, images: Tensor) -> l
     if not wanted:
         raise UserError(f"{path} has no quantized layers of this model to compare; was it exported from another one?")
     for name in wanted:
-        proto.graph.output.append(onnx.helper.make_tensor_value_info(name, onnx.TensorProto.FLOAT, None))
+        proto.graph.output.append(onnx.ValueInfoProto(name=name))
     options = onnxruntime.SessionOptions()
     options.log_severity_level = 3
     options.add_session_config_entry("session.x64quantprecision", "1")
+    if any(entry.data_type == onnx.TensorProto.FLOAT16 for entry in proto.graph.initializer):
+        # ONNX Runtime 1.31's optimizer changes what quantized graphs in float16 compute
+        options.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_DISABLE_ALL
     session = onnxruntime.InferenceSession(proto.SerializeToString(), options, providers=["CPUExecutionProvider"])
+    entry = session.get_inputs()[0]
+    fed = pixels if pixels is not None and entry.type == "tensor(uint8)" else images
     wanted.append(session.get_outputs()[0].name)
-    computed = session.run(wanted, {session.get_inputs()[0].name: images.numpy()})
-    values = dict(zip(wanted, map(torch.from_numpy, computed), strict=True))
+    computed = session.run(wanted, {entry.name: fed.numpy()})
+    values = {name: torch.from_numpy(value).float() for name, value in zip(wanted, computed, strict=True)}
     simulated = _behind_quantizers(simulation, images)
     in_float = _behind_quantizers(float_teacher(simulation), images)
     engine = {name: [values[output] for _, output in sorted(uses[name])] for name in uses}

@@ -53,7 +53,9 @@ class _Linter:
         found = []
         scale = self._constants.get(node.input[1])
         zero_point = self._constants.get(node.input[2]) if len(node.input) > 2 else None
-        weights = node.input[0] in self._constants
+        producer = self._producers.get(node.input[0])
+        stored = {node.input[0], *(producer.input[:1] if producer and producer.op_type == "QuantizeLinear" else ())}
+        weights = any(name in self._constants for name in stored)
         if scale is None:
             return [f"{node.name}: the scale is computed, but must be a constant"]
         if not bool((scale > 0).all()):

@@ -42,7 +42,7 @@ def batch_norm(op: Operation) -> str:
 def rms_norm(op: Operation) -> str:
     """x / sqrt(mean(x^2) + eps) over the last dimensions, times the weights."""
     axes = list(range(-len(op["normalized_shape"]), 0))
-    squares = op.emit("ReduceMean", op.emit("Mul", op.x, op.x), axes=axes, keepdims=1)
+    squares = op.writer.reduce("ReduceMean", op.emit("Mul", op.x, op.x), axes, op.path, keepdims=True)
     eps = float(np.finfo(np.float32).eps) if op["eps"] is None else op["eps"]
     out = op.emit("Div", op.x, op.emit("Sqrt", op.emit("Add", squares, op.tensor(eps))))
     return out if op["weight"] is None else op.emit("Mul", out, op.tensor(op["weight"]))

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import operator
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -14,47 +13,28 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor, fx, nn
 
-from effnet_quant.deploy.graph import LARGEST_BIAS, GraphWriter
+from effnet_quant.deploy.graph import GraphWriter
+from effnet_quant.deploy.image_input import describe, image_input, write_input
+from effnet_quant.deploy.layer_weights import LayerWeights
 from effnet_quant.deploy.operation import Operation, shape_of
 from effnet_quant.deploy.operators import IDENTITIES, OPERATION_KINDS, OPERATIONS
+from effnet_quant.deploy.options import ExportOptions
 from effnet_quant.deploy.ranges import NeededRanges
 from effnet_quant.deploy.rounding import round_before_activations
 from effnet_quant.deploy.tracing import FAKE_QUANTIZE, QUANTIZE_OUTPUT, TracedModel, image_channels, module_path, trace
 from effnet_quant.errors import UserError
 from effnet_quant.files import replace_file
 from effnet_quant.models.weights import METADATA_KEY
+from effnet_quant.quantization.insertion import quantizers
 from effnet_quant.quantization.output_quantizer import affine_uint8
 from effnet_quant.quantization.targets import get_target
 
 aten = torch.ops.aten
-OPSET = 17
+PLAIN = ExportOptions()
 SIZE_TYPES = (int, float, bool, torch.SymInt, torch.SymFloat, torch.SymBool)
 
 _CONVOLUTIONS = frozenset({aten.conv2d.default, aten.conv2d.padding, aten.conv1d.default})
 _LAYERS = _CONVOLUTIONS | {aten.linear.default}
-
-
-@dataclass
-class _Layer:
-    """Weights of a convolution or linear layer, BatchNorm folded in: float, or integers with a scale per channel."""
-
-    weight: NDArray[np.float32]
-    bias: NDArray[np.float32] | None
-    scale: NDArray[np.float32] | None
-
-    def fold(self, factor: NDArray[np.float64], offset: NDArray[np.float64]) -> None:
-        """Follow the layer by factor * y + offset per channel: weights and scales take the same factor.
-
-        Integers keep their magnitude (-128, which only saturation reaches, becomes 127 where the factor is negative).
-        """
-        shape = (-1,) + (1,) * (self.weight.ndim - 1)
-        if self.scale is None:
-            self.weight = (self.weight * factor.reshape(shape)).astype(np.float32)
-        else:
-            self.weight = np.clip(self.weight * np.sign(factor).reshape(shape), -128, 127).astype(np.float32)
-            self.scale = (self.scale * np.abs(factor)).astype(np.float32)
-        bias = 0.0 if self.bias is None else self.bias
-        self.bias = (bias * factor + offset).astype(np.float32)
 
 
 def export_onnx(
@@ -64,9 +44,10 @@ def export_onnx(
     *,
     target: str = "onnxruntime",
     metadata: dict[str, Any] | None = None,
+    options: ExportOptions = PLAIN,
 ) -> None:
-    """Write ``model`` as ONNX (opset 17): "input" (batch, C, image_size, image_size) float32 -> "logits", any batch.
-    C is what the model takes.
+    """Write ``model`` as ONNX: "input" (batch, C, image_size, image_size) float32 -> "logits", any batch; ``options`` give
+    other forms. C is what the model takes.
 
     BatchNorm is folded into the convolutions. A quantized model gets int8 weights and QDQ nodes where ``target`` wants
     them; its ranges serve every target. For ONNX Runtime, outputs of convolutions are quantized too, so that they run as
@@ -78,24 +59,40 @@ def export_onnx(
         path: the file to write; replaced only when the new one is complete.
         image_size: height and width of the images, in pixels.
         target: "onnxruntime", "openvino" or "tensorrt".
-        metadata: JSON values to store in the file; an ``Engine`` returns them.
+        metadata: JSON values to store in the file; an ``Engine`` returns them, with what the file says of itself: target,
+            image_size, opset, and name, type and layout of input and output.
+        options: the form of the file.
 
     Raises:
         UserError: unknown target, a quantizer without range, or an operation the exporter does not know.
     """
-    proto = build_onnx(model, image_size, target=target, metadata=metadata)
+    proto = build_onnx(model, image_size, target=target, metadata=metadata, options=options)
     replace_file(Path(path), proto.SerializeToString(deterministic=True))
 
 
 def build_onnx(
-    model: nn.Module, image_size: int, *, target: str = "onnxruntime", metadata: dict[str, Any] | None = None
+    model: nn.Module,
+    image_size: int,
+    *,
+    target: str = "onnxruntime",
+    metadata: dict[str, Any] | None = None,
+    options: ExportOptions = PLAIN,
 ) -> onnx.ModelProto:
     """The model that ``export_onnx`` writes, checked by ``onnx.checker``."""
+    rules = get_target(target)
+    quantized = any(True for _ in quantizers(model))
+    if options.fp16 and quantized and rules.quantized_outputs:
+        raise UserError(
+            f"{rules.name} has no integer kernels between float16 values; export the quantized model without fp16, or for "
+            "another target."
+        )
     channels = image_channels(model, image_size)
-    exporter = _Exporter(trace(model, image_size, channels), GraphWriter(get_target(target)))
-    proto = exporter.run((channels, image_size, image_size))
+    traced = trace(model, image_size, channels, dynamic_size=options.dynamic_size)
+    exporter = _Exporter(traced, GraphWriter(rules, options.opset_for(quantized), options))
+    image = image_input(channels, image_size, options)
+    proto = exporter.run(image, options)
     proto.producer_name = "effnet_quant"
-    stored = {"target": target, "image_size": image_size, **(metadata or {})}
+    stored = {"target": target, "image_size": image_size, **describe(image, options), **(metadata or {})}
     onnx.helper.set_model_props(proto, {METADATA_KEY: json.dumps(stored, sort_keys=True)})
     onnx.checker.check_model(proto, full_check=True)
     return proto
@@ -113,8 +110,8 @@ class _Exporter:
         self.input_scales: dict[str, float] = {}  # of values behind a quantizer
         self.integer_convolutions: set[str] = set()
 
-    def run(self, image_shape: tuple[int, int, int]) -> onnx.ModelProto:
-        self.names[self.traced.input] = "input"
+    def run(self, image: onnx.ValueInfoProto, options: ExportOptions) -> onnx.ModelProto:
+        self.names[self.traced.input] = write_input(self.writer, image.name, options)
         for node in self.traced.nodes:
             if node.op == "call_function":
                 self._emit(node)
@@ -122,7 +119,9 @@ class _Exporter:
             round_before_activations(self.writer)
             self._quantize_outputs()
         output = self.names[self.traced.output]
-        return self.writer.model("input", image_shape, output, OPSET)
+        if options.fp16:
+            output = self.writer.node("Cast", [output], "logits", to=onnx.TensorProto.FLOAT)
+        return self.writer.model(image, output)
 
     def _emit(self, node: fx.Node) -> None:
         path = module_path(node)
@@ -183,7 +182,7 @@ class _Exporter:
             x = self._tensor(node.args[0])
             matrix = len(shape_of(node)) == 2
             # the bias of a Gemm is inside its integer kernel, that of a MatMul is an addition in float behind it
-            names = [x, *self._weight_and_bias(layer, self.input_scales.get(x) if matrix else None, path)]
+            names = [x, *layer.write(self.writer, path, self.input_scales.get(x) if matrix else None)]
             if matrix:
                 return self.writer.node("Gemm", names, path, transB=1)
             self.writer.transpose_weight(names[1])
@@ -191,7 +190,7 @@ class _Exporter:
             return self.writer.node("Add", [product, names[2]], path) if len(names) > 2 else product
         source, padding = _spatial_padding(node)
         x = self._tensor(source)
-        names = [x, *self._weight_and_bias(layer, self.input_scales.get(x), path)]
+        names = [x, *layer.write(self.writer, path, self.input_scales.get(x))]
         operation = Operation(self.writer, node, self._tensor, path)
         name = self.writer.node(
             "Conv",
@@ -207,20 +206,7 @@ class _Exporter:
             self.integer_convolutions.add(name)
         return name
 
-    def _weight_and_bias(self, layer: _Layer, input_scale: float | None, path: str) -> list[str]:
-        bias = layer.bias
-        if layer.scale is None:
-            names = [self.writer.constant(f"{path}.weight", layer.weight)]
-        else:
-            if self.target.quantized_bias and bias is not None and input_scale is not None:
-                _widen_scale_for_bias(layer, input_scale)
-            names = [self.writer.quantized_weight(layer.weight.astype(np.int8), layer.scale, path)]
-            if self.target.quantized_bias and bias is not None and input_scale is not None:
-                bias_scale = (layer.scale * np.float32(input_scale)).astype(np.float32)
-                return [*names, self.writer.quantized_bias(bias, bias_scale, path)]
-        return names if bias is None else [*names, self.writer.constant(f"{path}.bias", bias)]
-
-    def _layer(self, node: fx.Node) -> _Layer:
+    def _layer(self, node: fx.Node) -> LayerWeights:
         weight_node = node.args[1]
         bias_node = node.args[2] if len(node.args) > 2 else None
         bias = None if bias_node is None else self._constant(bias_node).float().numpy()
@@ -231,14 +217,17 @@ class _Exporter:
                 "(a conditional convolution) can't be exported; choose a network with fixed weights."
             )
         if weight_node.target is not FAKE_QUANTIZE:
-            return _Layer(self._constant(weight_node).float().numpy(), bias, None)
+            return LayerWeights(self._constant(weight_node).float().numpy(), bias, None)
         weight, scale = self._constant(weight_node.args[0]).float(), self._constant(weight_node.args[1]).float()
         low, high = _bounds(weight_node)
         if low < -128 or high > 127:
             raise UserError(f"{module_path(node)}: weights on the grid {low} … {high} can't be exported; int8 can.")
-        integers = torch.clamp(torch.round(weight / scale), low, high)
+        # in units of the scale; a weight file of integers holds them rounded
+        steps = weight / scale if self.writer.float_weights else torch.round(weight / scale)
         channels = len(weight)
-        return _Layer(integers.numpy(), bias, scale.flatten().expand(channels).contiguous().numpy())
+        return LayerWeights(
+            torch.clamp(steps, low, high).numpy(), bias, scale.flatten().expand(channels).contiguous().numpy()
+        )
 
     def _batch_norm(self, node: fx.Node) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
         """Factor and offset per channel of a BatchNorm in eval mode, in float64."""
@@ -334,22 +323,6 @@ def _zero_point(low: int, high: int, dtype: str, path: str) -> int:
             "with a symmetric preset."
         )
     return zero_point
-
-
-def _widen_scale_for_bias(layer: _Layer, input_scale: float) -> None:
-    """Raise the weight scale of channels whose bias would overflow int32 in units of the accumulator.
-
-    Such a channel has weights so small beside its bias that a coarser grid changes its output by less than one part in a
-    million.
-    """
-    assert layer.scale is not None and layer.bias is not None
-    smallest = (np.abs(layer.bias).astype(np.float64) / (LARGEST_BIAS * input_scale)).astype(np.float32)
-    wider = np.maximum(layer.scale, smallest)
-    shape = (-1,) + (1,) * (layer.weight.ndim - 1)
-    layer.weight = np.where(
-        (wider > layer.scale).reshape(shape), np.rint(layer.weight * (layer.scale / wider).reshape(shape)), layer.weight
-    )
-    layer.scale = wider
 
 
 def _per_dimension(value: Any, dims: int) -> list[int]:

@@ -152,7 +152,7 @@ def _mean(op: Operation) -> str:
     axes = _axes(op)
     if rank(op.node.args[0]) == 4 and axes == [2, 3] and op["keepdim"]:
         return op.emit("GlobalAveragePool", op.x)
-    return op.emit("ReduceMean", op.x, axes=axes, keepdims=int(op["keepdim"]))
+    return op.writer.reduce("ReduceMean", op.x, axes, op.path, keepdims=op["keepdim"])
 
 
 def _sum(op: Operation) -> str:
@@ -160,7 +160,7 @@ def _sum(op: Operation) -> str:
 
 
 def _amax(op: Operation) -> str:
-    return op.emit("ReduceMax", op.x, axes=_axes(op), keepdims=int(op["keepdim"]))
+    return op.writer.reduce("ReduceMax", op.x, _axes(op), op.path, keepdims=op["keepdim"])
 
 
 def _euclidean_norm(op: Operation) -> str:
@@ -176,9 +176,9 @@ def _variance(op: Operation) -> str:
     count = int(np.prod([int(shape_of(op.node.args[0])[axis]) for axis in axes]))
     correction = op["correction"] if op.node.target is aten.var.correction else int(op["unbiased"])
     correction = 1 if correction is None else correction
-    centred = op.emit("Sub", op.x, op.emit("ReduceMean", op.x, axes=axes, keepdims=1))
+    centred = op.emit("Sub", op.x, op.writer.reduce("ReduceMean", op.x, axes, op.path, keepdims=True))
     squares = op.emit("Mul", centred, centred)
-    variance = op.emit("ReduceMean", squares, axes=axes, keepdims=int(op["keepdim"]))
+    variance = op.writer.reduce("ReduceMean", squares, axes, op.path, keepdims=op["keepdim"])
     return op.emit("Mul", variance, op.tensor(count / (count - correction))) if correction else variance
 
 

@@ -123,11 +123,12 @@ def image_channels(model: nn.Module, image_size: int) -> int:
     return first
 
 
-def trace(model: nn.Module, image_size: int, in_channels: int = 3) -> TracedModel:
-    """Trace ``model`` on an image batch of dynamic size; the model itself is left untouched.
+def trace(model: nn.Module, image_size: int, in_channels: int = 3, *, dynamic_size: bool = False) -> TracedModel:
+    """Trace ``model`` on an image batch of dynamic size, with ``dynamic_size`` on images of any height and width too; the
+    model itself is left untouched.
 
     Raises:
-        UserError: the model has quantizers without ranges, or can't be traced.
+        UserError: the model has quantizers without ranges, can't be traced, or takes images of one size only.
     """
     missing = [name for name, quantizer in quantizers(model) if not quantizer.calibrated]
     if missing:
@@ -142,16 +143,33 @@ def trace(model: nn.Module, image_size: int, in_channels: int = 3) -> TracedMode
         elif isinstance(module, OutputQuantizer):
             marked.set_submodule(name, nn.Identity() if module.grid is None else _MarkedOutput(*module.grid))
     images = torch.zeros(2, in_channels, image_size, image_size)
-    batch = torch.export.Dim("batch", min=1)
+    dimensions = {0: torch.export.Dim("batch", min=1)}
+    if dynamic_size:
+        dimensions |= {2: torch.export.Dim.AUTO, 3: torch.export.Dim.AUTO}
     try:
         with torch.no_grad():
-            program = torch.export.export(marked, (images,), dynamic_shapes=({0: batch},), strict=False)
+            program = torch.export.export(marked, (images,), dynamic_shapes=(dimensions,), strict=False)
     except Exception as error:
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         raise UserError(
             f"the model can't be traced at {image_size} px: {reason}; is the image size large enough for it?"
         ) from error
-    return TracedModel(program)
+    traced = TracedModel(program)
+    open_sizes = [isinstance(size, torch.SymInt) for size in traced.input.meta["val"].shape[2:]]
+    if dynamic_size and not (
+        all(open_sizes) and _runs(marked, images.new_zeros(1, in_channels, image_size + 32, image_size))
+    ):
+        raise UserError(f"the model takes images of {image_size} px only; export it without a dynamic size.")
+    return traced
+
+
+def _runs(model: nn.Module, images: Tensor) -> bool:
+    try:
+        with torch.no_grad():
+            model(images)
+    except RuntimeError:
+        return False
+    return True
 
 
 def module_path(node: fx.Node) -> str:

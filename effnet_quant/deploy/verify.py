@@ -4,11 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from torch import Tensor, nn
+from torch import Tensor
 
 from effnet_quant.errors import UserError
 
@@ -38,13 +39,13 @@ class Comparison:
 
 @torch.no_grad()
 def compare(
-    engine: Callable[[NDArray[np.float32]], NDArray[np.float32]],
-    simulation: nn.Module,
+    engine: Callable[[NDArray[Any]], NDArray[np.float32]],
+    simulation: Callable[[Tensor], Tensor],
     batches: Iterable[tuple[Tensor, Tensor]],
 ) -> Comparison:
-    """Run both on batches of normalised float images (N, C, H, W) and labels (N,).
+    """Run both on batches of images (N, C, H, W), normalised or whatever else both take, and labels (N,).
 
-    The simulation must be in eval mode and on the CPU; it is left as it is.
+    Both give logits (N, classes) on the CPU; a network is to be in eval mode and is left as it is.
 
     Raises:
         UserError: there are no images.

@@ -181,7 +181,13 @@ def test_the_same_weights_give_the_same_bytes(quantized_model: nn.Module, folder
 
 def test_engine_returns_the_metadata_and_checks_its_input(folder: Path) -> None:
     engine = load_engine(folder / "tensorrt.onnx")
-    assert engine.metadata == {"target": "tensorrt", "image_size": SIZE, "classes": ["a", "b"]}
+    assert engine.metadata == {
+        "target": "tensorrt",
+        "image_size": SIZE,
+        "classes": ["a", "b"],
+        "input": {"name": "input", "type": "float32", "layout": "NCHW"},
+        "output": {"name": "logits", "type": "float32"},
+    }
     with pytest.raises(UserError, match=r"\(N, 3x64x64\), not \(2, 3, 32, 32\)"):
         engine(np.zeros((2, 3, 32, 32), np.float32))
     with pytest.raises(UserError, match="not float64"):

@@ -170,7 +170,7 @@ def test_the_report_counts_layers_by_kind_and_type() -> None:
 def plan_of(path: Path, content: bytes) -> Plan:
     layers, options = read_layers(json.dumps(TENSORRT_10)), BuildOptions()
     digest = hashlib.sha256(content).hexdigest()
-    return Plan(path, digest, MACHINE, options, with_profile(OPEN, options), {"classes": ["a"]}, layers)
+    return Plan(path, digest, MACHINE, options, with_profile(OPEN, options), "logits", {"classes": ["a"]}, layers)
 
 
 def test_a_plan_and_its_description_belong_together(tmp_path: Path) -> None:

@@ -291,6 +291,25 @@ def test_distillation_is_hintons_and_the_teacher_is_the_float_network() -> None:
     assert model[0].weight.grad is not None
 
 
+@pytest.mark.parametrize("bias", [False, True])
+def test_a_pointwise_convolution_of_single_pixels_trains_as_what_it_is(bias: bool) -> None:
+    torch.manual_seed(0)
+    model = calibrate(
+        quantize(nn.Sequential(nn.Conv2d(6, 5, 1, stride=2, bias=bias))), [images(4)[:, :, :1, :1].repeat(1, 2, 1, 1)]
+    )
+    x = torch.randn(4, 6, 1, 1, requires_grad=True)
+    gradients = {}
+    for mode in (True, False):
+        model.train(mode).zero_grad()
+        x.grad = None
+        out = model(x)
+        assert out.shape == (4, 5, 1, 1)
+        out.square().sum().backward()
+        gradients[mode] = [out, x.grad, *(parameter.grad for parameter in model.parameters())]
+    for trained, evaluated in zip(*gradients.values(), strict=True):
+        torch.testing.assert_close(trained, evaluated, rtol=1e-5, atol=1e-6)
+
+
 def test_the_first_place_that_meets_nan_is_named() -> None:
     model = network()
     assert find_not_finite(model, images(2)) is None

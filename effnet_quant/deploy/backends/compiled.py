@@ -28,7 +28,7 @@ class ImageInput:
     Attributes:
         name: of the input.
         dtype: "float32", "float16" or "uint8".
-        shape: of one image: (C, H, W), or (H, W, C) where the graph takes pixels; None is a size that may vary.
+        shape: of one image, (C, H, W); None is a size that may vary.
         smallest_batch, largest_batch: images that one run can take; largest None is any number.
     """
 

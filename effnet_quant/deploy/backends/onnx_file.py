@@ -26,12 +26,14 @@ class OnnxFile:
 
     Attributes:
         input: what it takes.
+        output: name of the logits.
         metadata: what ``export_onnx`` stored in it; empty for files of other tools.
         quantized: whether it has QuantizeLinear and DequantizeLinear nodes.
         half: whether it has constants in float16.
     """
 
     input: ImageInput
+    output: str
     metadata: dict[str, Any]
     quantized: bool
     half: bool
@@ -55,6 +57,7 @@ def read_onnx(path: str | Path) -> OnnxFile:
         model = onnx.load(path)
         return OnnxFile(
             _image_input(model),
+            model.graph.output[0].name,
             read_metadata(model),
             quantized=any(node.op_type == "DequantizeLinear" for node in model.graph.node),
             half=any(entry.data_type == onnx.TensorProto.FLOAT16 for entry in model.graph.initializer),

@@ -6,7 +6,7 @@ import hashlib
 import json
 import os
 import re
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -29,6 +29,7 @@ class Plan:
         machine: the card and the version it was built with.
         options: what it was built for.
         input: what it takes.
+        output: name of the logits.
         metadata: the ONNX file's: classes, preprocessing, target …
         layers: TensorRT's report of its layers.
     """
@@ -38,6 +39,7 @@ class Plan:
     machine: Machine
     options: BuildOptions
     input: ImageInput
+    output: str
     metadata: dict[str, Any]
     layers: list[LayerPrecision]
 
@@ -66,6 +68,8 @@ def compile_engine(
     """
     onnx_path, options = Path(onnx_path), options or BuildOptions()
     file = read_onnx(onnx_path)
+    if None in file.input.shape and options.image_size is None:
+        options = replace(options, image_size=file.metadata.get("image_size"))  # what the network was made for
     if output is not None:
         check_writable(Path(output))
     trt = library.import_tensorrt()
@@ -84,11 +88,13 @@ def compile_engine(
             raise UserError(f"TensorRT {machine.tensorrt} built a plan from {onnx_path} that it can't load again.")
         layers = read_layers(library.inspect(trt, engine, file.input, options))
         takes = with_profile(file.input, options)
-        plan = Plan(kept, hashlib.sha256(content).hexdigest(), machine, options, takes, file.metadata, layers)
+        plan = Plan(
+            kept, hashlib.sha256(content).hexdigest(), machine, options, takes, file.output, file.metadata, layers
+        )
         write_plan(plan, content)
     if output is None:
         return plan
-    given = Plan(**{**vars(plan), "path": Path(output)})
+    given = replace(plan, path=Path(output))
     write_plan(given, kept.read_bytes())
     return given
 
@@ -109,6 +115,7 @@ def write_plan(plan: Plan, content: bytes) -> None:
         "machine": asdict(plan.machine),
         "options": plan.options.to_json(),
         "input": asdict(plan.input),
+        "output": plan.output,
         "metadata": plan.metadata,
         "layers": [asdict(layer) for layer in plan.layers],
     }
@@ -128,6 +135,7 @@ def find_plan(path: Path) -> Plan | None:
             Machine(**values["machine"]),
             BuildOptions(**values["options"]),
             ImageInput(**{**values["input"], "shape": tuple(values["input"]["shape"])}),
+            values["output"],
             values["metadata"],
             [
                 LayerPrecision(**{**layer, "inputs": tuple(layer["inputs"]), "outputs": tuple(layer["outputs"])})

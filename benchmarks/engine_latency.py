@@ -1,0 +1,202 @@
+"""Claim: our INT8 engines are faster than ONNX Runtime's FP32 engine, and than the engines of today's tools.
+
+Exports each network (random weights) once as float ONNX. From that file ONNX Runtime's and NNCF's tools make INT8 models;
+from the same weights and the same calibration images (noise) effnet-quant makes its own, one for each runtime. All run in
+turns in one process, with the same number of threads. The table gives the median of ONNX Runtime FP32 in milliseconds and
+the speed of the others over it (above 1 is faster).
+
+    python benchmarks/engine_latency.py                             224 px, batches of 1 and 32; minutes
+    python benchmarks/engine_latency.py --networks timm:resnet50 --image-size 64 --batch-sizes 1 4
+
+The peers run with their runtimes' default settings (on CPUs with AMX, OpenVINO then computes floats in bfloat16), ours as
+load_engine runs them; in OpenVINO all are compiled for the shape they run in. On CPUs without VNNI, ONNX Runtime's default
+kernels saturate and ours do not (docs/deployment.md), so compare on CPUs that have it. NNCF is needed for its columns:
+pip install nncf.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import logging
+import os
+import statistics
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnxruntime
+import openvino
+import torch
+from numpy.typing import NDArray
+from onnxruntime import quantization as tool
+from onnxruntime.quantization.shape_inference import quant_pre_process
+
+from effnet_quant import calibrate, create_model, export_onnx, load_engine, quantize
+from effnet_quant.cli.latency import describe_engines_machine, machine_line
+from effnet_quant.deploy.backends.openvino import OpenvinoRunner
+from effnet_quant.deploy.cpu import cpu_has_bf16, cpu_has_exact_int8
+from effnet_quant.deploy.latency import interleaved_seconds
+
+try:
+    import nncf
+except ImportError:
+    nncf = None
+
+Images = NDArray[np.float32]
+Run = Callable[[Images], Any]
+NETWORKS = ("timm:efficientnet_b0", "timm:resnet50", "timm:mobilenetv2_100")
+BASE = "ORT FP32 (ms)"
+CALIBRATION_IMAGES = 8
+# (rounds, timed runs in each) by batch size: what a column's 2 % need, in a few minutes altogether
+SCHEDULE = {1: (12, 8)}
+LARGE_BATCH_SCHEDULE = (3, 2)
+
+
+def main() -> None:
+    """Measure and print."""
+    parser = argparse.ArgumentParser(description="INT8 engines against FP32 and against today's tools.")
+    parser.add_argument("--networks", nargs="+", default=NETWORKS)
+    parser.add_argument("--image-size", type=int, default=224)
+    parser.add_argument("--batch-sizes", type=int, nargs="+", default=(1, 32))
+    parser.add_argument("--threads", type=int, default=os.cpu_count())
+    arguments = parser.parse_args()
+    print(machine_line(describe_engines_machine(arguments.threads)))
+    if nncf is None:
+        print("NNCF is not installed; its columns are left out.")
+    if not cpu_has_bf16():
+        print("This CPU does not compute in bfloat16; those columns are left out.")
+    if not cpu_has_exact_int8():
+        print("This CPU has no VNNI: the peers' engines saturate, ours compute what the graph says.")
+    print()
+    titles: list[str] = []
+    for network in arguments.networks:
+        start = time.monotonic()
+        with tempfile.TemporaryDirectory() as folder:
+            engines = _engines(network, arguments.image_size, arguments.threads, Path(folder))
+            prepared = time.monotonic() - start
+            for batch_size in arguments.batch_sizes:
+                medians = _medians(list(engines.values()), batch_size, arguments.image_size)
+                if not titles:
+                    titles = list(engines)
+                    print(f"| network, batch | {' | '.join(titles)} | best of ours |")
+                    print("| --- " * (len(titles) + 2) + "|")
+                print(_row(network, batch_size, dict(zip(engines, medians, strict=True))), flush=True)
+        print(f"<!-- {network}: {prepared:.0f} s to prepare, {time.monotonic() - start:.0f} s in all -->", flush=True)
+
+
+def _row(network: str, batch_size: int, medians: dict[str, float]) -> str:
+    base = medians[BASE]
+    cells = [f"{1e3 * base:.1f}", *(f"{base / seconds:.2f}x" for name, seconds in medians.items() if name != BASE)]
+    best = max(base / seconds for name, seconds in medians.items() if name.startswith("ours"))
+    return f"| {network.removeprefix('timm:')}, {batch_size} | {' | '.join(cells)} | {best:.2f}x |"
+
+
+def _medians(runs: Sequence[Run], batch_size: int, image_size: int) -> list[float]:
+    images = np.random.default_rng(2).standard_normal((batch_size, 3, image_size, image_size), np.float32)
+    functions = [lambda run=run: run(images) for run in runs]
+    for function in functions:  # what runtimes put off until the first run of a shape
+        function()
+    schedule = SCHEDULE.get(batch_size, LARGE_BATCH_SCHEDULE)
+    return [statistics.median(seconds) for seconds in interleaved_seconds(functions, *schedule)]
+
+
+def _engines(network: str, image_size: int, threads: int, folder: Path) -> dict[str, Run]:
+    """Every column's engine, ONNX Runtime's float one first."""
+    torch.manual_seed(0)
+    model = create_model(network).eval()
+    images = torch.randn(CALIBRATION_IMAGES, 3, image_size, image_size)
+    float_path = folder / "float.onnx"
+    export_onnx(model, float_path, image_size)
+    engines: dict[str, Run] = {
+        BASE: load_engine(float_path, threads=threads),
+        "OpenVINO FP32": load_engine(float_path, "openvino", threads=threads),
+    }
+    if cpu_has_bf16():
+        engines["OpenVINO bf16"] = load_engine(float_path, "openvino", precision="bf16", threads=threads)
+    engines |= _ours(model, images, image_size, threads, folder)
+    engines |= _onnxruntime_tool(float_path, images, threads, folder)
+    if nncf is not None:
+        engines |= _nncf(float_path, images, threads)
+    return engines
+
+
+def _ours(model: torch.nn.Module, images: torch.Tensor, image_size: int, threads: int, folder: Path) -> dict[str, Run]:
+    quantize(model)
+    calibrate(model, images.split(8), method="max")
+    for target in ("onnxruntime", "openvino"):
+        export_onnx(model, folder / f"{target}.onnx", image_size, target=target)
+    engines: dict[str, Run] = {
+        "ours INT8, ORT": load_engine(folder / "onnxruntime.onnx", threads=threads),
+        "ours INT8, OpenVINO": load_engine(folder / "openvino.onnx", "openvino", threads=threads),
+    }
+    if cpu_has_bf16():
+        in_bf16 = load_engine(folder / "openvino.onnx", "openvino", precision="bf16", threads=threads)
+        engines["ours INT8 + bf16, OpenVINO"] = in_bf16
+    return engines
+
+
+class _Reader(tool.CalibrationDataReader):
+    """Hands the calibration images to ONNX Runtime's tool, one at a time."""
+
+    def __init__(self, images: torch.Tensor) -> None:
+        self._images = iter(images.split(1))
+
+    def get_next(self) -> dict[str, Images] | None:
+        image = next(self._images, None)
+        return None if image is None else {"input": image.numpy()}
+
+
+def _onnxruntime_tool(float_path: Path, images: torch.Tensor, threads: int, folder: Path) -> dict[str, Run]:
+    prepared = folder / "prepared.onnx"
+    quant_pre_process(str(float_path), str(prepared), skip_symbolic_shape=True)
+    symmetric = {"ActivationSymmetric": True, "WeightSymmetric": True}
+    for name, activations, options in (("u8", tool.QuantType.QUInt8, {}), ("s8", tool.QuantType.QInt8, symmetric)):
+        tool.quantize_static(
+            prepared,
+            folder / f"{name}.onnx",
+            _Reader(images),
+            quant_format=tool.QuantFormat.QDQ,
+            per_channel=True,
+            activation_type=activations,
+            weight_type=tool.QuantType.QInt8,
+            extra_options=options,
+        )
+    return {
+        "ORT's tool u8": _onnxruntime(folder / "u8.onnx", threads),
+        "ORT's tool s8": _onnxruntime(folder / "s8.onnx", threads),
+        "ORT's tool s8, OpenVINO": _openvino(openvino.Core().read_model(folder / "s8.onnx"), threads),
+    }
+
+
+def _nncf(float_path: Path, images: torch.Tensor, threads: int) -> dict[str, Run]:
+    calibration = nncf.Dataset(list(images.split(1)), lambda image: image.numpy())
+    in_float = nncf.IgnoredScope(types=["Multiply", "ReduceMean", "GroupConvolution"], validate=False)
+    nncf.set_log_level(logging.ERROR)
+    engines = {}
+    for name, scope in (("NNCF, OpenVINO", None), ("NNCF less products, means, depthwise", in_float)):
+        model = openvino.Core().read_model(float_path)
+        with contextlib.redirect_stdout(sys.stderr):  # progress bars; the table goes to standard output
+            quantized = nncf.quantize(model, calibration, subset_size=len(images), ignored_scope=scope)
+        engines[name] = _openvino(quantized, threads)
+    return engines
+
+
+def _onnxruntime(path: Path, threads: int) -> Run:
+    options = onnxruntime.SessionOptions()
+    options.intra_op_num_threads = threads
+    options.log_severity_level = 3
+    session = onnxruntime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
+    return lambda images: session.run(None, {"input": images})
+
+
+def _openvino(model: openvino.Model, threads: int) -> Run:
+    return OpenvinoRunner(openvino.Core(), model, {"INFERENCE_NUM_THREADS": threads})
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,48 @@
+"""Steps that several benchmarks time: one batch through a network, forward alone or with what training adds."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+Step = Callable[[], object]
+
+
+def random_batch(batch_size: int, image_size: int, device: torch.device) -> tuple[Tensor, Tensor]:
+    """Float images (N, 3, H, W) in channels_last, and labels of 1000 classes."""
+    images = torch.randn(batch_size, 3, image_size, image_size, device=device)
+    labels = torch.randint(0, 1000, (batch_size,), device=device)
+    return images.contiguous(memory_format=torch.channels_last), labels
+
+
+def training_step(model: nn.Module, images: Tensor, labels: Tensor) -> Step:
+    """Forward, cross entropy, backward and a step of SGD, waited for."""
+    optimizer = torch.optim.SGD(model.parameters(), lr=1e-3, momentum=0.9)
+
+    def step() -> None:
+        F.cross_entropy(model(images), labels).backward()
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+        wait(images.device)
+
+    return step
+
+
+def inference_step(model: nn.Module, images: Tensor) -> Step:
+    """Forward without gradients, waited for."""
+
+    def step() -> None:
+        with torch.no_grad():
+            model(images)
+        wait(images.device)
+
+    return step
+
+
+def wait(device: torch.device) -> None:
+    """Until the device has done what it was given."""
+    if device.type == "cuda":
+        torch.cuda.synchronize()

@@ -1,0 +1,47 @@
+"""python -m effnet_quant.deploy.triton_repository: an engine's file where Triton Inference Server finds it."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from effnet_quant.cli.arguments import Parser
+from effnet_quant.cli.engines import usual_backend
+from effnet_quant.cli.process import run
+from effnet_quant.deploy.triton_repository import FILE_NAMES, Serving, write_model
+
+_USUAL = Serving("onnxruntime")
+
+
+def job(arguments: Sequence[str]) -> int:
+    """Write as the command line says; returns the exit status."""
+    parser = Parser("Put an engine into a model repository of Triton Inference Server.")
+    add = parser.add_argument
+    add("engine", metavar="ENGINE", help="an ONNX file, or a plan of model2trt.py")
+    add("repository", metavar="REPOSITORY", help="the folder of the model repository")
+    add("--backend", choices=tuple(FILE_NAMES), help="default: onnxruntime for .onnx, tensorrt for .plan")
+    add("--device", choices=("cpu", "cuda"), help="default: cuda for tensorrt, else cpu")
+    add("--name", help="of the model (default: the file's)")
+    add("--version", type=int, help="its number (default: the next)")
+    add("--instances", type=int, default=_USUAL.instances, help="copies that run beside each other")
+    add("--max-batch", type=int, help="most images Triton joins to a batch (default: 32, or what a plan was built for)")
+    add(
+        "--queue-delay",
+        type=int,
+        default=_USUAL.queue_delay_us,
+        metavar="MICROSECONDS",
+        help="how long a request may wait for others to join it",
+    )
+    parsed = parser.parse(arguments)
+    backend = parsed.backend or usual_backend(parsed.engine)
+    device = parsed.device or ("cuda" if backend == "tensorrt" else "cpu")
+    serving = Serving(backend, device, parsed.instances, parsed.max_batch, parsed.queue_delay)
+    folder = write_model(parsed.engine, parsed.repository, serving, name=parsed.name, version=parsed.version)
+    print(
+        f"{folder}: served by {backend} on the device {device}; start: tritonserver --model-repository={parsed.repository}"
+    )
+    return 0
+
+
+def main() -> None:
+    """Entry point of ``python -m effnet_quant.deploy.triton_repository``."""
+    run(job)

@@ -1,0 +1,90 @@
+"""model2onnx.py's forms of a file, as a user types them, and the scripts that take such files."""
+
+from __future__ import annotations
+
+import onnx
+import pytest
+import torch
+
+from effnet_quant import calibrate, create_model
+from effnet_quant.data.transforms import Preprocessing
+from effnet_quant.deploy.engine import load_engine
+from effnet_quant.models.weights import write_weights
+from effnet_quant.quantization.spec import resolve_spec
+
+CLASSES = ["apple", "bear", "cat"]
+
+
+def succeeded(result):
+    assert result.code == 0, result.err
+    return result
+
+
+@pytest.fixture(scope="module")
+def weights(tmp_path_factory):
+    """Calibrated weights of a small network that say what belongs to them."""
+    torch.manual_seed(0)
+    model = create_model("cifar-resnet20", 3, quantized=True).eval()
+    calibrate(model, [torch.randn(8, 3, 32, 32)], method="max")
+    path = tmp_path_factory.mktemp("weights") / "quantized.safetensors"
+    metadata = {"classes": CLASSES, "preprocessing": Preprocessing(32, 36).to_json()}
+    write_weights(path, model.state_dict(), {**metadata, "quant_spec": resolve_spec("w8a8").to_json()})
+    return path
+
+
+def export(run_script, weights, output, *flags):
+    model = ["--arch", "cifar-resnet20", "--pretrained-from-file", weights]
+    return run_script("model2onnx.py", *model, "--output", output, *flags)
+
+
+def test_a_file_with_preprocessing_classifies_and_verifies(run_script, weights, image_folder, tmp_path):
+    plain, pixels = tmp_path / "plain.onnx", tmp_path / "pixels.onnx"
+    succeeded(export(run_script, weights, plain))
+    flags = ["--with-preprocessing", "--opset", 19, "--verify", image_folder, "--layers"]
+    verified = succeeded(export(run_script, weights, pixels, *flags)).out
+    assert "the engine does what the simulation says" in verified
+    assert "no layer departs" in verified
+    images = ["--image", image_folder / "val/cat/00.jpg", "--json"]
+    answers = [
+        succeeded(run_script("classify.py", "--pretrained-from-file", path, *images)) for path in (plain, pixels)
+    ]
+    assert answers[0].out == answers[1].out
+
+
+def test_the_file_says_what_it_is(run_script, weights, tmp_path):
+    path = tmp_path / "model.onnx"
+    succeeded(
+        export(run_script, weights, path, "--target", "tensorrt", "--fp16", "--dynamic-size", "--weights", "float")
+    )
+    metadata = load_engine(path).metadata
+    assert metadata["target"] == "tensorrt"
+    assert metadata["classes"] == CLASSES
+    assert metadata["input"] == {"name": "input", "type": "float32", "layout": "NCHW"}
+    assert metadata["output"] == {"name": "logits", "type": "float32"}
+    assert metadata["preprocessing"]["mean"] == [0.485, 0.456, 0.406]
+    assert resolve_spec(metadata["quant_spec"]) == resolve_spec("w8a8")
+    proto = onnx.load(path)
+    assert proto.opset_import[0].version == 19
+    assert [size.dim_param for size in proto.graph.input[0].type.tensor_type.shape.dim] == [
+        "batch",
+        "",
+        "height",
+        "width",
+    ]
+    stored = {entry.data_type for entry in proto.graph.initializer if entry.name.endswith(".weight")}
+    assert stored == {onnx.TensorProto.FLOAT16}
+
+
+@pytest.mark.parametrize(
+    ("flags", "says"),
+    [
+        (["--opset", "12"], "opset 12 can't be written; choose one from 17 to 21"),
+        (["--fp16"], "onnxruntime has no integer kernels between float16"),
+        (["--fp16", "--target", "tensorrt", "--opset", "18"], "opset 18 has no float16 around quantized values"),
+    ],
+)
+def test_what_can_not_be_written_is_said(run_script, weights, tmp_path, flags, says):
+    result = export(run_script, weights, tmp_path / "model.onnx", *flags)
+    assert result.code == 2
+    assert says in result.error_lines[0]
+    assert list(tmp_path.iterdir()) == []
