@@ -197,3 +197,13 @@ def test_sums_and_products_of_sizes_are_left_alone() -> None:
     assert [name for name, _ in quantizers(model)] == ["conv._input_quantizer", "conv._weight_quantizer"]
     images = torch.randn(2, 3, 8, 8)
     assert calibrate(model, [images])(images).shape == (2, 4)
+
+
+def test_a_layer_that_two_modules_share_gets_one_twin() -> None:
+    shared, block = nn.Conv2d(4, 4, 1), nn.Sequential(nn.Conv2d(4, 4, 1))
+    model = nn.Sequential(nn.Conv2d(3, 4, 1), nn.Sequential(shared, block), nn.Sequential(shared, block))
+    quantize(model)
+    assert model[1][0] is model[2][0]
+    assert sum(name.endswith("_weight_quantizer") for name, _ in quantizers(model)) == 3
+    images = torch.randn(2, 3, 8, 8)
+    assert calibrate(model, [images])(images).shape == (2, 4, 8, 8)
