@@ -52,7 +52,8 @@ class LayerWeights:
             path: the layer's name.
             input_scale: step of the layer's quantized input, None if the input is float.
         """
-        integer_bias = writer.quantized_bias_wanted and self.scale is not None and input_scale is not None
+        scales = self.scale is not None and input_scale is not None
+        integer_bias = writer.quantized_bias_wanted and self.bias is not None and scales
         if self.scale is None:
             names = [writer.constant(f"{path}.weight", self.weight)]
         else:

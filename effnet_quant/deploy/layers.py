@@ -81,7 +81,7 @@ def compare_layers(
     fed = pixels if pixels is not None and entry.type == "tensor(uint8)" else images
     wanted.append(session.get_outputs()[0].name)
     computed = session.run(wanted, {entry.name: fed.numpy()})
-    values = dict(zip(wanted, map(torch.from_numpy, computed), strict=True))
+    values = {name: torch.from_numpy(value).float() for name, value in zip(wanted, computed, strict=True)}
     simulated = _behind_quantizers(simulation, images)
     in_float = _behind_quantizers(float_teacher(simulation), images)
     engine = {name: [values[output] for _, output in sorted(uses[name])] for name in uses}

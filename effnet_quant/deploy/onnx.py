@@ -21,7 +21,7 @@ from effnet_quant.deploy.operators import IDENTITIES, OPERATION_KINDS, OPERATION
 from effnet_quant.deploy.options import ExportOptions
 from effnet_quant.deploy.ranges import NeededRanges
 from effnet_quant.deploy.rounding import round_before_activations
-from effnet_quant.deploy.tracing import FAKE_QUANTIZE, QUANTIZE_OUTPUT, TracedModel, module_path, trace
+from effnet_quant.deploy.tracing import FAKE_QUANTIZE, QUANTIZE_OUTPUT, TracedModel, image_channels, module_path, trace
 from effnet_quant.errors import UserError
 from effnet_quant.files import replace_file
 from effnet_quant.models.weights import METADATA_KEY
@@ -47,7 +47,7 @@ def export_onnx(
     options: ExportOptions = PLAIN,
 ) -> None:
     """Write ``model`` as ONNX: "input" (batch, C, image_size, image_size) float32 -> "logits", any batch; ``options`` give
-    other forms. C is what the first convolution takes.
+    other forms. C is what the model takes.
 
     BatchNorm is folded into the convolutions. A quantized model gets int8 weights and QDQ nodes where ``target`` wants
     them; its ranges serve every target. For ONNX Runtime, outputs of convolutions are quantized too, so that they run as
@@ -86,7 +86,7 @@ def build_onnx(
             f"{rules.name} has no integer kernels between float16 values; export the quantized model without fp16, or for "
             "another target."
         )
-    channels = next((module.in_channels for module in model.modules() if isinstance(module, nn.Conv2d)), 3)
+    channels = image_channels(model, image_size)
     traced = trace(model, image_size, channels, dynamic_size=options.dynamic_size)
     exporter = _Exporter(traced, GraphWriter(rules, options.opset_for(quantized), options))
     image = image_input(channels, image_size, options)
@@ -211,6 +211,11 @@ class _Exporter:
         bias_node = node.args[2] if len(node.args) > 2 else None
         bias = None if bias_node is None else self._constant(bias_node).float().numpy()
         assert isinstance(weight_node, fx.Node)
+        if weight_node not in self.traced.constants and weight_node.target is not FAKE_QUANTIZE:
+            raise UserError(
+                f"{module_path(node) or 'the model'}: a convolution whose weights are computed from the image "
+                "(a conditional convolution) can't be exported; choose a network with fixed weights."
+            )
         if weight_node.target is not FAKE_QUANTIZE:
             return LayerWeights(self._constant(weight_node).float().numpy(), bias, None)
         weight, scale = self._constant(weight_node.args[0]).float(), self._constant(weight_node.args[1]).float()

@@ -60,6 +60,12 @@ def _gelu(op: Operation) -> str:
     return op.emit("Mul", op.emit("Mul", op.x, op.emit("Add", gate, number(1.0))), number(0.5))
 
 
+def _add_product(op: Operation) -> str:
+    """addcmul: x + value * a * b."""
+    product = op.emit("Mul", op.tensor(op["tensor1"]), op.tensor(op["tensor2"]))
+    return op.emit("Add", op.x, product if op["value"] == 1 else op.emit("Mul", product, op.tensor(op["value"])))
+
+
 def _clip(low: str | None, high: str | None) -> Emit:
     def emit(op: Operation) -> str:
         bounds = [None if bound is None else op[bound] for bound in (low, high)]
@@ -125,9 +131,16 @@ def _averages(length: int, wanted: int) -> np.ndarray:
 
 
 def _adaptive_max_pool(op: Operation) -> list[str]:
-    if pair(op["output_size"]) != [1, 1]:
-        raise op.refuse("to more than one value can't be exported")
-    return [op.emit("GlobalMaxPool", op.x)]
+    size = [int(length) for length in shape_of(op.node.args[0])[-2:]]
+    wanted = pair(op["output_size"])
+    if wanted == [1, 1]:
+        return [op.emit("GlobalMaxPool", op.x)]
+    if any(length % wish for length, wish in zip(size, wanted, strict=True)):
+        raise op.refuse(
+            f"from {size} to {wanted} has windows of unequal size and can't be exported; change the image size"
+        )
+    kernel = [length // wish for length, wish in zip(size, wanted, strict=True)]
+    return [op.emit("MaxPool", op.x, kernel_shape=kernel, strides=kernel)]
 
 
 def _axes(op: Operation) -> list[int]:
@@ -239,6 +252,7 @@ OPERATIONS: dict[Any, Emit] = {
     aten.mul_.Tensor: _binary("Mul"),
     aten.div.Tensor: _binary("Div"),
     aten.div_.Tensor: _binary("Div"),
+    aten.addcmul.default: _add_product,
     aten.pow.Tensor_Scalar: _binary("Pow"),
     aten.maximum.default: _binary("Max"),
     aten.minimum.default: _binary("Min"),
@@ -279,11 +293,14 @@ OPERATIONS: dict[Any, Emit] = {
     aten.t.default: shapes.transpose_matrix,
     aten.roll.default: shapes.roll,
     aten.pixel_shuffle.default: shapes.pixel_shuffle,
+    aten.pixel_unshuffle.default: shapes.pixel_unshuffle,
     aten.stack.default: shapes.stack,
     aten.unbind.int: shapes.unbind,
     aten.cat.default: shapes.concat,
     aten.slice.Tensor: shapes.slice_,
     aten.select.int: shapes.select,
+    aten.index.Tensor: shapes.index,
+    aten.index_select.default: lambda op: op.emit("Gather", op.x, op.tensor(op["index"]), axis=op["dim"]),
     aten.chunk.default: shapes.split,
     aten.split.Tensor: shapes.split,
     aten.split_with_sizes.default: shapes.split,

@@ -160,6 +160,15 @@ def _gather(op: Operation, index: int, axis: int) -> str:
     return op.emit("Gather", op.x, op.writer.constant(f"{op.path}.index", np.array(index, np.int64)), axis=axis)
 
 
+def index(op: Operation) -> str:
+    """A list of positions in one dimension, which are numbers of the model."""
+    chosen = [(axis, positions) for axis, positions in enumerate(op["indices"]) if positions is not None]
+    if len(chosen) != 1 or rank(chosen[0][1]) != 1 or chosen[0][1].meta["val"].dtype == torch.bool:
+        raise op.refuse("by anything but positions in one dimension can't be exported")
+    axis, positions = chosen[0]
+    return op.emit("Gather", op.x, op.tensor(positions), axis=axis)
+
+
 def roll(op: Operation) -> str:
     """Shift along dimensions, what leaves at the end comes back at the beginning."""
     x = op.x
@@ -180,6 +189,15 @@ def _part(op: Operation, x: str, axis: int, start: int, stop: int) -> str:
 def pixel_shuffle(op: Operation) -> str:
     """Channels to pixels: (C * r * r, H, W) -> (C, H * r, W * r)."""
     return op.emit("DepthToSpace", op.x, blocksize=op["upscale_factor"], mode="CRD")
+
+
+def pixel_unshuffle(op: Operation) -> str:
+    """Pixels to channels: (C, H * r, W * r) -> (C * r * r, H, W). SpaceToDepth lists the channels in another order."""
+    factor = op["downscale_factor"]
+    channels, height, width = (int(size) for size in shape_of(op.node.args[0])[1:])
+    blocks = op.integers("blocks", [-1, channels, height // factor, factor, width // factor, factor])
+    moved = op.emit("Transpose", op.emit("Reshape", op.x, blocks), perm=[0, 1, 3, 5, 2, 4])
+    return op.emit("Reshape", moved, op.integers("shape", [-1, *(int(size) for size in shape_of(op.node)[1:])]))
 
 
 def resize(mode: str) -> Emit:

@@ -99,12 +99,28 @@ class TracedModel:
 
     def fold_constant(self, node: fx.Node) -> bool:
         """Compute ``node`` and count it among the constants, if it depends on no input; says whether it did."""
-        inputs = node.all_input_nodes
-        if not inputs or any(value not in self.constants for value in inputs):
+        if any(value not in self.constants for value in node.all_input_nodes):
             return False
         args, kwargs = fx.map_arg((node.args, node.kwargs), lambda value: self.constants[value])
         self.constants[node] = node.target(*args, **kwargs)  # type: ignore[operator]
         return True
+
+
+@torch.no_grad()
+def image_channels(model: nn.Module, image_size: int) -> int:
+    """Channels of the images that a model takes: those of its first convolution, unless the images reach that transformed
+    (by a cosine transform, say) and the model takes 3."""
+    first = next((module.in_channels for module in model.modules() if isinstance(module, nn.Conv2d)), 3)
+    if first == 3:
+        return first
+    probed = copy.deepcopy(model).cpu().float().eval()
+    for channels in (first, 3):
+        try:
+            probed(torch.zeros(1, channels, image_size, image_size))
+        except Exception:  # whatever a model's own code raises at images of another shape
+            continue
+        return channels
+    return first
 
 
 def trace(model: nn.Module, image_size: int, in_channels: int = 3, *, dynamic_size: bool = False) -> TracedModel:

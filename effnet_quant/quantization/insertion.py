@@ -57,7 +57,7 @@ def quantize(
     if any(True for _ in quantizers(model)):
         raise UserError("the model is quantized already; create a float model to quantize it another way.")
     marked = any(isinstance(module, (QuantPoint, OutputPoint)) for module in model.modules())
-    _place(model, resolved, rules)
+    _place(model, resolved, rules, {})
     if not any(True for _ in quantizers(model)):
         raise UserError("the model has no convolution, linear layer or pooling that could be quantized.")
     if not marked:
@@ -125,18 +125,26 @@ def _apply_overrides(model: nn.Module, spec: QuantSpec) -> None:
             model.set_submodule(name, nn.Identity())
 
 
-def _place(module: nn.Module, spec: QuantSpec, target: Target) -> None:
+def _place(module: nn.Module, spec: QuantSpec, target: Target, twins: dict[nn.Module, nn.Module]) -> None:
+    """Exchange the children of ``module``; ``twins`` are those exchanged already, for layers that several modules share."""
     wanted = target.quantized_inputs
-    for name, child in module.named_children():
+    for name, child in list(module._modules.items()):
+        if child is None or hasattr(child, "_weight_quantizer"):
+            continue
+        if child in twins:
+            setattr(module, name, twins[child])
+            continue
         if isinstance(child, QuantPoint):
             if child.operation in wanted:
                 setattr(module, name, TensorQuantizer(spec.activation))
         elif isinstance(child, OutputPoint):
             setattr(module, name, OutputQuantizer(target.quantized_outputs).train(child.training))
         elif type(child) is nn.Conv2d:
-            setattr(module, name, QuantConv2d.from_float(child, spec))
+            twins[child] = QuantConv2d.from_float(child, spec)
+            setattr(module, name, twins[child])
         elif type(child) is nn.Linear:
-            setattr(module, name, QuantLinear.from_float(child, spec))
+            twins[child] = QuantLinear.from_float(child, spec)
+            setattr(module, name, twins[child])
         elif type(child) is nn.AdaptiveAvgPool2d and "pool" in wanted:
             setattr(module, name, QuantAdaptiveAvgPool2d.from_float(child, spec))
         elif type(child) is nn.AvgPool2d and "pool" in wanted:
@@ -144,7 +152,7 @@ def _place(module: nn.Module, spec: QuantSpec, target: Target) -> None:
         elif isinstance(child, (nn.Conv2d, nn.Linear)):
             QuantSubclass.convert(child, spec)
         else:
-            _place(child, spec, target)
+            _place(child, spec, target, twins)
 
 
 def simulate_target(model: nn.Module, target: str) -> nn.Module:

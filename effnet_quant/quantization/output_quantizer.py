@@ -46,6 +46,8 @@ class OutputQuantizer(nn.Module):
     @property
     def range(self) -> tuple[float, float] | None:
         """Smallest and largest value seen, None if nothing has been."""
+        if self._low.is_meta:
+            return None
         low, high = self._low.item(), self._high.item()
         return (low, high) if low <= high else None
 

@@ -43,12 +43,11 @@ def place_between_modules(model: nn.Module, graph: fx.Graph, spec: QuantSpec, ta
     wanted = target.quantized_inputs
     for node in list(graph.nodes):
         tensors = [argument for argument in node.args[:2] if isinstance(argument, fx.Node)]
-        if _is(node, _ADD) and len(tensors) == 2 and "add" in wanted:
+        varying = len(tensors) == 2 and not any(map(placement.is_constant, tensors))
+        if _is(node, _ADD) and varying and "add" in wanted:
             shortcut = placement.shortcut(*tensors)
             placement.quantize_operand(node, shortcut, "residual_quantizer")
-        elif (
-            _is(node, _MUL) and len(tensors) == 2 and "mul" in wanted and not any(map(placement.is_parameter, tensors))
-        ):
+        elif _is(node, _MUL) and varying and "mul" in wanted:
             placement.quantize_operand(node, tensors[0], "mul_a_quantizer")
             placement.quantize_operand(node, tensors[1], "mul_b_quantizer")
         elif _is(node, _CAT) and "concat" in wanted:
@@ -65,6 +64,11 @@ def _is(node: fx.Node, targets: set[Any]) -> bool:
     return node.op in ("call_function", "call_method") and node.target in targets
 
 
+def _is_size(node: fx.Node) -> bool:
+    asked = node.target is getattr and node.args[1] in ("shape", "ndim", "dtype", "device")
+    return asked or (node.op == "call_method" and node.target in ("size", "dim", "numel"))
+
+
 class _Placement:
     """Edits a graph and adds the modules that its new nodes call."""
 
@@ -75,7 +79,7 @@ class _Placement:
         self._constants: set[fx.Node] = set()
         for node in graph.nodes:
             inputs = node.all_input_nodes
-            if node.op == "get_attr" or (inputs and self._constants.issuperset(inputs)):
+            if node.op == "get_attr" or _is_size(node) or (inputs and self._constants.issuperset(inputs)):
                 self._constants.add(node)
 
     def module(self, node: fx.Node) -> nn.Module | None:
@@ -85,8 +89,8 @@ class _Placement:
         module = self.module(node)
         return isinstance(module, nn.Conv2d) and hasattr(module, "_weight_quantizer")
 
-    def is_parameter(self, node: fx.Node) -> bool:
-        """Whether the value depends on no input: a product with a learned scale, say, is fused and stays in float."""
+    def is_constant(self, node: fx.Node) -> bool:
+        """Whether the value depends on no pixel: a learned scale, whose product is fused and stays in float, or a size."""
         return node in self._constants
 
     def shortcut(self, first: fx.Node, second: fx.Node) -> fx.Node:

@@ -26,9 +26,11 @@ def check(name: str) -> None:
     assert row.quantizers["weight"] == len(layers)
     for kind, count in PLACED.get(name, {}).items():
         assert row.quantizers[kind] == count, kind
-    # Random weights amplify: where float sums in another order move the simulation itself, the engine, whose integer sums
-    # are exact, can't be nearer to it than that.
+    assert row.layer_error <= 2e-2, row.layer
+    # Random weights amplify: engine and simulation, two roundings of one network, drift apart by as much as the engine's
+    # rounding of biases moves the simulation itself.
     assert row.engine_error <= max(2e-2, 2 * row.rounding_error)
+    assert row.openvino_error <= max(2e-2, 2 * row.rounding_error)
     assert row.agreement >= 0.9 or row.rounding_error > 1e-2
     assert row.int8_size < 0.32 * row.float_size
     assert row.findings == []

@@ -178,3 +178,32 @@ def test_first_and_last_layer_can_be_left_in_float_or_given_another_grid() -> No
 def test_targets_decide_what_is_placed() -> None:
     with pytest.raises(UserError, match="there is no target 'tpu'"):
         quantize(network(), target="tpu")
+
+
+def test_sums_and_products_of_sizes_are_left_alone() -> None:
+    class Sized(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.conv = nn.Conv2d(3, 4, 1)
+            self.shift = nn.Parameter(torch.ones(4, 1))
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            x = self.conv(x)
+            batch, channels, height, width = x.shape
+            pixels = x.reshape(batch, channels, height * width) + self.shift
+            return pixels[:, :, : x.size(2) + height].sum(-1)
+
+    model = quantize(Sized().eval())
+    assert [name for name, _ in quantizers(model)] == ["conv._input_quantizer", "conv._weight_quantizer"]
+    images = torch.randn(2, 3, 8, 8)
+    assert calibrate(model, [images])(images).shape == (2, 4)
+
+
+def test_a_layer_that_two_modules_share_gets_one_twin() -> None:
+    shared, block = nn.Conv2d(4, 4, 1), nn.Sequential(nn.Conv2d(4, 4, 1))
+    model = nn.Sequential(nn.Conv2d(3, 4, 1), nn.Sequential(shared, block), nn.Sequential(shared, block))
+    quantize(model)
+    assert model[1][0] is model[2][0]
+    assert sum(name.endswith("_weight_quantizer") for name, _ in quantizers(model)) == 3
+    images = torch.randn(2, 3, 8, 8)
+    assert calibrate(model, [images])(images).shape == (2, 4, 8, 8)

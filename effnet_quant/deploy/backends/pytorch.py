@@ -12,6 +12,7 @@ from torch import nn
 
 from effnet_quant.api import create_model
 from effnet_quant.deploy.backends.compiled import Compiled, ImageInput, Settings
+from effnet_quant.deploy.tracing import image_channels
 from effnet_quant.errors import UserError
 from effnet_quant.models.registry import get_entry
 from effnet_quant.models.weights import read_weights
@@ -38,7 +39,7 @@ def compile_file(path: Path, settings: Settings) -> Compiled:
         raise UserError(f"{path} does not say which model it is for; take a .safetensors file of checkpoint2model.py.")
     model = create_model(name, weights=weights).eval().to(settings.device)
     size = weights.metadata.get("preprocessing", {}).get("image_size", get_entry(name).input.image_size)
-    channels = next((module.in_channels for module in model.modules() if isinstance(module, nn.Conv2d)), 3)
+    channels = image_channels(model, size)
     metadata = {"image_size": size, **weights.metadata}
     run = _Run(model, torch.device(settings.device), _AUTOCAST.get(settings.precision), settings.threads)
     simulated = any(True for _ in quantizers(model))
