@@ -9,15 +9,19 @@ the speed of the others over it (above 1 is faster).
     python benchmarks/engine_latency.py --networks timm:resnet50 --image-size 64 --batch-sizes 1 4
 
 The peers run with their runtimes' default settings (on CPUs with AMX, OpenVINO then computes floats in bfloat16), ours as
-load_engine runs them. On CPUs without VNNI, ONNX Runtime's default kernels saturate and ours do not (docs/deployment.md), so
-compare on CPUs that have it. NNCF is needed for its columns: pip install nncf.
+load_engine runs them; in OpenVINO all are compiled for the shape they run in. On CPUs without VNNI, ONNX Runtime's default
+kernels saturate and ours do not (docs/deployment.md), so compare on CPUs that have it. NNCF is needed for its columns:
+pip install nncf.
 """
 
 from __future__ import annotations
 
 import argparse
+import contextlib
+import logging
 import os
 import statistics
+import sys
 import tempfile
 import time
 from collections.abc import Callable, Sequence
@@ -34,6 +38,7 @@ from onnxruntime.quantization.shape_inference import quant_pre_process
 
 from effnet_quant import calibrate, create_model, export_onnx, load_engine, quantize
 from effnet_quant.cli.latency import describe_engines_machine, machine_line
+from effnet_quant.deploy.backends.openvino import OpenvinoRunner
 from effnet_quant.deploy.cpu import cpu_has_bf16, cpu_has_exact_int8
 from effnet_quant.deploy.latency import interleaved_seconds
 
@@ -46,10 +51,10 @@ Images = NDArray[np.float32]
 Run = Callable[[Images], Any]
 NETWORKS = ("timm:efficientnet_b0", "timm:resnet50", "timm:mobilenetv2_100")
 BASE = "ORT FP32 (ms)"
-CALIBRATION_IMAGES = 32
+CALIBRATION_IMAGES = 8
 # (rounds, timed runs in each) by batch size: what a column's 2 % need, in a few minutes altogether
 SCHEDULE = {1: (12, 8)}
-LARGE_BATCH_SCHEDULE = (4, 2)
+LARGE_BATCH_SCHEDULE = (3, 2)
 
 
 def main() -> None:
@@ -171,10 +176,12 @@ def _onnxruntime_tool(float_path: Path, images: torch.Tensor, threads: int, fold
 def _nncf(float_path: Path, images: torch.Tensor, threads: int) -> dict[str, Run]:
     calibration = nncf.Dataset(list(images.split(1)), lambda image: image.numpy())
     in_float = nncf.IgnoredScope(types=["Multiply", "ReduceMean", "GroupConvolution"], validate=False)
+    nncf.set_log_level(logging.ERROR)
     engines = {}
     for name, scope in (("NNCF, OpenVINO", None), ("NNCF less products, means, depthwise", in_float)):
         model = openvino.Core().read_model(float_path)
-        quantized = nncf.quantize(model, calibration, subset_size=len(images), ignored_scope=scope)
+        with contextlib.redirect_stdout(sys.stderr):  # progress bars; the table goes to standard output
+            quantized = nncf.quantize(model, calibration, subset_size=len(images), ignored_scope=scope)
         engines[name] = _openvino(quantized, threads)
     return engines
 
@@ -188,8 +195,7 @@ def _onnxruntime(path: Path, threads: int) -> Run:
 
 
 def _openvino(model: openvino.Model, threads: int) -> Run:
-    request = openvino.Core().compile_model(model, "CPU", {"INFERENCE_NUM_THREADS": threads}).create_infer_request()
-    return lambda images: request.infer({0: images})
+    return OpenvinoRunner(openvino.Core(), model, {"INFERENCE_NUM_THREADS": threads})
 
 
 if __name__ == "__main__":

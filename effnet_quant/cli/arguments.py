@@ -120,6 +120,7 @@ def _add_optimization_arguments(parser: argparse.ArgumentParser) -> None:
     add("--warmup", type=int, default=0, help="epochs of linear warm-up")
     add("--label-smoothing", type=float, default=0.0, help="label smoothing")
     add("--mixup", type=float, default=0.0, help="mixup alpha")
+    add("--cutmix", type=float, default=0.0, help="CutMix alpha; with --mixup too, a coin decides for each batch")
     add("--optimizer", choices=OPTIMIZERS, default="sgd", help="optimizer")
     add("--momentum", type=float, default=0.9, help="momentum")
     add("--weight-decay", "--wd", type=float, default=1e-4, help="weight decay")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -49,6 +50,7 @@ def job(arguments: Sequence[str]) -> int:
         parsed.hardware_compatible,
     )
     output = parsed.output or Path(parsed.onnx).with_suffix(".plan")
+    print("building the plan; unless it is kept from before, that takes minutes", file=sys.stderr, flush=True)
     plan = compile_engine(parsed.onnx, output, options, timing_cache=parsed.timing_cache)
     print(format_layers(plan.layers) if parsed.layers else summarize(plan.layers))
     print(

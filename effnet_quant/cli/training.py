@@ -288,6 +288,7 @@ _ALLOWED = {
     "gather-checkpoints": _Allowed(lambda value: value >= -1, "-1 (all) or more"),
     "checkpoint-every-steps": _NOT_NEGATIVE,
     "mixup": _NOT_NEGATIVE,
+    "cutmix": _NOT_NEGATIVE,
     "use-ema": _Allowed(lambda value: 0 <= value <= 1, "between 0 and 1"),
     "rmsprop-alpha": _NOT_NEGATIVE,
     "rmsprop-eps": _NOT_NEGATIVE,

@@ -32,6 +32,17 @@ def cutmix(images: Tensor, targets: Tensor, alpha: float, generator: torch.Gener
     return _apply(v2.CutMix(alpha=alpha), images, targets, generator)
 
 
+def mixed(
+    images: Tensor, targets: Tensor, mixup_alpha: float, cutmix_alpha: float, generator: torch.Generator
+) -> tuple[Tensor, Tensor]:
+    """``mixup`` or ``cutmix``, whichever has an alpha above 0; a coin decides where both have."""
+    if mixup_alpha and cutmix_alpha:
+        chosen = mixup if torch.rand((), generator=generator) < 0.5 else cutmix
+    else:
+        chosen = mixup if mixup_alpha else cutmix
+    return chosen(images, targets, mixup_alpha if chosen is mixup else cutmix_alpha, generator)
+
+
 def _apply(
     transform: v2.Transform, images: Tensor, targets: Tensor, generator: torch.Generator
 ) -> tuple[Tensor, Tensor]:

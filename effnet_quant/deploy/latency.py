@@ -86,8 +86,8 @@ def measure_engines(
     for batch_size in batch_sizes:
         runs = [partial(engine, engine.example_images(batch_size, image_size)) for engine in engines]
         slowest = 0.0
-        for run in runs:
-            run()  # compiles, allocates, captures
+        for engine, run in zip(engines, runs, strict=True):
+            engine.warm_up(batch_size, image_size=image_size)
             start = time.perf_counter()
             run()
             slowest = max(slowest, time.perf_counter() - start)

@@ -22,7 +22,11 @@ SMALLEST_AMAX = 2.0**-110
 
 def scale_from_amax(amax: Tensor, spec: TensorSpec) -> Tensor:
     """Step of the symmetric grid that maps ``amax`` to its largest integer; float32, the shape of ``amax``."""
-    return amax.float().clamp(min=SMALLEST_AMAX) / spec.bounds[1]
+    amax = amax.float()
+    # Fixed ranges are not negative. To those of ordinary size (from 2**-85 on) the floor adds nothing, and compiled loops,
+    # which compute the scale anew for every few values, do without the branch of a clamp.
+    floored = amax.clamp(min=SMALLEST_AMAX) if spec.learned else amax + SMALLEST_AMAX
+    return floored / spec.bounds[1]
 
 
 def affine_grid(amin: Tensor, amax: Tensor, spec: TensorSpec) -> tuple[Tensor, Tensor]:

@@ -52,7 +52,7 @@ class QuantConv2d(nn.Conv2d):
         input, weight = self._input_quantizer(input), self._weight_quantizer(self.weight)
         pointwise = self.kernel_size == (1, 1) and self.groups == 1 and not any(self.padding)
         if self.training and pointwise and input.shape[2:] == (1, 1):
-            # squeeze-and-excitation: the same sums in less than half the time; eval mode keeps the convolution's order
+            # squeeze-and-excitation: the same sums in half the time or less; eval mode keeps a convolution's order
             return F.linear(input.flatten(1), weight.flatten(1), self.bias)[:, :, None, None]
         return self._conv_forward(input, weight, self.bias)
 

@@ -20,6 +20,7 @@ class TrainConfig:
         optimizer_batch_size: images an optimizer step of all processes together, -1 for a batch of each (else a multiple
             of that).
         mixup: alpha of the Beta distribution that images are blended by, 0 for no blending.
+        cutmix: alpha of the Beta distribution that boxes of images are exchanged by, 0 for none; with both, a coin decides.
         use_ema: decay of the moving average of the weights, None for no average.
         amp: autocast, to float16 with a scaled loss on CUDA and to bfloat16 on the CPU.
         amp_dtype: "fp16" or "bf16" for another choice.
@@ -51,6 +52,7 @@ class TrainConfig:
     batch_size: int = 256
     optimizer_batch_size: int = -1
     mixup: float = 0.0
+    cutmix: float = 0.0
     use_ema: float | None = None
     amp: bool = False
     amp_dtype: str | None = None

@@ -15,7 +15,7 @@ from torch.nn import functional as F
 from torch.nn.parallel import DistributedDataParallel
 
 from effnet_quant.data.loaders import Loader
-from effnet_quant.data.mixing import mixup
+from effnet_quant.data.mixing import mixed
 from effnet_quant.data.seeding import mix
 from effnet_quant.data.transforms import Preprocessing, normalize
 from effnet_quant.errors import UserError
@@ -297,10 +297,11 @@ class Trainer:
     ) -> None:
         inputs = self._inputs(images)
         targets = labels.to(self.device, non_blocking=True)
-        if self.config.mixup > 0:
+        if self.config.mixup > 0 or self.config.cutmix > 0:
             seed = mix(self.config.seed, self._position.epoch, self._position.batch, self._world.rank)
             shares = F.one_hot(targets, int(self._metadata["num_classes"])).float()
-            inputs, targets = mixup(inputs, shares, self.config.mixup, torch.Generator().manual_seed(seed))
+            generator = torch.Generator().manual_seed(seed)
+            inputs, targets = mixed(inputs, shares, self.config.mixup, self.config.cutmix, generator)
         # gradients travel once for each step of the optimizer
         local = not complete and isinstance(network, DistributedDataParallel)
         with network.no_sync() if local else nullcontext():  # type: ignore[operator]

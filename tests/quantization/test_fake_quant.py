@@ -148,6 +148,12 @@ def test_nan_stays_nan_and_infinities_saturate() -> None:
     assert result[1:].tolist() == [127.0, -128.0]
 
 
+def test_the_scale_of_an_ordinary_range_is_its_quotient_to_the_bit() -> None:
+    amax = np.exp(np.random.default_rng(0).uniform(np.log(1e-25), np.log(1e38), 10_000)).astype(np.float32)
+    scale = scale_from_amax(torch.from_numpy(amax), INT8)
+    np.testing.assert_array_equal(scale.numpy(), amax / np.float32(127))
+
+
 @pytest.mark.parametrize("spec", grids, ids=str)
 @pytest.mark.parametrize("amax", [0.0, 1e-45, 1e-39, 1e38])
 def test_zero_denormal_and_huge_ranges_give_finite_results(amax: float, spec: TensorSpec) -> None:

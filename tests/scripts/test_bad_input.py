@@ -260,6 +260,7 @@ def test_flag_that_does_nothing_yet_is_refused(assert_refused, stage, flags, say
         ("--rmsprop-eps", -1),
         ("--seed", 2**70),
         ("--mixup", -1),
+        ("--cutmix", -1),
         ("--use-ema", 1.5),
         ("--gather-checkpoints", -2),
         ("--checkpoint-every-steps", -1),

@@ -390,6 +390,35 @@ def test_mixup_trains_on_blended_images_and_targets(tiny_network, make_trainer, 
     assert len(set(shares)) == 5
 
 
+@pytest.mark.parametrize("mixup", [0.0, 0.2])
+def test_cutmix_trains_on_boxes_of_the_neighbour(
+    mixup, tiny_network, make_trainer, make_loaders, preprocessing, tmp_path
+):
+    seen = []
+    trainer = make_trainer(tiny_network(dropout=0.0), tmp_path, epochs=3, mixup=mixup, cutmix=1.0)
+    own = trainer.loss
+
+    def loss(logits, targets, images):
+        seen.append((targets, images))
+        return own(logits, targets, images)
+
+    trainer.loss = loss
+    train, val = make_loaders()
+    trainer.fit(train, val)
+    boxes = 0
+    for (targets, images), (pixels, labels) in zip(
+        seen, (batch for epoch in range(3) for batch in train.epoch(epoch)), strict=True
+    ):
+        plain, one_hot = normalize(pixels, preprocessing), F.one_hot(labels, 3).float()
+        kept = (images == plain).all(1, keepdim=True)
+        if not torch.equal(torch.where(kept, plain, plain.roll(1, 0)), images):
+            continue  # blended: the coin fell the other way
+        boxes += 1
+        share = kept[0].float().mean()
+        torch.testing.assert_close(targets, share * one_hot + (1 - share) * one_hot.roll(1, 0))
+    assert boxes == 15 if mixup == 0 else 0 < boxes < 15
+
+
 def test_checkpoints_within_an_epoch_come_every_so_many_steps(
     straight, tiny_network, make_trainer, make_loaders, watch, tmp_path, same_weights
 ):

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 
 from effnet_quant.deploy.backends.compiled import Compiled, Settings
 from effnet_quant.deploy.backends.onnx_file import read_onnx
@@ -14,10 +15,12 @@ from effnet_quant.errors import UserError
 
 DEVICES = ("cpu",)
 PRECISIONS = ("fp32", "bf16")
+# Compiled for one shape, a network runs up to a fifth faster than with an open batch (int8 kernels, mobilenetv2_100).
+SHAPES_COMPILED = 4
 
 
 def compile_file(path: Path, settings: Settings) -> Compiled:
-    """An inference request of an ONNX file.
+    """An ONNX file, compiled for each shape of images when it first comes.
 
     Raises:
         UserError: OpenVINO is missing, the CPU has no bfloat16, or the file is missing or damaged.
@@ -35,11 +38,39 @@ def compile_file(path: Path, settings: Settings) -> Compiled:
         properties["LP_TRANSFORMS_MODE"] = "NO"
     if settings.threads is not None:
         properties["INFERENCE_NUM_THREADS"] = settings.threads
-    compiled = openvino.Core().compile_model(str(path), "CPU", properties)
-    request = compiled.create_infer_request()
-    return Compiled(
-        lambda images: np.array(request.infer({0: images})[0]),
-        file.input,
-        file.precision(settings.precision),
-        file.metadata,
-    )
+    core = openvino.Core()
+    run = OpenvinoRunner(core, core.read_model(path), properties)
+    return Compiled(run, file.input, file.precision(settings.precision), file.metadata)
+
+
+class OpenvinoRunner:
+    """Runs a model on NumPy images: the first few shapes each on a network of their own, others on one for any shape.
+
+    Which of the two a shape gets never changes, so the same images give the same logits.
+    """
+
+    def __init__(self, core: Any, model: Any, properties: dict[str, Any]) -> None:
+        self._core = core
+        self._model = model
+        self._properties = properties
+        self._requests: dict[tuple[int, ...], Any] = {}
+        self._any_shape: Any = None
+
+    def __call__(self, images: NDArray[Any]) -> NDArray[np.float32]:
+        request = self._requests.get(images.shape)
+        if request is None:
+            request = self._request_for(images.shape)
+        return np.array(request.infer({0: images}, share_inputs=True)[0])
+
+    def _request_for(self, shape: tuple[int, ...]) -> Any:
+        if len(self._requests) < SHAPES_COMPILED:
+            model = self._model.clone()
+            model.reshape(list(shape))
+            self._requests[shape] = self._compile(model)
+            return self._requests[shape]
+        if self._any_shape is None:
+            self._any_shape = self._compile(self._model)
+        return self._any_shape
+
+    def _compile(self, model: Any) -> Any:
+        return self._core.compile_model(model, "CPU", self._properties).create_infer_request()

@@ -19,7 +19,7 @@ class BuildOptions:
     Attributes:
         smallest_batch, usual_batch, largest_batch: images a run; the plan takes any number from the smallest to the
             largest and is fastest at the usual. They bind only where the ONNX file leaves the batch open.
-        image_size: height and width in pixels, where the ONNX file leaves them open.
+        image_size: height and width in pixels, where the ONNX file leaves them open; None for what it was made for.
         workspace_mib: memory that a layer may use beside its activations; None for as much as the card has.
         version_compatible: runs in later versions of TensorRT too (with code of the plan's own; load only what you trust).
         hardware_compatible: "none": the card that built it; "same-compute-capability": cards of its generation;

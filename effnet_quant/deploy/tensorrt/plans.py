@@ -6,7 +6,7 @@ import hashlib
 import json
 import os
 import re
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -68,6 +68,8 @@ def compile_engine(
     """
     onnx_path, options = Path(onnx_path), options or BuildOptions()
     file = read_onnx(onnx_path)
+    if None in file.input.shape and options.image_size is None:
+        options = replace(options, image_size=file.metadata.get("image_size"))  # what the network was made for
     if output is not None:
         check_writable(Path(output))
     trt = library.import_tensorrt()
@@ -92,7 +94,7 @@ def compile_engine(
         write_plan(plan, content)
     if output is None:
         return plan
-    given = Plan(**{**vars(plan), "path": Path(output)})
+    given = replace(plan, path=Path(output))
     write_plan(given, kept.read_bytes())
     return given
 
