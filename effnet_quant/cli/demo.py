@@ -64,7 +64,8 @@ def job(arguments: Sequence[str]) -> int:
         print(f"note: {sentence}.")
     if not cpu_has_exact_int8():
         print(
-            "note: this CPU has no VNNI, so OpenVINO computes the INT8 engine's quantized values in float; see w7a8 in docs/deployment.md."
+            "note: this CPU has no VNNI, so OpenVINO computes the INT8 engine's quantized values in float; see w7a8 in "
+            "docs/deployment.md."
         )
     print(f"rows: {workspace / 'summary.json'}, picture: {workspace / 'summary.png'}")
     print(f"{time.monotonic() - start:.0f} s in all")

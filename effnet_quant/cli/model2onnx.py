@@ -5,20 +5,32 @@ from __future__ import annotations
 import argparse
 import importlib.util
 import os
-from collections.abc import Sequence
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Any
+
+from torch import nn
 
 from effnet_quant.cli.arguments import Parser, add_model_arguments
-from effnet_quant.cli.inference import load_model
+from effnet_quant.cli.inference import load_model, run_engine
 from effnet_quant.cli.process import run
 from effnet_quant.cli.quantization import add_spec_arguments
 from effnet_quant.cli.verify import add_verify_arguments, verify_engine
+from effnet_quant.data.loaders import Loader
+from effnet_quant.data.opening import open_validation
+from effnet_quant.data.transforms import Preprocessing, evaluation_transform
 from effnet_quant.deploy.engine import load_engine
 from effnet_quant.deploy.onnx import export_onnx
 from effnet_quant.deploy.options import OPSETS, ExportOptions, Normalisation
+from effnet_quant.deploy.tuning import Tuning, format_tuning, tune
 from effnet_quant.errors import UserError
 from effnet_quant.files import check_writable
-from effnet_quant.quantization.targets import TARGETS
+from effnet_quant.quantization.targets import TARGETS, Target, get_target
+
+TUNE_BATCH = 8
 
 
 def job(arguments: Sequence[str]) -> int:
@@ -28,17 +40,25 @@ def job(arguments: Sequence[str]) -> int:
     add_spec_arguments(parser)
     parser.add_argument("--image-size", type=int, help="image size in pixels (default: the weights', else the model's)")
     parser.add_argument(
-        "-b", "--batch-size", type=int, default=None, help="of --verify (default: 32); the exported batch is dynamic"
+        "-b", "--batch-size", type=int, help="of --verify and --tune (default: 32 and 8); the exported batch is dynamic"
     )
     parser.add_argument("--target", choices=tuple(TARGETS), default="onnxruntime", help="the runtime to export for")
     _add_form_arguments(parser)
     parser.add_argument("--output", metavar="FILE", help="file to write (default: <arch>.onnx, with - for :)")
     parser.add_argument("--verify", metavar="DATA", dest="data", help="compare the engine with the simulation on DATA")
+    parser.add_argument(
+        "--tune",
+        metavar="DATA",
+        help="measure on this machine, with images of DATA, which operations to leave in float",
+    )
+    parser.add_argument(
+        "--allow-slower", action="store_true", help="with --tune: status 0 even if the network is faster in float"
+    )
     add_verify_arguments(parser)
     parsed = parser.parse(arguments)
-    if parsed.data and parsed.target == "tensorrt" and importlib.util.find_spec("tensorrt") is None:
+    if (parsed.data or parsed.tune) and parsed.target == "tensorrt" and importlib.util.find_spec("tensorrt") is None:
         raise UserError(
-            "--verify runs the engine, and TensorRT is not installed; check the graph with "
+            "--verify and --tune run the engine, and TensorRT is not installed; check the graph with "
             "python -m effnet_quant.deploy.verify --lint tensorrt."
         )
     ExportOptions(opset=parsed.opset)  # a wrong one is said before the model is built
@@ -53,11 +73,48 @@ def job(arguments: Sequence[str]) -> int:
         normalisation=Normalisation(preprocessing["mean"], preprocessing["std"]) if parsed.with_preprocessing else None,
         float_weights=parsed.weights == "float",
     )
-    export_onnx(model, output, preprocessing["image_size"], target=parsed.target, metadata=metadata, options=options)
+    tuning = _tune(model, metadata, options, parsed) if parsed.tune else None
+    rules = tuning.target if tuning else get_target(parsed.target)
+    export_onnx(model, output, preprocessing["image_size"], target=rules, metadata=metadata, options=options)
     print(f"{output}: {os.path.getsize(output):,} bytes, for {parsed.target}, any batch size")
-    if not parsed.data:
-        return 0
-    return 0 if verify_engine(model, metadata, load_engine(output, parsed.target), parsed) else 1
+    status = 0
+    if tuning is not None and tuning.speedup < 1 and not parsed.allow_slower:
+        print(
+            f"{output} is slower than its float version on this machine ({tuning.speedup:.2f} times its speed); deploy the "
+            "float network here, or accept it with --allow-slower.",
+            file=sys.stderr,
+        )
+        status = 1
+    if parsed.data and not verify_engine(model, metadata, load_engine(output, parsed.target), parsed):
+        status = 1
+    return status
+
+
+def _tune(model: nn.Module, metadata: dict[str, Any], options: ExportOptions, parsed: argparse.Namespace) -> Tuning:
+    """Measure placements on one batch of validation images, and print the table."""
+    preprocessing = Preprocessing.from_json(metadata["preprocessing"])
+    source = open_validation(parsed.tune, metadata.get("classes"))
+    batch_size = TUNE_BATCH if parsed.batch_size is None else parsed.batch_size
+    if batch_size < 1:
+        raise UserError("--batch-size must be at least 1.")
+    pixels, _ = next(iter(Loader(source, evaluation_transform(preprocessing), batch_size).epoch()))
+    start = time.monotonic()
+    with tempfile.TemporaryDirectory() as folder:
+
+        def compile_for(rules: Target) -> Callable[[], Any]:
+            path = Path(folder, "candidate.onnx")
+            export_onnx(model, path, preprocessing.image_size, target=rules, options=options)
+            engine = load_engine(path, parsed.target)
+            return lambda: run_engine(engine, pixels, preprocessing)
+
+        tuning = tune(
+            model, get_target(parsed.target), compile_for, lambda line: print(line, file=sys.stderr, flush=True)
+        )
+    print(format_tuning(tuning))
+    print(
+        f"{len(pixels)} images of {preprocessing.image_size} px a batch, {time.monotonic() - start:.0f} s of measuring"
+    )
+    return tuning
 
 
 def _add_form_arguments(parser: argparse.ArgumentParser) -> None:

@@ -21,9 +21,11 @@ from effnet_quant.deploy.backends.onnx_file import read_onnx
 from effnet_quant.deploy.engine import Engine
 from effnet_quant.deploy.layers import compare_layers, format_layers
 from effnet_quant.deploy.lint import lint_tensorrt
+from effnet_quant.deploy.onnx import FLOAT_OPERATIONS
 from effnet_quant.deploy.verify import Comparison, compare
 from effnet_quant.errors import UserError
 from effnet_quant.quantization.insertion import output_quantizers, quantizers, simulate_target
+from effnet_quant.quantization.targets import get_target
 
 # of images on which engine and simulation give the same class, in percent
 AGREEMENT = 99.5
@@ -87,7 +89,8 @@ def verify_engine(model: nn.Module, metadata: dict[str, Any], engine: Engine, pa
     if batch_size < 1:
         raise UserError("--batch-size must be at least 1.")
     if "target" in engine.metadata:
-        simulate_target(model, engine.metadata["target"])
+        rules = get_target(engine.metadata["target"])
+        simulate_target(model, rules.leaving_in_float(engine.metadata.get(FLOAT_OPERATIONS, ())))
     if engine.metadata.get("target") == "onnxruntime" and any(
         place.range is None for place in output_quantizers(model)
     ):

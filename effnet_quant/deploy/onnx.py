@@ -17,20 +17,21 @@ from effnet_quant.deploy.graph import GraphWriter
 from effnet_quant.deploy.image_input import describe, image_input, write_input
 from effnet_quant.deploy.layer_weights import LayerWeights
 from effnet_quant.deploy.operation import Operation, shape_of
-from effnet_quant.deploy.operators import IDENTITIES, OPERATION_KINDS, OPERATIONS
+from effnet_quant.deploy.operators import IDENTITIES, OPERATIONS
 from effnet_quant.deploy.options import ExportOptions
 from effnet_quant.deploy.ranges import NeededRanges
-from effnet_quant.deploy.rounding import round_before_activations
+from effnet_quant.deploy.rounding import round_before_activations, round_sigmoids
 from effnet_quant.deploy.tracing import FAKE_QUANTIZE, QUANTIZE_OUTPUT, TracedModel, image_channels, module_path, trace
 from effnet_quant.errors import UserError
 from effnet_quant.files import replace_file
 from effnet_quant.models.weights import METADATA_KEY
 from effnet_quant.quantization.insertion import quantizers
 from effnet_quant.quantization.output_quantizer import affine_uint8
-from effnet_quant.quantization.targets import get_target
+from effnet_quant.quantization.targets import Target, get_target
 
 aten = torch.ops.aten
 PLAIN = ExportOptions()
+FLOAT_OPERATIONS = "float_operations"  # metadata: what the target computes with integers and this file does not
 SIZE_TYPES = (int, float, bool, torch.SymInt, torch.SymFloat, torch.SymBool)
 
 _CONVOLUTIONS = frozenset({aten.conv2d.default, aten.conv2d.padding, aten.conv1d.default})
@@ -42,7 +43,7 @@ def export_onnx(
     path: str | Path,
     image_size: int,
     *,
-    target: str = "onnxruntime",
+    target: str | Target = "onnxruntime",
     metadata: dict[str, Any] | None = None,
     options: ExportOptions = PLAIN,
 ) -> None:
@@ -58,7 +59,7 @@ def export_onnx(
         model: a float or calibrated quantized model; left untouched.
         path: the file to write; replaced only when the new one is complete.
         image_size: height and width of the images, in pixels.
-        target: "onnxruntime", "openvino" or "tensorrt".
+        target: "onnxruntime", "openvino" or "tensorrt", or rules of one that were changed (``Target.leaving_in_float``).
         metadata: JSON values to store in the file; an ``Engine`` returns them, with what the file says of itself: target,
             image_size, opset, and name, type and layout of input and output.
         options: the form of the file.
@@ -74,7 +75,7 @@ def build_onnx(
     model: nn.Module,
     image_size: int,
     *,
-    target: str = "onnxruntime",
+    target: str | Target = "onnxruntime",
     metadata: dict[str, Any] | None = None,
     options: ExportOptions = PLAIN,
 ) -> onnx.ModelProto:
@@ -87,12 +88,14 @@ def build_onnx(
             "another target."
         )
     channels = image_channels(model, image_size)
-    traced = trace(model, image_size, channels, dynamic_size=options.dynamic_size)
+    traced = trace(model, rules, image_size, channels, dynamic_size=options.dynamic_size)
     exporter = _Exporter(traced, GraphWriter(rules, options.opset_for(quantized), options))
     image = image_input(channels, image_size, options)
     proto = exporter.run(image, options)
     proto.producer_name = "effnet_quant"
-    stored = {"target": target, "image_size": image_size, **describe(image, options), **(metadata or {})}
+    stored = {"target": rules.name, "image_size": image_size, **describe(image, options), **(metadata or {})}
+    if left := get_target(rules.name).quantized - rules.quantized:
+        stored[FLOAT_OPERATIONS] = sorted(left)
     onnx.helper.set_model_props(proto, {METADATA_KEY: json.dumps(stored, sort_keys=True)})
     onnx.checker.check_model(proto, full_check=True)
     return proto
@@ -118,6 +121,8 @@ class _Exporter:
         if self.target.quantized_outputs:
             round_before_activations(self.writer)
             self._quantize_outputs()
+        if "silu" in self.target.quantized:
+            round_sigmoids(self.writer)
         output = self.names[self.traced.output]
         if options.fp16:
             output = self.writer.node("Cast", [output], "logits", to=onnx.TensorProto.FLOAT)
@@ -135,10 +140,10 @@ class _Exporter:
             self.names[node] = self._weighted(node, path)
         elif (folded_into := _foldable(node)) is not None:
             self.names[node] = self.names[folded_into]
-        elif node.target is QUANTIZE_OUTPUT and self.target.quantized_outputs:
+        elif node.target is QUANTIZE_OUTPUT:
             scale, zero_point = node.args[1:]
             self.names[node] = self.writer.quantized_activation(self._tensor(node.args[0]), scale, zero_point, path)  # type: ignore[arg-type]
-        elif node.target in IDENTITIES or node.target is QUANTIZE_OUTPUT:
+        elif node.target in IDENTITIES:
             self.names[node] = self._tensor(node.args[0])
         elif node.target is operator.getitem:
             self.names[node] = self.parts[node.args[0]][node.args[1]]  # type: ignore[index]
@@ -160,8 +165,6 @@ class _Exporter:
 
     def _quantized_activation(self, node: fx.Node) -> str:
         source = self._tensor(node.args[0])
-        if not _consumer_kinds(node) & self.target.quantized_inputs:
-            return source
         scale = float(self._constant(node.args[1]))
         low, high = _bounds(node)
         path = module_path(node)
@@ -255,17 +258,6 @@ class _Exporter:
             replacement = writer.quantized_activation(value, scale, zero_point, f"{layer.name}.output")
             for node in consumers:
                 node.input[:] = [replacement if name == value else name for name in node.input]
-
-
-def _consumer_kinds(node: fx.Node) -> set[str]:
-    """What the operations behind a quantizer count as; padding and operations that do nothing are looked through."""
-    kinds: set[str] = set()
-    for user in node.users:
-        if user.target in IDENTITIES or user.target in (aten.pad.default, aten.constant_pad_nd.default):
-            kinds |= _consumer_kinds(user)
-        elif user.target in OPERATION_KINDS:
-            kinds.add(OPERATION_KINDS[user.target])
-    return kinds
 
 
 def _spatial_padding(node: fx.Node) -> tuple[fx.Node, list[int]]:

@@ -12,20 +12,6 @@ from effnet_quant.deploy.operation import Emit, Operation, pair, rank, shape_of
 
 aten = torch.ops.aten
 
-# What a quantizer's consumer counts as, for the targets' table of quantized inputs.
-OPERATION_KINDS: dict[Any, str] = {
-    aten.conv2d.default: "conv",
-    aten.linear.default: "linear",
-    aten.adaptive_avg_pool2d.default: "pool",
-    aten.avg_pool2d.default: "pool",
-    aten.mean.dim: "pool",
-    aten.mul.Tensor: "mul",
-    aten.mul_.Tensor: "mul",
-    aten.add.Tensor: "add",
-    aten.add_.Tensor: "add",
-    aten.cat.default: "concat",
-}
-
 
 def _unary(op_type: str, **attributes: Any) -> Emit:
     return lambda op: op.emit(op_type, op.x, **attributes)

@@ -12,7 +12,10 @@ import numpy as np
 import onnx
 
 from effnet_quant.deploy.graph import GraphWriter
+from effnet_quant.quantization.modules import SIGMOID_STEPS
 
+# rounded sigmoids lie between 0 and 1
+SIGMOID_SCALE = float(np.float32(1 / SIGMOID_STEPS))
 _MOVING = {"MaxPool", "Reshape", "Flatten", "Transpose", "Unsqueeze"}
 
 
@@ -29,6 +32,22 @@ def round_before_activations(writer: GraphWriter) -> None:
             pending.append(quantize)
         elif producer.op_type in _MOVING:
             pending += _quantize_input(writer, producer, quantize)
+
+
+def round_sigmoids(writer: GraphWriter) -> None:
+    """Put a pair behind the Sigmoid of each x * sigmoid(x) whose x is quantized, as QuantSiLU simulates it; in place.
+
+    The sigmoid of 256 integers is a table of 256 integers, and the product one of integers.
+    """
+    producers = {name: node for node in writer.nodes for name in node.output}
+    for sigmoid in [node for node in writer.nodes if node.op_type == "Sigmoid"]:
+        source = producers.get(sigmoid.input[0])
+        users = _consumers(writer, sigmoid.output[0])
+        silu = len(users) == 1 and users[0].op_type == "Mul" and sigmoid.input[0] in users[0].input
+        if silu and source is not None and source.op_type == "DequantizeLinear":
+            value = sigmoid.output[0]
+            rounded = writer.quantized_activation(value, SIGMOID_SCALE, 0, sigmoid.name)
+            users[0].input[:] = [rounded if name == value else name for name in users[0].input]
 
 
 def _clip_integers(writer: GraphWriter, clip: onnx.NodeProto, quantize: onnx.NodeProto) -> None:

@@ -8,9 +8,11 @@ import torch
 from torch import Tensor, fx, nn
 
 from effnet_quant.errors import UserError
-from effnet_quant.quantization.insertion import quantizers
+from effnet_quant.quantization.insertion import quantizers, simulate_target
+from effnet_quant.quantization.modules import QuantSiLU
 from effnet_quant.quantization.output_quantizer import OutputQuantizer
 from effnet_quant.quantization.quantizer import TensorQuantizer
+from effnet_quant.quantization.targets import Target
 
 
 @torch.library.custom_op("effnet_quant::fake_quantize", mutates_args=())
@@ -123,25 +125,34 @@ def image_channels(model: nn.Module, image_size: int) -> int:
     return first
 
 
-def trace(model: nn.Module, image_size: int, in_channels: int = 3, *, dynamic_size: bool = False) -> TracedModel:
-    """Trace ``model`` on an image batch of dynamic size, with ``dynamic_size`` on images of any height and width too; the
+def trace(
+    model: nn.Module, target: Target, image_size: int, in_channels: int = 3, *, dynamic_size: bool = False
+) -> TracedModel:
+    """Trace ``model``, with the quantizers that ``target`` wants, on an image batch of dynamic size, with
+    ``dynamic_size`` on images of any height and width too; the
     model itself is left untouched.
 
     Raises:
         UserError: the model has quantizers without ranges, can't be traced, or takes images of one size only.
     """
-    missing = [name for name, quantizer in quantizers(model) if not quantizer.calibrated]
+    marked = simulate_target(copy.deepcopy(model), target)
+    wanted = {name: quantizer for name, quantizer in quantizers(marked) if quantizer.simulated}
+    missing = [name for name, quantizer in wanted.items() if not quantizer.calibrated]
     if missing:
         raise UserError(
             f"{len(missing)} quantizers have no range yet ({', '.join(missing[:3])}, …); "
             "calibrate the model or load quantized weights before exporting it."
         )
-    marked = copy.deepcopy(model).cpu().float().eval().to(memory_format=torch.contiguous_format)
+    marked = marked.cpu().float().eval().to(memory_format=torch.contiguous_format)
     for name, module in list(marked.named_modules()):
         if isinstance(module, TensorQuantizer):
-            marked.set_submodule(name, _MarkedQuantizer(name, module) if module.enabled else nn.Identity())
+            marked.set_submodule(
+                name, _MarkedQuantizer(name, module) if module.enabled and name in wanted else nn.Identity()
+            )
         elif isinstance(module, OutputQuantizer):
-            marked.set_submodule(name, nn.Identity() if module.grid is None else _MarkedOutput(*module.grid))
+            marked.set_submodule(name, _MarkedOutput(*module.grid) if module.rounds and module.grid else nn.Identity())
+        elif isinstance(module, QuantSiLU):
+            marked.set_submodule(name, nn.SiLU())
     images = torch.zeros(2, in_channels, image_size, image_size)
     dimensions = {0: torch.export.Dim("batch", min=1)}
     if dynamic_size:

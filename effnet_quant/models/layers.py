@@ -24,8 +24,17 @@ class QuantPoint(nn.Identity):
 class OutputPoint(nn.Identity):
     """Marks what a convolution (with its BatchNorm) puts out where no quantizer follows at once; the identity.
 
-    NVIDIA's placement has no quantizer there, but some runtimes need one for an integer convolution.
+    NVIDIA's placement has no quantizer there, but some runtimes need one for an integer convolution. Where an SiLU takes the
+    value, it is the next child of the same module.
+
+    Args:
+        operation: the convolution is the "stem", a "depthwise" one or any other "conv", or a "linear" layer; targets
+            choose by it.
     """
+
+    def __init__(self, operation: str = "conv") -> None:
+        super().__init__()
+        self.operation = operation
 
 
 class ConvBNAct(nn.Sequential):
@@ -55,7 +64,8 @@ class ConvBNAct(nn.Sequential):
         self.conv = nn.Conv2d(in_channels, out_channels, kernel_size, stride, padding, groups=groups, bias=False)
         self.bn = nn.BatchNorm2d(out_channels, eps=bn_epsilon, momentum=bn_momentum)
         if activation or added:
-            self.output = OutputPoint()
+            kind = "depthwise" if groups == in_channels else "conv"
+            self.output = OutputPoint("stem" if in_channels <= 4 else kind)
         if activation:
             self.act = nn.SiLU(inplace=True)
 
@@ -82,8 +92,9 @@ class SqueezeExcitation(nn.Module):
         else:
             self.squeeze = nn.Linear(channels, squeezed)
             self.expand = nn.Linear(squeezed, channels)
-        self.squeeze_output = OutputPoint()
-        self.expand_output = OutputPoint()
+        operation = "conv" if as_conv else "linear"
+        self.expand_output = OutputPoint(operation)
+        self.squeeze_output = OutputPoint(operation)
         self.act = nn.SiLU(inplace=True)
         self.mul_a_quantizer = QuantPoint("mul")
         self.mul_b_quantizer = QuantPoint("mul")

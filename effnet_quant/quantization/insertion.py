@@ -15,6 +15,7 @@ from effnet_quant.quantization.modules import (
     QuantAvgPool2d,
     QuantConv2d,
     QuantLinear,
+    QuantSiLU,
     QuantSubclass,
     float_weight,
 )
@@ -30,8 +31,8 @@ def quantize(
     model: nn.Module, spec: str | QuantSpec | Mapping[str, Any] = "w8a8", *, target: str = "onnxruntime"
 ) -> nn.Module:
     """Place quantizers in ``model``, in place: on the inputs and weights of convolutions and linear layers, on the inputs
-    of average pooling and on every QuantPoint, where the target's rules want them. Every OutputPoint gets an
-    OutputQuantizer: for a target whose convolutions write integers, the simulation then rounds where the engine does.
+    of average pooling and on every QuantPoint. Every OutputPoint gets an OutputQuantizer. All targets' quantizers are
+    placed, so that the same weights serve every target; those round that ``target`` wants (``simulate_target``).
 
     A model without such marks is traced (torch.fx), and the same places are found in its graph: the shortcut of an
     addition, both operands of a product, the inputs of a concatenation (with one range) and of functional pooling. It
@@ -57,16 +58,16 @@ def quantize(
     if any(True for _ in quantizers(model)):
         raise UserError("the model is quantized already; create a float model to quantize it another way.")
     marked = any(isinstance(module, (QuantPoint, OutputPoint)) for module in model.modules())
-    _place(model, resolved, rules, {})
+    _place(model, resolved, {})
     if not any(True for _ in quantizers(model)):
         raise UserError("the model has no convolution, linear layer or pooling that could be quantized.")
     if not marked:
-        _place_on_graph(model, resolved, rules)
+        _place_on_graph(model, resolved)
     _apply_overrides(model, resolved)
-    return model
+    return simulate_target(model, rules)
 
 
-def _place_on_graph(model: nn.Module, spec: QuantSpec, target: Target) -> None:
+def _place_on_graph(model: nn.Module, spec: QuantSpec) -> None:
     graph, opaque = trace_operations(model)
     if graph is None:
         warnings.warn(
@@ -81,7 +82,7 @@ def _place_on_graph(model: nn.Module, spec: QuantSpec, target: Target) -> None:
             "stay in float.",
             stacklevel=3,
         )
-    place_between_modules(model, graph, spec, target)
+    place_between_modules(model, graph, spec)
     replace_forward(model, graph)
 
 
@@ -114,9 +115,10 @@ def _apply_overrides(model: nn.Module, spec: QuantSpec) -> None:
         owner = model.get_submodule(name.rpartition(".")[0])
         if name.rpartition(".")[2] == "_weight_quantizer":
             weight = float_weight(owner)
-            twin = TensorQuantizer(override.weight, override.weight.amax_shape(tuple(weight.shape))).to(weight.device)
+            amax_shape = override.weight.amax_shape(tuple(weight.shape))
+            twin = TensorQuantizer(override.weight, amax_shape, quantizer.operation).to(weight.device)
         else:
-            twin = TensorQuantizer(override.activation).to(quantizer.amax.device)
+            twin = TensorQuantizer(override.activation, operation=quantizer.operation).to(quantizer.amax.device)
         model.set_submodule(name, twin)
     for name in [name for name, module in model.named_modules() if isinstance(module, OutputQuantizer)]:
         override = spec.override(name)
@@ -125,43 +127,51 @@ def _apply_overrides(model: nn.Module, spec: QuantSpec) -> None:
             model.set_submodule(name, nn.Identity())
 
 
-def _place(module: nn.Module, spec: QuantSpec, target: Target, twins: dict[nn.Module, nn.Module]) -> None:
+def _place(module: nn.Module, spec: QuantSpec, twins: dict[nn.Module, nn.Module]) -> None:
     """Exchange the children of ``module``; ``twins`` are those exchanged already, for layers that several modules share."""
-    wanted = target.quantized_inputs
+    before: nn.Module | None = None
     for name, child in list(module._modules.items()):
         if child is None or hasattr(child, "_weight_quantizer"):
             continue
         if child in twins:
-            setattr(module, name, twins[child])
+            before = twins[child]
+            setattr(module, name, before)
             continue
         if isinstance(child, QuantPoint):
-            if child.operation in wanted:
-                setattr(module, name, TensorQuantizer(spec.activation))
+            setattr(module, name, TensorQuantizer(spec.activation, operation=child.operation))
         elif isinstance(child, OutputPoint):
-            setattr(module, name, OutputQuantizer(target.quantized_outputs).train(child.training))
+            setattr(module, name, OutputQuantizer(child.operation).train(child.training))
+        elif type(child) is nn.SiLU and isinstance(before, OutputQuantizer):
+            setattr(module, name, QuantSiLU(before, child.inplace).train(child.training))
         elif type(child) is nn.Conv2d:
             twins[child] = QuantConv2d.from_float(child, spec)
             setattr(module, name, twins[child])
         elif type(child) is nn.Linear:
             twins[child] = QuantLinear.from_float(child, spec)
             setattr(module, name, twins[child])
-        elif type(child) is nn.AdaptiveAvgPool2d and "pool" in wanted:
+        elif type(child) is nn.AdaptiveAvgPool2d:
             setattr(module, name, QuantAdaptiveAvgPool2d.from_float(child, spec))
-        elif type(child) is nn.AvgPool2d and "pool" in wanted:
+        elif type(child) is nn.AvgPool2d:
             setattr(module, name, QuantAvgPool2d.from_float(child, spec))
         elif isinstance(child, (nn.Conv2d, nn.Linear)):
             QuantSubclass.convert(child, spec)
         else:
-            _place(child, spec, target, twins)
+            _place(child, spec, twins)
+        before = getattr(module, name)
 
 
-def simulate_target(model: nn.Module, target: str) -> nn.Module:
-    """Let a quantized model, in eval mode, round where the engine of ``target`` does; in place, returns the model.
+def simulate_target(model: nn.Module, target: str | Target) -> nn.Module:
+    """Let a quantized model round where the engine of ``target`` (a name, or rules) does; in place, returns the model.
 
     Raises:
         UserError: there is no such target.
     """
     rules = get_target(target)
-    for quantizer in output_quantizers(model):
-        quantizer.simulated = rules.quantized_outputs
+    for module in model.modules():
+        if isinstance(module, TensorQuantizer):
+            module.simulated = module.operation in rules.quantized
+        elif isinstance(module, OutputQuantizer):
+            module.simulated = rules.quantized_outputs and module.operation in rules.quantized
+        elif isinstance(module, QuantSiLU):
+            module.simulated = "silu" in rules.quantized
     return model

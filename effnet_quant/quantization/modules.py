@@ -16,8 +16,12 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.overrides import TorchFunctionMode
 
+from effnet_quant.quantization.output_quantizer import OutputQuantizer
 from effnet_quant.quantization.quantizer import TensorQuantizer
 from effnet_quant.quantization.spec import QuantSpec
+
+SIGMOID_STEPS = 255
+IMAGE_CHANNELS = 4  # a convolution of no more channels takes the image
 
 
 class QuantConv2d(nn.Conv2d):
@@ -117,6 +121,37 @@ class QuantLinear(nn.Linear):
         return F.linear(self._input_quantizer(input), self._weight_quantizer(self.weight), self.bias)
 
 
+class QuantSiLU(nn.SiLU):
+    """SiLU whose sigmoid is rounded to multiples of 1/255 where its input is rounded: what a table over 256 integers gives.
+
+    Args:
+        input: what rounds the input; it stays where it is in the model.
+        inplace: overwrite the input where nothing is rounded.
+
+    Attributes:
+        simulated: whether the simulated engine computes SiLU so.
+    """
+
+    def __init__(self, input: OutputQuantizer, inplace: bool = False) -> None:
+        super().__init__(inplace)
+        self._input = (input,)  # in a tuple, so that it does not become a child
+        self.simulated = True
+
+    def forward(self, x: Tensor) -> Tensor:
+        if not (self.simulated and self._input[0].rounds):
+            return super().forward(x)
+        return x * (torch.round(torch.sigmoid(x) * SIGMOID_STEPS) / SIGMOID_STEPS)
+
+
+def layer_operation(layer: nn.Module) -> str:
+    """Which of the targets' OPERATIONS a convolution or linear layer is."""
+    if not isinstance(layer, nn.Conv2d):
+        return "linear"
+    if layer.in_channels <= IMAGE_CHANNELS:
+        return "stem"
+    return "depthwise" if layer.groups == layer.in_channels else "conv"
+
+
 class QuantAdaptiveAvgPool2d(nn.AdaptiveAvgPool2d):
     """AdaptiveAvgPool2d over the quantized input."""
 
@@ -126,7 +161,7 @@ class QuantAdaptiveAvgPool2d(nn.AdaptiveAvgPool2d):
     def from_float(pooling: nn.AdaptiveAvgPool2d, spec: QuantSpec) -> QuantAdaptiveAvgPool2d:
         """The twin of ``pooling``."""
         twin = QuantAdaptiveAvgPool2d(pooling.output_size)
-        twin._input_quantizer = TensorQuantizer(spec.activation)
+        twin._input_quantizer = TensorQuantizer(spec.activation, operation="pool")
         return twin
 
     def forward(self, input: Tensor) -> Tensor:
@@ -149,7 +184,7 @@ class QuantAvgPool2d(nn.AvgPool2d):
             pooling.count_include_pad,
             pooling.divisor_override,
         )
-        twin._input_quantizer = TensorQuantizer(spec.activation)
+        twin._input_quantizer = TensorQuantizer(spec.activation, operation="pool")
         return twin
 
     def forward(self, input: Tensor) -> Tensor:
@@ -171,6 +206,7 @@ def _adopt_weight(twin: QuantConv2d | QuantLinear, layer: nn.Conv2d | nn.Linear,
 
 
 def _add_quantizers(layer: nn.Module, weight: Tensor, spec: QuantSpec) -> None:
-    layer._input_quantizer = TensorQuantizer(spec.activation).to(weight.device)
+    operation = layer_operation(layer)
+    layer._input_quantizer = TensorQuantizer(spec.activation, operation=operation).to(weight.device)
     amax_shape = spec.weight.amax_shape(tuple(weight.shape))
-    layer._weight_quantizer = TensorQuantizer(spec.weight, amax_shape).to(weight.device)
+    layer._weight_quantizer = TensorQuantizer(spec.weight, amax_shape, operation).to(weight.device)

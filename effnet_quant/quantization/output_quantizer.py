@@ -29,15 +29,19 @@ class OutputQuantizer(nn.Module):
     and nothing is in the state dict, so that a network as built has NVIDIA's names.
 
     Args:
+        operation: what the value comes from, one of the targets' OPERATIONS.
+
+    Attributes:
         simulated: whether the simulated engine rounds here.
     """
 
     _low: Tensor
     _high: Tensor
 
-    def __init__(self, simulated: bool) -> None:
+    def __init__(self, operation: str = "conv") -> None:
         super().__init__()
-        self.simulated = simulated
+        self.operation = operation
+        self.simulated = True
         self.tracking = False
         self.enabled = False
         self.register_buffer("_low", torch.tensor(torch.inf))
@@ -56,6 +60,11 @@ class OutputQuantizer(nn.Module):
         """Scale and zero point of the uint8 grid, None if nothing has been seen."""
         return None if self.range is None else affine_uint8(*self.range)
 
+    @property
+    def rounds(self) -> bool:
+        """Whether values that pass are rounded now."""
+        return self.simulated and self.enabled and not self.training
+
     def start_tracking(self) -> None:
         """Forget the range and find it anew in what passes from now on."""
         self._low.fill_(torch.inf)
@@ -71,7 +80,7 @@ class OutputQuantizer(nn.Module):
             low, high = extremes(x)
             self._low.copy_(torch.minimum(self._low, low))
             self._high.copy_(torch.maximum(self._high, high))
-        if self.training or not (self.simulated and self.enabled):
+        if not self.rounds:
             return x
         low, high = self._low.clamp(max=0), self._high.clamp(min=0)
         scale = ((high - low) / 255).clamp(min=SMALLEST_SCALE)

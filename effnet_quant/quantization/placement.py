@@ -11,10 +11,10 @@ from torch import fx, nn
 from torch.nn import functional as F
 from torch.nn.modules.batchnorm import _BatchNorm
 
+from effnet_quant.quantization.modules import QuantSiLU, layer_operation
 from effnet_quant.quantization.output_quantizer import OutputQuantizer
 from effnet_quant.quantization.quantizer import TensorQuantizer
 from effnet_quant.quantization.spec import QuantSpec
-from effnet_quant.quantization.targets import Target
 
 _ADD = {operator.add, operator.iadd, torch.add, "add", "add_"}
 _MUL = {operator.mul, operator.imul, torch.mul, "mul", "mul_"}
@@ -29,8 +29,8 @@ _MOVING |= {torch.chunk, torch.transpose, torch.permute, operator.getitem}
 _MOVING_MODULES = (nn.MaxPool2d, nn.Identity, nn.Dropout, nn.Flatten)
 
 
-def place_between_modules(model: nn.Module, graph: fx.Graph, spec: QuantSpec, target: Target) -> None:
-    """Put quantizers on the edges of ``graph``, as modules of ``model``, where the target's rules want them.
+def place_between_modules(model: nn.Module, graph: fx.Graph, spec: QuantSpec) -> None:
+    """Put quantizers on the edges of ``graph``, as modules of ``model``.
 
     - Addition: the shortcut's operand; the one that comes from a convolution stays in float and fuses with it.
     - Product of two tensors (squeeze-and-excitation): both operands.
@@ -40,23 +40,22 @@ def place_between_modules(model: nn.Module, graph: fx.Graph, spec: QuantSpec, ta
     """
     placement = _Placement(model, graph, spec)
     placement.split_activations()
-    wanted = target.quantized_inputs
     for node in list(graph.nodes):
         tensors = [argument for argument in node.args[:2] if isinstance(argument, fx.Node)]
         varying = len(tensors) == 2 and not any(map(placement.is_constant, tensors))
-        if _is(node, _ADD) and varying and "add" in wanted:
+        if _is(node, _ADD) and varying:
             shortcut = placement.shortcut(*tensors)
-            placement.quantize_operand(node, shortcut, "residual_quantizer")
-        elif _is(node, _MUL) and varying and "mul" in wanted:
-            placement.quantize_operand(node, tensors[0], "mul_a_quantizer")
-            placement.quantize_operand(node, tensors[1], "mul_b_quantizer")
-        elif _is(node, _CAT) and "concat" in wanted:
+            placement.quantize_operand(node, shortcut, "residual_quantizer", "add")
+        elif _is(node, _MUL) and varying:
+            placement.quantize_operand(node, tensors[0], "mul_a_quantizer", "mul")
+            placement.quantize_operand(node, tensors[1], "mul_b_quantizer", "mul")
+        elif _is(node, _CAT):
             placement.quantize_concatenation(node)
-        elif _is(node, _POOL) and "pool" in wanted:
-            placement.quantize_operand(node, node.args[0], "pooling_quantizer")
+        elif _is(node, _POOL):
+            placement.quantize_operand(node, node.args[0], "pooling_quantizer", "pool")
     for node in list(graph.nodes):
         if placement.is_convolution(node):
-            placement.quantize_output(node, target.quantized_outputs)
+            placement.quantize_output(node)
     graph.lint()
 
 
@@ -112,10 +111,10 @@ class _Placement:
             node = node.args[0]
         return False
 
-    def quantize_operand(self, node: fx.Node, operand: Any, name: str) -> None:
+    def quantize_operand(self, node: fx.Node, operand: Any, name: str, operation: str) -> None:
         if not isinstance(operand, fx.Node):
             return
-        quantizer = self._add_module(node, name, lambda: TensorQuantizer(self._spec.activation))
+        quantizer = self._add_module(node, name, lambda: TensorQuantizer(self._spec.activation, operation=operation))
         with self._graph.inserting_before(node):
             quantized = self._graph.call_module(quantizer, (operand,))
         node.args = tuple(quantized if argument is operand else argument for argument in node.args)
@@ -124,7 +123,9 @@ class _Placement:
         inputs = node.args[0]
         if not isinstance(inputs, (list, tuple)):
             return
-        shared = self._add_module(node, "concat_quantizer", lambda: TensorQuantizer(self._spec.activation))
+        shared = self._add_module(
+            node, "concat_quantizer", lambda: TensorQuantizer(self._spec.activation, operation="concat")
+        )
         with self._graph.inserting_before(node):
             quantized = [self._graph.call_module(shared, (value,)) for value in inputs]
         node.args = (quantized, *node.args[1:])
@@ -145,18 +146,26 @@ class _Placement:
                     value.replace_all_uses_with(following, delete_user_cb=lambda user, own=following: user is not own)
                     value = following
 
-    def quantize_output(self, node: fx.Node, simulated: bool) -> None:
+    def quantize_output(self, node: fx.Node) -> None:
         """An OutputQuantizer behind the convolution, its BatchNorm and an activation that only clips; none where all
-        that follows is the quantizers of one value, or the model's output."""
+        that follows is the quantizers of one value, or the model's output. An SiLU behind it follows its rounding."""
         value = self._follow(node, (nn.BatchNorm2d,), set())
         value = self._follow(value, _CLIPPING_MODULES, _CLIPPING)
         end = self._follow(value, _CLIPPING_MODULES + _MOVING_MODULES, _CLIPPING | _MOVING)
         if all(self._quantizes(user) for user in end.users) or all(user.op == "output" for user in end.users):
             return
-        quantizer = self._add_module(node, "output", lambda: OutputQuantizer(simulated))
+        convolution = self.module(node)
+        assert convolution is not None
+        rounding = OutputQuantizer(layer_operation(convolution))
+        quantizer = self._add_module(node, "output", lambda: rounding)
         with self._graph.inserting_after(value):
             rounded = self._graph.call_module(quantizer, (value,))
         value.replace_all_uses_with(rounded, delete_user_cb=lambda user: user is not rounded)
+        for user in list(rounded.users):
+            activation = self.module(user)
+            if type(activation) is nn.SiLU:
+                twin = QuantSiLU(rounding, activation.inplace).train(rounding.training)
+                self._model.set_submodule(str(user.target), twin)
 
     def _follow(self, node: fx.Node, modules: tuple[type[nn.Module], ...], functions: set[Any]) -> fx.Node:
         """The last value on the only way from ``node`` through such modules and functions."""

@@ -30,14 +30,20 @@ class TensorQuantizer(nn.Module):
     Args:
         spec: the grid.
         amax_shape: () for one range, or e.g. (C, 1, 1, 1) for one per output channel.
+        operation: what computes with the quantized value, one of the targets' OPERATIONS.
+
+    Attributes:
+        simulated: whether the simulated engine computes this operation with integers; the value passes if not.
     """
 
     _amax: Tensor
     _amin: Tensor | None
 
-    def __init__(self, spec: TensorSpec, amax_shape: tuple[int, ...] = ()) -> None:
+    def __init__(self, spec: TensorSpec, amax_shape: tuple[int, ...] = (), operation: str = "conv") -> None:
         super().__init__()
         self.spec = spec
+        self.operation = operation
+        self.simulated = True
         self.enabled = False
         self.observer: Observer | None = None
         self._register("_amax", torch.full(amax_shape, torch.nan))
@@ -114,7 +120,7 @@ class TensorQuantizer(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         if self.observer is not None:
             self.observer.observe(x)
-        if not self.enabled:
+        if not (self.enabled and self.simulated):
             return x
         return fake_quantize(x, self._amax, self.spec, self._amin)
 
@@ -129,7 +135,7 @@ class TensorQuantizer(nn.Module):
             ends = f"amax={_extent(self.amax)}"
             if self.amin is not None:
                 ends = f"amin={_extent(self.amin)}, {ends}"
-        return f"{self.spec}, {ends}" + ("" if self.enabled else ", off")
+        return f"{self.spec}, {ends}" + ("" if self.enabled and self.simulated else ", off")
 
 
 def _extent(values: Tensor) -> str:

@@ -8,7 +8,7 @@ from torch import nn
 
 from effnet_quant import UserError, quantize
 from effnet_quant.deploy.onnx import build_onnx
-from effnet_quant.quantization.insertion import quantizers
+from effnet_quant.quantization.insertion import quantizers, simulate_target
 from effnet_quant.quantization.spec import QuantSpec, TensorSpec
 
 
@@ -47,7 +47,7 @@ def network(spec: str | QuantSpec) -> nn.Module:
     ids=str,
 )
 def test_the_graph_computes_the_simulation(spec: str | QuantSpec) -> None:
-    model, x = network(spec), torch.randn(4, 3, 9, 9)
+    model, x = simulate_target(network(spec), "openvino"), torch.randn(4, 3, 9, 9)
     # the target that adds no quantizers of its own
     graph = build_onnx(model, 9, target="openvino")
     graph.opset_import[0].version = 21  # the reference starts at 19; these operators mean the same in both

@@ -149,7 +149,9 @@ def test_symmetric_ranges_are_encoded_as_the_target_wants_them(folder: Path) -> 
         model = onnx.load(folder / f"{target}.onnx")
         constants = {entry.name: numpy_helper.to_array(entry) for entry in model.graph.initializer}
         quantizers = [node for node in model.graph.node if node.op_type == "QuantizeLinear"]
-        found = [constants[node.input[2]] for node in quantizers if "output" not in node.name]
+        found = [
+            constants[node.input[2]] for node in quantizers if "output" not in node.name and "Sigmoid" not in node.name
+        ]
         return {(str(zero_point.dtype), int(zero_point)) for zero_point in found}
 
     assert activation_zero_points("tensorrt") == {("int8", 0)}
@@ -244,7 +246,7 @@ def test_folding_is_exact_for_negative_zero_and_tiny_factors(target: str, tmp_pa
     images = torch.randn(16, 3, 12, 12)
     calibrate(model, [images], method="max")
     export_onnx(model, tmp_path / "unit.onnx", 12, target=target)
-    got, expected = run(tmp_path / "unit.onnx", images), model(images)
+    got, expected = run(tmp_path / "unit.onnx", images), simulate_target(model, target)(images)
     step = max(float(model.pool._input_quantizer.scale), float(model.fc._input_quantizer.scale))
     # at most a few roundings of averaged values may fall the other way
     assert (got - expected).abs().max().item() < 2 * step

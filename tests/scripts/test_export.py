@@ -88,3 +88,34 @@ def test_what_can_not_be_written_is_said(run_script, weights, tmp_path, flags, s
     assert result.code == 2
     assert says in result.error_lines[0]
     assert list(tmp_path.iterdir()) == []
+
+
+def test_tuning_measures_keeps_and_says_what_it_chose(run_script, weights, image_folder, tmp_path):
+    path = tmp_path / "tuned.onnx"
+    flags = ["--tune", image_folder, "-b", 2, "--verify", image_folder, "--min-agreement", 90]
+    result = export(run_script, weights, path, *flags)
+    lines = result.out.splitlines()
+    start = next(index for index, line in enumerate(lines) if line.startswith("placement"))
+    table = {line[:40].strip(): line for line in lines[start + 1 : start + 7]}
+    assert set(table) >= {"target's own", "float", "stem in float", "linear in float", "pool in float", "add in float"}
+    (chosen,) = (name for name, line in table.items() if line.endswith("<- chosen"))
+    left = sorted(name.removesuffix(" in float") for name in chosen.split(" + ")) if chosen != "target's own" else []
+    assert load_engine(path).metadata.get("float_operations", []) == left
+    slower = float(table[chosen].split("x <-")[0].split()[-1]) < 1
+    assert ("is slower than its float version on this machine" in result.err) is slower
+    assert result.code == (1 if slower else 0)
+    assert "the engine does what the simulation says" in result.out
+    assert succeeded(export(run_script, weights, path, *flags, "--allow-slower")).err.count("to go") == 6
+
+
+def test_tuning_needs_an_engine_and_integers(run_script, weights, image_folder, tmp_path):
+    refused = export(run_script, weights, tmp_path / "model.onnx", "--tune", image_folder, "--target", "tensorrt")
+    assert refused.code == 2
+    assert "--verify and --tune run the engine" in refused.error_lines[0]
+    torch.manual_seed(0)
+    floats = tmp_path / "float.safetensors"
+    write_weights(floats, create_model("cifar-resnet20", 3).state_dict(), {"classes": CLASSES})
+    refused = export(run_script, floats, tmp_path / "model.onnx", "--tune", image_folder)
+    assert refused.code == 2
+    assert "nothing to tune" in refused.error_lines[0]
+    assert list(tmp_path.iterdir()) == [floats]

@@ -2,7 +2,8 @@
 
 QLinearConv is the only integer convolution its optimizer makes: input, weights, int32 bias and output all quantized, so
 every convolution gets QDQ on its output too. Its uint8-activation kernels are the fast ones; int8 activations measured
-five times slower than FP32 (see docs/deployment.md).
+five times slower than FP32 (see docs/deployment.md). Everything else has an integer kernel too, and each value that goes
+back to float costs two more passes, so all is quantized; the sigmoid of SiLU becomes a table (QLinearSigmoid).
 """
 
 from effnet_quant.quantization.targets.rules import Target
@@ -10,7 +11,7 @@ from effnet_quant.quantization.targets.rules import Target
 ONNXRUNTIME = Target(
     name="onnxruntime",
     activation_dtype="uint8",
-    quantized_inputs=frozenset({"conv", "linear", "pool", "mul", "add", "concat"}),
+    quantized=frozenset({"stem", "conv", "depthwise", "linear", "pool", "mul", "add", "concat", "silu"}),
     quantized_outputs=True,
     quantized_bias=True,
 )

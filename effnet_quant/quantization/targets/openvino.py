@@ -1,7 +1,8 @@
 """OpenVINO, CPU plugin (oneDNN).
 
 Its integer convolution takes quantized inputs and weights and fuses a float bias, the activation and the next quantizer
-behind it, so outputs need no ranges of their own.
+behind it (Swish and the residual addition too), so outputs need no ranges of their own. Squeeze-and-excitation's means and
+products stay in float: integers there cost a reorder each and save nothing.
 """
 
 from effnet_quant.quantization.targets.rules import Target
@@ -9,7 +10,7 @@ from effnet_quant.quantization.targets.rules import Target
 OPENVINO = Target(
     name="openvino",
     activation_dtype="uint8",
-    quantized_inputs=frozenset({"conv", "linear", "pool", "mul", "add", "concat"}),
+    quantized=frozenset({"stem", "conv", "depthwise", "linear", "add", "concat"}),
     quantized_outputs=False,
     quantized_bias=False,
 )

@@ -2,7 +2,14 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Iterable
+from dataclasses import dataclass, replace
+
+from effnet_quant.errors import UserError
+
+# stem: the convolution that takes the image; linear: the classifier, and squeeze-and-excitation's layers where they are
+# linear; silu: the sigmoid in x * sigmoid(x); the others as they are called
+OPERATIONS = ("stem", "conv", "depthwise", "linear", "pool", "mul", "add", "concat", "silu")
 
 
 @dataclass(frozen=True)
@@ -12,14 +19,26 @@ class Target:
     Attributes:
         name: as on the command line.
         activation_dtype: "int8" (zero point 0) or "uint8" (zero point 128): two encodings of the same symmetric grid.
-        quantized_inputs: operations whose inputs carry QDQ where the model has quantizers there, out of "conv", "linear",
-            "pool", "mul", "add" and "concat"; others stay in float.
-        quantized_outputs: whether a convolution needs QDQ on its output too, to run as an integer kernel.
+        quantized: the OPERATIONS that compute with integers: their inputs carry QDQ, and the weights of convolutions and
+            linear layers are int8. For "silu", the sigmoid's output carries QDQ where its input does. The others stay in
+            float.
+        quantized_outputs: whether a quantized convolution needs QDQ on its output too, to run as an integer kernel.
         quantized_bias: whether biases are written as int32 with scale s_input * s_weight, or stay float.
     """
 
     name: str
     activation_dtype: str
-    quantized_inputs: frozenset[str]
+    quantized: frozenset[str]
     quantized_outputs: bool
     quantized_bias: bool
+
+    def leaving_in_float(self, operations: Iterable[str]) -> Target:
+        """The same target with these operations in float.
+
+        Raises:
+            UserError: there is no such operation.
+        """
+        left = frozenset(operations)
+        if unknown := left - set(OPERATIONS):
+            raise UserError(f"there is no operation {', '.join(sorted(unknown))}; there are {', '.join(OPERATIONS)}.")
+        return replace(self, quantized=self.quantized - left)

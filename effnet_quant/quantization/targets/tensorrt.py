@@ -6,7 +6,7 @@ from effnet_quant.quantization.targets.rules import Target
 TENSORRT = Target(
     name="tensorrt",
     activation_dtype="int8",
-    quantized_inputs=frozenset({"conv", "linear", "pool", "mul", "add", "concat"}),
+    quantized=frozenset({"stem", "conv", "depthwise", "linear", "pool", "mul", "add", "concat"}),
     quantized_outputs=False,
     quantized_bias=False,
 )

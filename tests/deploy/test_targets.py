@@ -1,0 +1,133 @@
+"""What the targets' tables say is what the runtimes make of the graphs, and what the simulation computes."""
+
+from collections import Counter
+from pathlib import Path
+
+import onnx
+import onnxruntime
+import pytest
+import torch
+from torch import Tensor, nn
+
+from effnet_quant import UserError, calibrate, export_onnx, load_engine, quantize
+from effnet_quant.deploy.onnx import FLOAT_OPERATIONS, build_onnx
+from effnet_quant.deploy.tuning import operations_of
+from effnet_quant.models.efficientnet import MBConv, Stage
+from effnet_quant.models.layers import ConvBNAct
+from effnet_quant.quantization.insertion import simulate_target
+from effnet_quant.quantization.targets import TARGETS, Target, get_target
+
+SIZE = 32
+IMAGES = torch.randn(6, 3, SIZE, SIZE, generator=torch.Generator().manual_seed(0))
+
+
+class Network(nn.Module):
+    """A stem, an MBConv block with a shortcut, a concatenation, and a classifier: every kind of operation."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        bn = {"bn_momentum": 0.1, "bn_epsilon": 1e-3}
+        self.stem = ConvBNAct(3, 8, 3, stride=2, **bn)
+        self.block = MBConv(Stage(3, 1, 4, 8, 8, 1), wide_se=True, se_as_conv=True, drop_probability=0, **{**bn})
+        self.features = ConvBNAct(8, 16, 1, **bn)
+        self.pooling = nn.AdaptiveAvgPool2d(1)
+        self.fc = nn.Linear(16, 5)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.fc(self.pooling(self.features(self.block(self.stem(x)))).flatten(1))
+
+
+@pytest.fixture(scope="module")
+def model() -> nn.Module:
+    # NVIDIA's placement, with ranges for every target's quantizers
+    return calibrate(quantize(Network().eval(), target="tensorrt"), [IMAGES], method="max")
+
+
+def relative_error(got: Tensor, expected: Tensor) -> float:
+    return ((got - expected).norm() / expected.norm()).item()
+
+
+def as_written(proto: onnx.ModelProto) -> Tensor:
+    options = onnxruntime.SessionOptions()
+    options.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_DISABLE_ALL
+    session = onnxruntime.InferenceSession(proto.SerializeToString(), options, providers=["CPUExecutionProvider"])
+    return torch.from_numpy(session.run(None, {"input": IMAGES.numpy()})[0])
+
+
+@pytest.mark.parametrize("name", TARGETS)
+@torch.no_grad()
+def test_the_simulation_follows_every_placement(model: nn.Module, name: str) -> None:
+    rules, in_float = get_target(name), Network().eval()(IMAGES)
+    seen = []
+    for left in ((), *((operation,) for operation in sorted(rules.quantized & operations_of(model)))):
+        placement = rules.leaving_in_float(left)
+        proto = build_onnx(model, SIZE, target=placement)
+        expected = simulate_target(model, placement)(IMAGES)
+        # of the rounding alone: at most a few values go the other way
+        assert relative_error(as_written(proto) - in_float, expected - in_float) < 0.1, left
+        seen.append(expected - in_float)
+    others = [relative_error(other, seen[0]) for other in seen[1:]]
+    assert min(others) > 0.2, "every operation's rounding shows"
+
+
+@torch.no_grad()
+def test_all_in_float_is_the_float_network(model: nn.Module) -> None:
+    everything = get_target("onnxruntime").leaving_in_float(get_target("onnxruntime").quantized)
+    proto = build_onnx(model, SIZE, target=everything)
+    assert not {"QuantizeLinear", "DequantizeLinear"} & {node.op_type for node in proto.graph.node}
+    assert relative_error(as_written(proto), Network().eval()(IMAGES)) < 1e-5
+    assert relative_error(simulate_target(model, everything)(IMAGES), Network().eval()(IMAGES)) < 1e-6
+
+
+def test_onnxruntime_computes_with_integers_alone(model: nn.Module, tmp_path: Path) -> None:
+    export_onnx(model, tmp_path / "model.onnx", SIZE)
+    options = onnxruntime.SessionOptions()
+    options.optimized_model_filepath = str(tmp_path / "optimized.onnx")
+    onnxruntime.InferenceSession(str(tmp_path / "model.onnx"), options, providers=["CPUExecutionProvider"])
+    counts = Counter(node.op_type for node in onnx.load(tmp_path / "optimized.onnx").graph.node)
+    del counts["Transpose"]  # a change of layout
+    assert counts == {
+        "QuantizeLinear": 1,  # the images
+        "QLinearConv": 7,
+        "QLinearSigmoid": 6,  # five SiLUs and a gate
+        "QLinearMul": 6,
+        "QLinearAdd": 1,
+        "QLinearGlobalAveragePool": 2,
+        "Flatten": 1,
+        "QGemm": 1,
+    }
+
+
+def test_openvino_fuses_swish_into_integer_convolutions(model: nn.Module, tmp_path: Path) -> None:
+    openvino = pytest.importorskip("openvino")
+    export_onnx(model, tmp_path / "model.onnx", SIZE, target="openvino")
+    # its integer kernels, also on CPUs where load_engine avoids them because they saturate
+    compiled = openvino.Core().compile_model(str(tmp_path / "model.onnx"), "CPU", {"INFERENCE_PRECISION_HINT": "f32"})
+    layers = Counter()
+    for node in compiled.get_runtime_model().get_ops():
+        info = node.get_rt_info()
+        kind, kernel = (str(info[key].astype(str)) for key in ("layerType", "primitiveType"))
+        layers[kind] += kind != "Convolution"
+        layers[f"Convolution {kernel.rpartition('_')[2]}"] += kind == "Convolution"
+    assert layers["Convolution I8"] == 7
+    assert layers["Convolution f32"] == layers["Sigmoid"] == layers["Swish"] == layers["Convert"] == 0
+    assert layers["Eltwise"] == 1  # squeeze-and-excitation's product; the addition is in the convolution
+    assert layers["FakeQuantize"] <= 2  # images, classifier
+    assert layers["Reorder"] <= 2  # layouts of images and logits
+
+
+@torch.no_grad()
+def test_a_model_quantized_for_another_target_agrees_in_openvino(model: nn.Module, tmp_path: Path) -> None:
+    export_onnx(model, tmp_path / "model.onnx", SIZE, target="openvino")
+    got = torch.from_numpy(load_engine(tmp_path / "model.onnx", "openvino")(IMAGES.numpy()))
+    assert relative_error(got, simulate_target(model, "openvino")(IMAGES)) < 5e-3
+
+
+def test_the_file_says_what_was_left_in_float(model: nn.Module, tmp_path: Path) -> None:
+    rules = get_target("onnxruntime").leaving_in_float(["mul", "silu"])
+    export_onnx(model, tmp_path / "model.onnx", SIZE, target=rules)
+    metadata = load_engine(tmp_path / "model.onnx").metadata
+    assert (metadata["target"], metadata[FLOAT_OPERATIONS]) == ("onnxruntime", ["mul", "silu"])
+    with pytest.raises(UserError, match="no operation swish"):
+        Target.leaving_in_float(rules, ["swish"])
