@@ -103,6 +103,8 @@ class _Linter:
         return [f"{node.name}: sits between {producer.name} and {user.name}, which would fuse" for user in behind[:1]]
 
     def _operands(self, node: onnx.NodeProto) -> list[str]:
+        if node.op_type == "MatMul" and node.input[0] in self._constants:
+            return []  # pooling with unequal windows, written as a product with a matrix of averages
         quantized = [self._dequantized(name) for name in node.input[:2]]
         if quantized[0] != quantized[1]:
             role = ("input", "weights") if quantized[0] else ("weights", "input")
