@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -39,8 +40,11 @@ class LayerWeights:
         if self.scale is None:
             self.weight = (self.weight * factors).astype(np.float32)
         else:
-            self.weight = np.clip(self.weight * np.sign(factors), -128, 127).astype(np.float32)
-            self.scale = (self.scale * np.abs(factor)).astype(np.float32)
+            scale = (self.scale * np.abs(factor)).astype(np.float32)
+            gone = scale == 0  # a channel of zeros; runtimes refuse a step of 0
+            weight = np.clip(self.weight * np.sign(factors), -128, 127)
+            self.weight = np.where(self._per_channel(gone), 0, weight).astype(np.float32)
+            self.scale = np.where(gone, self.scale, scale)
         bias = 0.0 if self.bias is None else self.bias
         self.bias = (bias * factor + offset).astype(np.float32)
 
@@ -96,5 +100,5 @@ class LayerWeights:
         self.weight = np.where(changed, np.rint(self.weight * self._per_channel(self.scale / wider)), self.weight)
         self.scale = wider
 
-    def _per_channel(self, values: NDArray[np.floating]) -> NDArray[np.floating]:
+    def _per_channel(self, values: NDArray[Any]) -> NDArray[Any]:
         return values.reshape((-1,) + (1,) * (self.weight.ndim - 1))

@@ -3,10 +3,11 @@
 import numpy as np
 import pytest
 import torch
+from onnx import numpy_helper
 from onnx.reference import ReferenceEvaluator
 from torch import nn
 
-from effnet_quant import UserError, quantize
+from effnet_quant import UserError, calibrate, quantize
 from effnet_quant.deploy.onnx import build_onnx
 from effnet_quant.quantization.insertion import quantizers, simulate_target
 from effnet_quant.quantization.spec import QuantSpec, TensorSpec
@@ -62,3 +63,21 @@ def test_what_a_runtime_can_not_store_is_said() -> None:
         build_onnx(network("w8a16"), 9)
     with pytest.raises(UserError, match="int8 can"):
         build_onnx(network(QuantSpec(weight=TensorSpec(bits=16))), 9)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("target", ["onnxruntime", "openvino", "tensorrt"])
+def test_channels_that_batch_norm_switches_off_leave_no_step_of_zero(target: str) -> None:
+    """timm's ResNets start with a BatchNorm of zeros at the end of every block."""
+    model = nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), nn.ReLU(), nn.Conv2d(4, 2, 1), nn.Flatten()).eval()
+    model[1].weight.copy_(torch.tensor([0.0, 1.0, 0.0, 1e-45]))
+    model[1].bias.copy_(torch.tensor([0.5, 0.1, 0.0, 0.3]))
+    x = torch.rand(4, 3, 3, 3)
+    calibrate(quantize(model, target=target), [x], method="max")
+    with np.errstate(all="raise", under="ignore"):
+        graph = build_onnx(model, 3, target=target)
+    scales = {name for node in graph.graph.node if "Linear" in node.op_type for name in node.input[1:2]}
+    assert all((numpy_helper.to_array(entry) > 0).all() for entry in graph.graph.initializer if entry.name in scales)
+    graph.opset_import[0].version = 21
+    (got,) = ReferenceEvaluator(graph).run(None, {"input": x.numpy()})
+    np.testing.assert_allclose(got, model(x).numpy(), rtol=1e-3, atol=1e-5)
