@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 
+from effnet_quant.errors import UserError
 from effnet_quant.training.distributed import World
 
 
@@ -30,16 +31,23 @@ class Position:
     epochs_since_best: int = 0
 
     @staticmethod
-    def of(checkpoint: dict[str, Any]) -> Position:
-        """The position in a checkpoint of ours or of NVIDIA's scripts, which stand between epochs."""
+    def of(checkpoint: dict[str, Any], source: str) -> Position:
+        """The position in a checkpoint of ours or of NVIDIA's scripts, which stand between epochs.
+
+        Raises:
+            UserError: one of its entries is no number; the sentence names ``source``.
+        """
         best = checkpoint.get("best_prec1")
-        return Position(
-            epoch=int(checkpoint["epoch"]),
-            batch=int(checkpoint.get("batch", 0)),
-            step=int(checkpoint.get("step", 0)),
-            best_top1=-math.inf if best is None else float(best),
-            epochs_since_best=int(checkpoint.get("epochs_since_best", 0)),
-        )
+        try:
+            return Position(
+                epoch=int(checkpoint["epoch"]),
+                batch=int(checkpoint.get("batch", 0)),
+                step=int(checkpoint.get("step", 0)),
+                best_top1=-math.inf if best is None else float(best),
+                epochs_since_best=int(checkpoint.get("epochs_since_best", 0)),
+            )
+        except (ValueError, TypeError) as error:
+            raise UserError(f"{source} does not say where its training stood ({error}); get it again.") from error
 
     def entries(self) -> dict[str, Any]:
         """What ``of`` reads, under NVIDIA's names where it has any."""

@@ -171,7 +171,7 @@ class Trainer:
         Raises:
             UserError: it does not fit the model or the configuration.
         """
-        position = Position.of(checkpoint)
+        position = Position.of(checkpoint, source)
         if position.batch > 0:
             self._check_same_batches(checkpoint, source)
         has_ranges = load_weights(self.model, Weights(checkpoint["state_dict"], source=source))
