@@ -38,7 +38,7 @@ from onnxruntime.quantization.shape_inference import quant_pre_process
 
 from effnet_quant import calibrate, create_model, export_onnx, load_engine, quantize
 from effnet_quant.cli.latency import describe_engines_machine, machine_line
-from effnet_quant.deploy.backends.openvino import OpenvinoRunner
+from effnet_quant.deploy.backends.openvino import OpenvinoRunner, shared_core
 from effnet_quant.deploy.cpu import cpu_has_bf16, cpu_has_exact_int8
 from effnet_quant.deploy.latency import interleaved_seconds
 
@@ -169,7 +169,7 @@ def _onnxruntime_tool(float_path: Path, images: torch.Tensor, threads: int, fold
     return {
         "ORT's tool u8": _onnxruntime(folder / "u8.onnx", threads),
         "ORT's tool s8": _onnxruntime(folder / "s8.onnx", threads),
-        "ORT's tool s8, OpenVINO": _openvino(openvino.Core().read_model(folder / "s8.onnx"), threads),
+        "ORT's tool s8, OpenVINO": _openvino(shared_core().read_model(folder / "s8.onnx"), threads),
     }
 
 
@@ -179,7 +179,7 @@ def _nncf(float_path: Path, images: torch.Tensor, threads: int) -> dict[str, Run
     nncf.set_log_level(logging.ERROR)
     engines = {}
     for name, scope in (("NNCF, OpenVINO", None), ("NNCF less products, means, depthwise", in_float)):
-        model = openvino.Core().read_model(float_path)
+        model = shared_core().read_model(float_path)
         with contextlib.redirect_stdout(sys.stderr):  # progress bars; the table goes to standard output
             quantized = nncf.quantize(model, calibration, subset_size=len(images), ignored_scope=scope)
         engines[name] = _openvino(quantized, threads)
@@ -195,7 +195,7 @@ def _onnxruntime(path: Path, threads: int) -> Run:
 
 
 def _openvino(model: openvino.Model, threads: int) -> Run:
-    return OpenvinoRunner(openvino.Core(), model, {"INFERENCE_NUM_THREADS": threads})
+    return OpenvinoRunner(shared_core(), model, {"INFERENCE_NUM_THREADS": threads})
 
 
 if __name__ == "__main__":

@@ -214,3 +214,12 @@ def test_sums_of_the_largest_products_do_not_saturate(backend: str, spec: str, t
     np.testing.assert_allclose(logits, model(images).numpy(), rtol=1e-4)
     export_onnx(model, tmp_path / "floats.onnx", 5, target=backend, options=ExportOptions(float_weights=True))
     assert not read_onnx(tmp_path / "floats.onnx").fits_16_bits
+
+
+def test_openvino_engines_that_come_and_go_leave_the_process_whole(path: Path) -> None:
+    """Each Core would bring a stack for signal handlers; a freed one ends the process with the next SIGCHLD."""
+    pytest.importorskip("openvino")
+    first, second = load_engine(path, "openvino"), load_engine(path, "openvino")
+    images = np.zeros((1, 3, 32, 32), np.float32)
+    assert np.array_equal(first(images), second(images))
+    assert first._run._core is second._run._core is openvino.shared_core()

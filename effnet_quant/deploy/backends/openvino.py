@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -27,7 +28,7 @@ def compile_file(path: Path, settings: Settings) -> Compiled:
     """
     file = read_onnx(path)
     try:
-        import openvino
+        import openvino  # noqa: F401
     except ImportError as error:
         raise UserError("OpenVINO is not installed; pip install effnet-quant[openvino].") from error
     if settings.precision == "bf16" and not cpu_has_bf16():
@@ -38,9 +39,18 @@ def compile_file(path: Path, settings: Settings) -> Compiled:
         properties["LP_TRANSFORMS_MODE"] = "NO"
     if settings.threads is not None:
         properties["INFERENCE_NUM_THREADS"] = settings.threads
-    core = openvino.Core()
+    core = shared_core()
     run = OpenvinoRunner(core, core.read_model(path), properties)
     return Compiled(run, file.input, file.precision(settings.precision), file.metadata)
+
+
+@cache
+def shared_core() -> Any:
+    """One for the process, never let go: a Core gives the main thread a stack for signal handlers, and when several come
+    and go in another order, one that has been freed; the next SIGCHLD then ends the process (OpenVINO 2026.4)."""
+    import openvino
+
+    return openvino.Core()
 
 
 class OpenvinoRunner:
