@@ -10,6 +10,29 @@ from pathlib import Path
 from effnet_quant.errors import UserError
 
 
+def create_folder(folder: Path, setting: str) -> Path:
+    """Create a folder and those above it, unless they exist; returns it.
+
+    Raises:
+        UserError: it can't be created; the sentence names ``setting``, the option or variable that chooses another.
+    """
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(f"can't create {folder}: {error.strerror}; choose another place with {setting}.") from error
+    return folder
+
+
+def cache_folder() -> Path:
+    """Where downloads, indices and plans are kept: ``$XDG_CACHE_HOME/effnet-quant``, by default in ``~/.cache``.
+
+    Raises:
+        UserError: it can't be created.
+    """
+    caches = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
+    return create_folder(caches / "effnet-quant", "XDG_CACHE_HOME")
+
+
 def check_writable(path: Path) -> None:
     """Find out before long work whether ``replace_file`` will have a place to write to.
 

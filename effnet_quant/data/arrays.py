@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from pathlib import Path
 
 import numpy as np
@@ -10,6 +9,7 @@ import torch
 from torch import Tensor
 
 from effnet_quant.errors import UserError
+from effnet_quant.files import cache_folder
 
 _DIGITS_SEED = 0
 CIFAR = {"cifar10": "cifar-10-batches-py", "cifar100": "cifar-100-python"}  # and torchvision's name for the folder
@@ -113,8 +113,3 @@ class SyntheticSource:
     def name(self, index: int) -> str:
         """Its number."""
         return f"synthetic image {index}"
-
-
-def cache_folder() -> Path:
-    """Where downloads and indices are kept: ``$XDG_CACHE_HOME/effnet-quant``, by default in ``~/.cache``."""
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "effnet-quant"

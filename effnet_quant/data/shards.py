@@ -18,7 +18,7 @@ from effnet_quant.data.decoding import DecodeError, EncodedImage
 from effnet_quant.data.folders import EXTENSIONS
 from effnet_quant.data.sources import EncodedSource, unreadable
 from effnet_quant.errors import UserError
-from effnet_quant.files import check_writable, replace_file
+from effnet_quant.files import check_writable, create_folder, replace_file
 
 INDEX = "index.json"  # beside the shards: {"classes": [...], "shards": [{"file": ..., "images": ...}, ...]}
 _LABEL = "cls"  # WebDataset's extension for a class number in decimal digits
@@ -126,7 +126,7 @@ def pack(source: EncodedSource, folder: Path, images_per_shard: int = 1000, seed
         UserError: webdataset is missing, or the folder can't be written to.
     """
     wds = _webdataset()
-    folder.mkdir(parents=True, exist_ok=True)
+    create_folder(folder, "--pack")
     check_writable(folder / INDEX)
     (folder / INDEX).unlink(missing_ok=True)
     order = torch.randperm(len(source), generator=torch.Generator().manual_seed(seed))

@@ -12,11 +12,10 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from effnet_quant.data.arrays import cache_folder
 from effnet_quant.data.decoding import Bytes
 from effnet_quant.data.sources import EncodedSource, NameTable
 from effnet_quant.errors import UserError
-from effnet_quant.files import replace_file
+from effnet_quant.files import cache_folder, replace_file
 
 TRAIN_TAR, VAL_TAR = "ILSVRC2012_img_train.tar", "ILSVRC2012_img_val.tar"
 # one WordNet id a line in the order of the validation images, or Kaggle's table of image and id
@@ -94,7 +93,6 @@ def _contents(tar: Path, *, nested: bool) -> tuple[list[str], np.ndarray, np.nda
     if not names:
         raise UserError(f"there are no images in {tar}; download it again.")
     offsets, sizes = np.array(places, dtype=np.int64).T
-    cached.parent.mkdir(parents=True, exist_ok=True)
     table = io.BytesIO()
     np.savez(table, names=np.array("\n".join(names)), offsets=offsets, sizes=sizes)
     replace_file(cached, table.getvalue())

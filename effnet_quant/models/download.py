@@ -15,7 +15,7 @@ import torch
 from tqdm import tqdm
 
 from effnet_quant.errors import UserError
-from effnet_quant.files import check_writable, replace_file
+from effnet_quant.files import check_writable, create_folder, replace_file
 
 TIMEOUT_SECONDS = 30
 _CHUNK = 1 << 20
@@ -39,12 +39,7 @@ def fetch(url: str) -> Path:
         if _intact(path):
             return path
         print(f"{path} is damaged; downloading it again", file=sys.stderr)
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise UserError(
-            f"can't create the cache {folder}: {error.strerror}; choose another with TORCH_HOME."
-        ) from error
+    create_folder(folder, "TORCH_HOME")
     check_writable(path)
     content = _download(url, path)
     digest = hashlib.sha256(content).hexdigest()

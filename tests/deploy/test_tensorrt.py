@@ -48,7 +48,7 @@ def path(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(autouse=True)
 def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
-    return tmp_path / "cache" / "effnet_quant" / "tensorrt"
+    return tmp_path / "cache" / "effnet-quant" / "tensorrt"
 
 
 def test_a_plans_key_follows_from_all_that_it_is_built_from() -> None:

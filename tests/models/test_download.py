@@ -134,5 +134,5 @@ def test_an_interruption_leaves_nothing_and_the_old_file_as_it_was(
 def test_a_cache_that_cannot_be_written_gets_one_sentence(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "file").write_text("")
     monkeypatch.setenv("TORCH_HOME", str(tmp_path / "file"))
-    with pytest.raises(UserError, match=r"can't create the cache .*choose another with TORCH_HOME"):
+    with pytest.raises(UserError, match=r"can't create .*choose another place with TORCH_HOME"):
         fetch("http://127.0.0.1:9/w.pth")

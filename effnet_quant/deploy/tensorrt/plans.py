@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 import re
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -16,7 +15,7 @@ from effnet_quant.deploy.tensorrt import library
 from effnet_quant.deploy.tensorrt.inspector import LayerPrecision, read_layers
 from effnet_quant.deploy.tensorrt.options import BuildOptions, Machine, plan_key
 from effnet_quant.errors import UserError
-from effnet_quant.files import check_writable, replace_file
+from effnet_quant.files import cache_folder, check_writable, create_folder, replace_file
 
 
 @dataclass(frozen=True)
@@ -54,7 +53,7 @@ def compile_engine(
     """Build a TensorRT plan from an ONNX file, strongly typed: every precision is the one written in the graph.
 
     A plan that was built before from the same bytes, for the same card, version and options comes from the cache, the
-    folder ``$XDG_CACHE_HOME/effnet_quant/tensorrt`` (``~/.cache/…``).
+    folder ``$XDG_CACHE_HOME/effnet-quant/tensorrt`` (``~/.cache/…``).
 
     Args:
         onnx_path: a file that ``export_onnx`` wrote for the target "tensorrt".
@@ -75,10 +74,11 @@ def compile_engine(
     trt = library.import_tensorrt()
     machine = library.this_machine(trt)
     model = onnx_path.read_bytes()
-    kept = cache_folder() / f"{plan_key(model, machine, options)}.plan"
+    plans = create_folder(cache_folder() / "tensorrt", "XDG_CACHE_HOME")
+    kept = plans / f"{plan_key(model, machine, options)}.plan"
     plan = find_plan(kept)
     if plan is None:
-        timings = cache_folder() / timings_name(machine) if timing_cache is None else Path(timing_cache)
+        timings = plans / timings_name(machine) if timing_cache is None else Path(timing_cache)
         check_writable(timings)
         measured = timings.read_bytes() if timings.is_file() else b""
         content, measured = library.build_plan(trt, model, file.input, options, measured)
@@ -145,22 +145,6 @@ def find_plan(path: Path) -> Plan | None:
     except (ValueError, KeyError, TypeError):
         return None
     return plan if hashlib.sha256(path.read_bytes()).hexdigest() == plan.sha256 else None
-
-
-def cache_folder() -> Path:
-    """Where plans are kept; created if need be.
-
-    Raises:
-        UserError: it can't be created.
-    """
-    folder = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "effnet_quant" / "tensorrt"
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise UserError(
-            f"can't create {folder}: {error.strerror}; choose another place with XDG_CACHE_HOME."
-        ) from error
-    return folder
 
 
 def timings_name(machine: Machine) -> str:
