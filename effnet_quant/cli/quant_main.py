@@ -89,9 +89,7 @@ def _quantize(ready: Job, parsed: argparse.Namespace) -> int:
     elif not parsed.resume:
         print("the weights bring their ranges: no calibration", flush=True)
     # statistics of BatchNorm first: the outputs that are tracked depend on them
-    trainer.callbacks.append(
-        QatSchedule(ready.model, parsed, ready.config.epochs, lambda: _normalised_images(ready, parsed, "BatchNorm"))
-    )
+    trainer.callbacks.append(QatSchedule(trainer, parsed, lambda: _normalised_images(ready, parsed, "BatchNorm")))
     trainer.callbacks.append(_OutputTracking(ready, parsed))
     return train_or_evaluate(ready, parsed)
 
@@ -133,7 +131,8 @@ class _OutputTracking(Callback):
         self._arguments = arguments
 
     def on_epoch_end(self, epoch: int) -> None:
-        track_outputs(self._ready.model, _normalised_images(self._ready, self._arguments, "track output ranges"))
+        for model in self._ready.trainer.models:
+            track_outputs(model, _normalised_images(self._ready, self._arguments, "track output ranges"))
 
 
 def _normalised_images(ready: Job, arguments: argparse.Namespace, title: str) -> Iterator[Tensor]:

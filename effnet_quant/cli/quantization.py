@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 from collections.abc import Callable, Iterable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -25,9 +26,9 @@ from effnet_quant.quantization.qat import (
 from effnet_quant.quantization.spec import PRESETS, QuantSpec, resolve_spec
 from effnet_quant.training.callback import Callback
 from effnet_quant.training.loss import Loss
+from effnet_quant.training.trainer import Trainer
 
 SPEC_KEY = "quant_spec"  # in the metadata of checkpoints and weights
-FLOAT = "float"
 
 
 def add_spec_arguments(parser: argparse.ArgumentParser) -> None:
@@ -56,7 +57,7 @@ def add_qat_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="EPOCH",
         help="from this epoch (0 is the first) on, leave BatchNorm's statistics",
     )
-    add("--reestimate-bn", action="store_true", help="measure BatchNorm's statistics anew after the last epoch")
+    add("--reestimate-bn", action="store_true", help="measure BatchNorm's statistics anew after every epoch")
     add("--distill", metavar="FILE", help="float weights of the same model, a teacher for the training")
     add("--distill-temperature", type=float, default=2.0, help="divides the logits of teacher and student")
     add("--distill-weight", type=float, default=0.5, help="the teacher's share of the loss")
@@ -87,12 +88,28 @@ def chosen_spec(arguments: argparse.Namespace, metadata: dict[str, Any]) -> Quan
         spec = resolve_spec(_read_yaml(Path(given)))
     else:
         spec = resolve_spec(given)
+    overrides = []
     for override in getattr(arguments, "quant_override", None) or ():
         pattern, separator, name = override.rpartition("=")
         if not separator or not pattern:
             raise UserError(f"--quant-override {override}: expected a pattern and a preset, such as 'stem=w8a16'.")
-        spec = spec.with_overrides({pattern: None if name == FLOAT else name})
-    return spec
+        overrides.append((pattern, name))
+    changed = spec.with_overrides(overrides)
+    # the command line that made the file, given again, changes nothing
+    repeated = given is None and changed.overrides[len(spec.overrides) :] == spec.overrides[-len(overrides) :]
+    return spec if repeated else changed
+
+
+def same_grids(spec: QuantSpec, metadata: dict[str, Any]) -> bool:
+    """Whether the ranges of a file, which says in its metadata what it is, fit ``spec``; a file that says nothing is taken
+    to fit. Fixed ranges may become learned ones."""
+    said = metadata.get(SPEC_KEY)
+    return said is None or _all_learned(resolve_spec(said)) == _all_learned(spec)
+
+
+def _all_learned(spec: QuantSpec) -> QuantSpec:
+    overrides = tuple((name, None if other is None else other.learned()) for name, other in spec.overrides)
+    return replace(spec.learned(), overrides=overrides)
 
 
 def _read_yaml(path: Path) -> Any:
@@ -106,23 +123,23 @@ def _read_yaml(path: Path) -> Any:
 class QatSchedule(Callback):
     """What happens to quantizers and BatchNorm between the epochs of a training.
 
+    Every epoch ends with all quantizers on: what is validated, and may be the best, is the network that will be used.
+
     Args:
-        model: the network.
+        trainer: of the network.
         arguments: of ``add_qat_arguments``.
-        epochs: of the whole training.
         calibration_batches: gives the images that BatchNorm's statistics are measured on.
     """
 
     def __init__(
         self,
-        model: nn.Module,
+        trainer: Trainer,
         arguments: argparse.Namespace,
-        epochs: int,
         calibration_batches: Callable[[], Iterable[Tensor]],
     ) -> None:
-        self._model = model
+        self._trainer = trainer
+        self._model = trainer.model
         self._arguments = arguments
-        self._epochs = epochs
         self._calibration_batches = calibration_batches
 
     def on_epoch_start(self, epoch: int) -> None:
@@ -137,8 +154,12 @@ class QatSchedule(Callback):
         return find_not_finite(self._model, images)
 
     def on_epoch_end(self, epoch: int) -> None:
-        if self._arguments.reestimate_bn and epoch + 1 == self._epochs:
-            reestimate_batch_norm(self._model, self._calibration_batches())
+        gradual_start(self._model, epoch, 0)
+        # an early stop, or the best epoch, may be any; frozen statistics are in use until the last
+        frozen = self._arguments.freeze_bn is not None and epoch >= self._arguments.freeze_bn
+        if self._arguments.reestimate_bn and (not frozen or epoch + 1 == self._trainer.config.epochs):
+            for model in self._trainer.models:
+                reestimate_batch_norm(model, self._calibration_batches())
 
 
 def distilled(loss: Loss, arguments: argparse.Namespace, model_options: dict[str, Any], model: nn.Module) -> Loss:

@@ -19,7 +19,7 @@ from torch import nn
 
 from effnet_quant.api import create_model
 from effnet_quant.cli.arguments import model_options
-from effnet_quant.cli.quantization import SPEC_KEY, chosen_spec
+from effnet_quant.cli.quantization import SPEC_KEY, chosen_spec, same_grids
 from effnet_quant.cli.weights import given_weights, load_given
 from effnet_quant.data.arrays import SyntheticSource
 from effnet_quant.data.backends import open_loader
@@ -32,6 +32,7 @@ from effnet_quant.errors import UserError
 from effnet_quant.models.entry import ModelEntry
 from effnet_quant.models.registry import get_entry
 from effnet_quant.models.weights import Weights, load_weights
+from effnet_quant.quantization.spec import resolve_spec
 from effnet_quant.training.affinity import bind_to_gpu
 from effnet_quant.training.checkpoint import load_checkpoint, prepare_workspace
 from effnet_quant.training.config import TrainConfig
@@ -113,7 +114,9 @@ def _prepare(arguments: argparse.Namespace, world: World, *, quantized: bool) ->
         has_ranges = load_weights(model, Weights(checkpoint["state_dict"], source=arguments.resume))
     elif weights is not None:
         new_classifier = "num_classes" in arguments.explicit and not arguments.evaluate
-        has_ranges = load_given(model, weights, arguments.arch, new_classifier=new_classifier)
+        has_ranges = load_given(
+            model, _with_fitting_ranges(weights, spec), arguments.arch, new_classifier=new_classifier
+        )
     workspace = Path(arguments.workspace)
     if world.is_main:
         prepare_workspace(workspace)
@@ -162,10 +165,23 @@ def _model(
     options = model_options(arguments)
     if not quantized:
         return create_model(arguments.arch, arguments.num_classes, quantized=False, **options), {}
-    said = {} if weights is None else weights.metadata
-    spec = chosen_spec(arguments, said if checkpoint is None else checkpoint.get("metadata") or {})
+    said = weights.metadata if weights is not None else (checkpoint or {}).get("metadata") or {}
+    spec = chosen_spec(arguments, said)
+    if checkpoint is not None and not same_grids(spec, said):
+        raise UserError(
+            f"{arguments.resume} goes on with the quantization it began with; leave out --quant-spec and --quant-override, "
+            "or start from it with --pretrained-from-file."
+        )
     model = create_model(arguments.arch, arguments.num_classes, quantized=True, quant_spec=spec, **options)
     return model, {SPEC_KEY: spec.to_json()}
+
+
+def _with_fitting_ranges(weights: Weights, spec: dict[str, Any]) -> Weights:
+    """Without their ranges if these are for other grids than the model's (none for a float model)."""
+    if not (spec and weights.has_ranges) or same_grids(resolve_spec(spec[SPEC_KEY]), weights.metadata):
+        return weights
+    print(f"note: the ranges in {weights.source} are for another quantization; they are left out", file=sys.stderr)
+    return weights.without_ranges()
 
 
 def train_or_evaluate(job: Job, arguments: argparse.Namespace) -> int:

@@ -7,7 +7,7 @@ import json
 import pickle
 import re
 from collections import OrderedDict
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -57,6 +57,13 @@ class Weights:
     def has_ranges(self) -> bool:
         """Whether they are a quantized network's."""
         return any(name.endswith(_RANGE_SUFFIXES) for name in self.tensors)
+
+    def without_ranges(self) -> Weights:
+        """The same, as a float network's."""
+        left_out = _RANGE_SUFFIXES + _TRACKED_SUFFIXES
+        return replace(
+            self, tensors={name: value for name, value in self.tensors.items() if not name.endswith(left_out)}
+        )
 
 
 def read_torch_file(path: str | Path) -> Any:

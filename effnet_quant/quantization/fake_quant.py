@@ -56,7 +56,9 @@ def dequantize(integers: Tensor, scale: Tensor, zero_point: Tensor | None = None
     return (integers if zero_point is None else integers - zero_point) * scale
 
 
-def fake_quantize(x: Tensor, amax: Tensor, spec: TensorSpec, amin: Tensor | None = None) -> Tensor:
+def fake_quantize(
+    x: Tensor, amax: Tensor, spec: TensorSpec, amin: Tensor | None = None, *, batched: bool = True
+) -> Tensor:
     """Quantize and dequantize ``x``. The result lies on the grid to the last bit.
 
     With a fixed range the gradient is straight-through (Bengio et al. 2013): it passes unchanged where rounding alone
@@ -69,6 +71,8 @@ def fake_quantize(x: Tensor, amax: Tensor, spec: TensorSpec, amin: Tensor | None
         amax: upper end of the range, of shape () or one that broadcasts to ``x``; on a symmetric grid the largest magnitude.
         spec: the grid.
         amin: lower end of the range, for affine grids.
+        batched: whether the first dimension counts images, as that of activations does; LSQ scales the gradient of a
+            learned range by the number of values in one of them.
 
     Returns:
         A tensor of the shape and dtype of ``x``.
@@ -86,19 +90,14 @@ def fake_quantize(x: Tensor, amax: Tensor, spec: TensorSpec, amin: Tensor | None
     if not spec.learned:
         function = _FusedStraightThrough if torch.compiler.is_compiling() else _StraightThrough
         result: Tensor = function.apply(x.float(), scale, low, high)
-    elif spec.symmetric:
-        result = _LearnedScale.apply(x.float(), amax, scale, low, high, math.sqrt(spec.bounds[1] / _features(x, amax)))
+        return result.to(x.dtype)
+    # how many values of a layer share a range, LSQ's N: weights of the layer or channel, activations of one image
+    features = max(1, x.numel() // amax.numel() // (x.shape[0] if batched else 1))
+    if spec.symmetric:
+        result = _LearnedScale.apply(x.float(), amax, scale, low, high, math.sqrt(spec.bounds[1] / features))
     else:
-        result = _LearnedRange.apply(
-            x.float(), amin, amax, scale, low, high, steps, math.sqrt(steps / _features(x, amax))
-        )
+        result = _LearnedRange.apply(x.float(), amin, amax, scale, low, high, steps, math.sqrt(steps / features))
     return result.to(x.dtype)
-
-
-def _features(x: Tensor, amax: Tensor) -> int:
-    """How many values of a layer share a range, LSQ's N: weights of the layer or channel, activations of one image."""
-    shared = x.numel() // amax.numel()
-    return shared if isinstance(x, torch.nn.Parameter) else shared // x.shape[0]
 
 
 class _StraightThrough(torch.autograd.Function):
@@ -123,8 +122,8 @@ class _StraightThrough(torch.autograd.Function):
 class _FusedStraightThrough(torch.autograd.Function):
     """The same for torch.compile, which computes what the backward pass needs a second time instead of keeping it.
 
-    Comparing x itself, not x / scale, keeps the quotient out of the fused loops of the backward pass: of three MBConvs a
-    training step took 1.17 instead of 1.34 times the float network's (one AVX2 core). Within one rounding of a threshold
+    The mask is in the form that becomes the best loops: x itself, not x / scale, is compared, and with its clamped self,
+    because two comparisons joined by "and" go through integers and are kept in memory. Within one rounding of a threshold
     the two forms may disagree.
     """
 
@@ -138,7 +137,7 @@ class _FusedStraightThrough(torch.autograd.Function):
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None, None, None]:
         x, scale = ctx.saved_tensors
         low, high = ctx.bounds
-        inside = (x > (low - 0.5) * scale) & (x < (high + 0.5) * scale)
+        inside = x.clamp((low - 0.5) * scale, (high + 0.5) * scale) == x
         return torch.where(inside, gradient, 0), None, None, None
 
 
@@ -186,17 +185,21 @@ class _LearnedRange(torch.autograd.Function):
         gradient_scale: float,
     ) -> Tensor:
         ratio = x / scale
-        ctx.save_for_backward(ratio, low, high)
-        ctx.constants = (steps, steps * gradient_scale, amax.shape)
+        ctx.save_for_backward(ratio, low, high, amin, amax)
+        ctx.constants = (steps, steps * gradient_scale)
         return torch.round(ratio).clamp_(low, high).mul_(scale)
 
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
-        ratio, low, high = ctx.saved_tensors
-        steps, gradient_scale, shape = ctx.constants
-        above, below = ratio >= high, ratio <= low
+        ratio, low, high, amin, amax = ctx.saved_tensors
+        steps, gradient_scale = ctx.constants
+        # a value at the very end of the grid lies on it: behind a ReLU half of them do, and pull at nothing
+        above, below = ratio > high, ratio < low
         inside = ~(above | below)
         slope = torch.where(inside, (torch.round(ratio) - ratio) / steps, 0)
-        to_amin = (gradient * (below.float() - slope)).sum_to_size(shape) * gradient_scale
-        to_amax = (gradient * (above.float() + slope)).sum_to_size(shape) * gradient_scale
+        to_amin = (gradient * (below.float() - slope)).sum_to_size(amin.shape) * gradient_scale
+        to_amax = (gradient * (above.float() + slope)).sum_to_size(amax.shape) * gradient_scale
+        # the grid holds zero, whatever the range: an end beyond zero moves nothing, and may only come back
+        to_amin = torch.where(amin > 0, to_amin.clamp(min=0), to_amin)
+        to_amax = torch.where(amax < 0, to_amax.clamp(max=0), to_amax)
         return torch.where(inside, gradient, 0), to_amin, to_amax, None, None, None, None, None

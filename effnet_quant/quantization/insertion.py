@@ -6,6 +6,7 @@ import warnings
 from collections.abc import Iterator, Mapping
 from typing import Any
 
+import torch
 from torch import nn
 
 from effnet_quant.errors import UserError
@@ -58,16 +59,17 @@ def quantize(
     if any(True for _ in quantizers(model)):
         raise UserError("the model is quantized already; create a float model to quantize it another way.")
     marked = any(isinstance(module, (QuantPoint, OutputPoint)) for module in model.modules())
-    _place(model, resolved, {})
+    placing = _Placing(resolved, next((parameter.device for parameter in model.parameters()), torch.device("cpu")))
+    placing.place(model)
     if not any(True for _ in quantizers(model)):
         raise UserError("the model has no convolution, linear layer or pooling that could be quantized.")
     if not marked:
-        _place_on_graph(model, resolved)
-    _apply_overrides(model, resolved)
+        placing.layers |= _place_on_graph(model, resolved)
+    _apply_overrides(model, resolved, placing.layers)
     return simulate_target(model, rules)
 
 
-def _place_on_graph(model: nn.Module, spec: QuantSpec) -> None:
+def _place_on_graph(model: nn.Module, spec: QuantSpec) -> dict[OutputQuantizer, nn.Module]:
     graph, opaque = trace_operations(model)
     if graph is None:
         warnings.warn(
@@ -75,15 +77,16 @@ def _place_on_graph(model: nn.Module, spec: QuantSpec) -> None:
             "additions, products and concatenations between them stay in float.",
             stacklevel=3,
         )
-        return
+        return {}
     if opaque:
         warnings.warn(
             f"{', '.join(opaque)} can't be traced: the layers inside are quantized, the operations between them there "
             "stay in float.",
             stacklevel=3,
         )
-    place_between_modules(model, graph, spec)
+    layers = place_between_modules(model, graph, spec)
     replace_forward(model, graph)
+    return layers
 
 
 def quantizers(model: nn.Module) -> Iterator[tuple[str, TensorQuantizer]]:
@@ -98,9 +101,9 @@ def output_quantizers(model: nn.Module) -> Iterator[OutputQuantizer]:
     return (module for module in model.modules() if isinstance(module, OutputQuantizer))
 
 
-def _apply_overrides(model: nn.Module, spec: QuantSpec) -> None:
-    """Exchange the quantizers that ``spec.overrides`` speaks of, for others or for nothing. What is wider than 8 bits leaves
-    no integer convolution, so no rounding of its output either."""
+def _apply_overrides(model: nn.Module, spec: QuantSpec, layers: Mapping[OutputQuantizer, nn.Module]) -> None:
+    """Exchange the quantizers that ``spec.overrides`` speaks of, for others or for nothing. Where input or weights are wider
+    than 8 bits there is no integer convolution, so no rounding of its output either."""
     places = dict(quantizers(model))
     unmatched = spec.unmatched(list(places))
     if unmatched:
@@ -113,51 +116,74 @@ def _apply_overrides(model: nn.Module, spec: QuantSpec) -> None:
             model.set_submodule(name, nn.Identity())
             continue
         owner = model.get_submodule(name.rpartition(".")[0])
-        if name.rpartition(".")[2] == "_weight_quantizer":
+        if quantizer.weights:
             weight = float_weight(owner)
             amax_shape = override.weight.amax_shape(tuple(weight.shape))
-            twin = TensorQuantizer(override.weight, amax_shape, quantizer.operation).to(weight.device)
+            twin = TensorQuantizer(override.weight, amax_shape, quantizer.operation, weights=True).to(weight.device)
         else:
             twin = TensorQuantizer(override.activation, operation=quantizer.operation).to(quantizer.amax.device)
         model.set_submodule(name, twin)
-    for name in [name for name, module in model.named_modules() if isinstance(module, OutputQuantizer)]:
-        override = spec.override(name)
-        chosen = spec if override == "base" else override
-        if chosen is None or chosen.activation.bits > 8:
+    for name, module in list(model.named_modules()):
+        if isinstance(module, OutputQuantizer) and (spec.override(name) is None or not _is_integer(layers[module])):
             model.set_submodule(name, nn.Identity())
 
 
-def _place(module: nn.Module, spec: QuantSpec, twins: dict[nn.Module, nn.Module]) -> None:
-    """Exchange the children of ``module``; ``twins`` are those exchanged already, for layers that several modules share."""
-    before: nn.Module | None = None
-    for name, child in list(module._modules.items()):
-        if child is None or hasattr(child, "_weight_quantizer"):
-            continue
-        if child in twins:
-            before = twins[child]
-            setattr(module, name, before)
-            continue
-        if isinstance(child, QuantPoint):
-            setattr(module, name, TensorQuantizer(spec.activation, operation=child.operation))
-        elif isinstance(child, OutputPoint):
-            setattr(module, name, OutputQuantizer(child.operation).train(child.training))
-        elif type(child) is nn.SiLU and isinstance(before, OutputQuantizer):
-            setattr(module, name, QuantSiLU(before, child.inplace).train(child.training))
-        elif type(child) is nn.Conv2d:
-            twins[child] = QuantConv2d.from_float(child, spec)
-            setattr(module, name, twins[child])
-        elif type(child) is nn.Linear:
-            twins[child] = QuantLinear.from_float(child, spec)
-            setattr(module, name, twins[child])
-        elif type(child) is nn.AdaptiveAvgPool2d:
-            setattr(module, name, QuantAdaptiveAvgPool2d.from_float(child, spec))
-        elif type(child) is nn.AvgPool2d:
-            setattr(module, name, QuantAvgPool2d.from_float(child, spec))
-        elif isinstance(child, (nn.Conv2d, nn.Linear)):
-            QuantSubclass.convert(child, spec)
-        else:
-            _place(child, spec, twins)
-        before = getattr(module, name)
+def _is_integer(layer: nn.Module) -> bool:
+    """Whether both operands of a quantized layer have 8 bits or less."""
+    operands = (layer._input_quantizer, layer._weight_quantizer)
+    return all(isinstance(operand, TensorQuantizer) and operand.spec.bits <= 8 for operand in operands)
+
+
+class _Placing:
+    """Exchanges the modules of a model for their quantized twins.
+
+    Attributes:
+        layers: the layer whose output an OutputQuantizer rounds: the one before it in the order of the definition.
+    """
+
+    def __init__(self, spec: QuantSpec, device: torch.device) -> None:
+        self._spec = spec
+        self._device = device
+        self._twins: dict[nn.Module, nn.Module] = {}  # exchanged already, for layers that several modules share
+        self._layer: nn.Module | None = None
+        self.layers: dict[OutputQuantizer, nn.Module] = {}
+
+    def place(self, module: nn.Module) -> None:
+        """Exchange the children of ``module``, and theirs."""
+        spec = self._spec
+        before: nn.Module | None = None
+        for name, child in list(module._modules.items()):
+            if child is None or hasattr(child, "_weight_quantizer"):
+                continue
+            if child in self._twins:
+                before = self._twins[child]
+                setattr(module, name, before)
+                continue
+            if isinstance(child, QuantPoint):
+                setattr(module, name, TensorQuantizer(spec.activation, operation=child.operation).to(self._device))
+            elif isinstance(child, OutputPoint):
+                rounding = OutputQuantizer(child.operation).train(child.training).to(self._device)
+                assert self._layer is not None
+                self.layers[rounding] = self._layer
+                setattr(module, name, rounding)
+            elif type(child) is nn.SiLU and isinstance(before, OutputQuantizer):
+                setattr(module, name, QuantSiLU(before, child.inplace).train(child.training))
+            elif type(child) is nn.Conv2d:
+                self._twins[child] = self._layer = QuantConv2d.from_float(child, spec)
+                setattr(module, name, self._layer)
+            elif type(child) is nn.Linear:
+                self._twins[child] = self._layer = QuantLinear.from_float(child, spec)
+                setattr(module, name, self._layer)
+            elif type(child) is nn.AdaptiveAvgPool2d:
+                setattr(module, name, QuantAdaptiveAvgPool2d.from_float(child, spec).to(self._device))
+            elif type(child) is nn.AvgPool2d:
+                setattr(module, name, QuantAvgPool2d.from_float(child, spec).to(self._device))
+            elif isinstance(child, (nn.Conv2d, nn.Linear)):
+                QuantSubclass.convert(child, spec)
+                self._layer = child
+            else:
+                self.place(child)
+            before = getattr(module, name)
 
 
 def simulate_target(model: nn.Module, target: str | Target) -> nn.Module:

@@ -139,6 +139,10 @@ class QuantSiLU(nn.SiLU):
 
     def forward(self, x: Tensor) -> Tensor:
         if not (self.simulated and self._input[0].rounds):
+            if self.training and torch.compiler.is_compiling():
+                # the quantizer behind it needs the result again in the backward pass, where this form shares its sigmoid
+                # with the gradient's; silu's own form costs a second exponential
+                return x * torch.sigmoid(x)
             return super().forward(x)
         return x * (torch.round(torch.sigmoid(x) * SIGMOID_STEPS) / SIGMOID_STEPS)
 
@@ -209,4 +213,4 @@ def _add_quantizers(layer: nn.Module, weight: Tensor, spec: QuantSpec) -> None:
     operation = layer_operation(layer)
     layer._input_quantizer = TensorQuantizer(spec.activation, operation=operation).to(weight.device)
     amax_shape = spec.weight.amax_shape(tuple(weight.shape))
-    layer._weight_quantizer = TensorQuantizer(spec.weight, amax_shape, operation).to(weight.device)
+    layer._weight_quantizer = TensorQuantizer(spec.weight, amax_shape, operation, weights=True).to(weight.device)

@@ -89,7 +89,7 @@ class OutputQuantizer(nn.Module):
         return ((integers - zero_point) * scale).to(x.dtype)
 
     def _save_to_state_dict(self, destination: dict[str, Any], prefix: str, keep_vars: bool) -> None:
-        if self.range is not None:
+        if self.enabled:  # not the range itself: to look at it waits for the GPU
             super()._save_to_state_dict(destination, prefix, keep_vars)
 
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:

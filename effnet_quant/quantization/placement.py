@@ -29,7 +29,7 @@ _MOVING |= {torch.chunk, torch.transpose, torch.permute, operator.getitem}
 _MOVING_MODULES = (nn.MaxPool2d, nn.Identity, nn.Dropout, nn.Flatten)
 
 
-def place_between_modules(model: nn.Module, graph: fx.Graph, spec: QuantSpec) -> None:
+def place_between_modules(model: nn.Module, graph: fx.Graph, spec: QuantSpec) -> dict[OutputQuantizer, nn.Module]:
     """Put quantizers on the edges of ``graph``, as modules of ``model``.
 
     - Addition: the shortcut's operand; the one that comes from a convolution stays in float and fuses with it.
@@ -37,6 +37,9 @@ def place_between_modules(model: nn.Module, graph: fx.Graph, spec: QuantSpec) ->
     - Concatenation: all inputs, with one range.
     - Functional average pooling and means: the input.
     - Output of a convolution: an OutputQuantizer, unless the next quantizer on its way rounds it anyway.
+
+    Returns:
+        The convolution of every OutputQuantizer.
     """
     placement = _Placement(model, graph, spec)
     placement.split_activations()
@@ -57,6 +60,7 @@ def place_between_modules(model: nn.Module, graph: fx.Graph, spec: QuantSpec) ->
         if placement.is_convolution(node):
             placement.quantize_output(node)
     graph.lint()
+    return placement.layers
 
 
 def _is(node: fx.Node, targets: set[Any]) -> bool:
@@ -75,6 +79,7 @@ class _Placement:
         self._model = model
         self._graph = graph
         self._spec = spec
+        self.layers: dict[OutputQuantizer, nn.Module] = {}
         self._constants: set[fx.Node] = set()
         for node in graph.nodes:
             inputs = node.all_input_nodes
@@ -157,6 +162,7 @@ class _Placement:
         convolution = self.module(node)
         assert convolution is not None
         rounding = OutputQuantizer(layer_operation(convolution))
+        self.layers[rounding] = convolution
         quantizer = self._add_module(node, "output", lambda: rounding)
         with self._graph.inserting_after(value):
             rounded = self._graph.call_module(quantizer, (value,))

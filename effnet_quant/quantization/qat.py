@@ -55,18 +55,24 @@ class _RunningRange:
         if quantizer._amin is None:
             high = torch.maximum(high, -low) if quantizer.spec.signed else high.clamp(min=0)
         else:
-            quantizer._amin.lerp_(low, self._momentum)
-        quantizer._amax.lerp_(high, self._momentum)
+            self._follow(quantizer._amin, low)
+        self._follow(quantizer._amax, high)
+
+    def _follow(self, end: Tensor, extreme: Tensor) -> None:
+        """Overflow in one batch, which a loss scaler forgives, must not stay in the range."""
+        end.lerp_(torch.where(torch.isfinite(extreme), extreme, end), self._momentum)
 
 
 def follow_ranges(model: nn.Module, momentum: float = 0.01) -> None:
     """Let the fixed ranges of calibrated activation quantizers follow the data in training mode, from now on.
 
+    Under DistributedDataParallel, which hands out the buffers of process 0, they follow the images of that process.
+
     Args:
         momentum: share of each new batch's extremes in the moving average.
     """
-    for name, quantizer in quantizers(model):
-        if quantizer.enabled and not quantizer.spec.learned and not name.endswith("_weight_quantizer"):
+    for _, quantizer in quantizers(model):
+        if quantizer.enabled and not (quantizer.spec.learned or quantizer.weights):
             quantizer.observer = _RunningRange(quantizer, momentum)
 
 
@@ -86,7 +92,8 @@ def freeze_batch_norm(model: nn.Module) -> None:
 
 def reestimate_batch_norm(model: nn.Module, batches: Iterable[Tensor]) -> None:
     """Measure BatchNorm's running statistics anew, as the mean over ``batches`` weighted by their images, with the
-    quantizers as they are and nothing else in training mode (no dropout).
+    quantizers as they are and nothing else in training mode (no dropout). Outputs of convolutions are not rounded
+    meanwhile: their ranges hang on these statistics (``track_outputs`` brings them up to date).
 
     Quantized weights that hop between two values of the grid leave the running averages behind (Nagel et al. 2022). In a
     process group all get the mean over all processes' images.
@@ -97,8 +104,11 @@ def reestimate_batch_norm(model: nn.Module, batches: Iterable[Tensor]) -> None:
     layers = list(_batch_norms(model))
     momenta = [layer.momentum for layer in layers]
     device = next(model.parameters()).device
+    rounding = [quantizer for quantizer in output_quantizers(model) if quantizer.enabled]
     images = 0
     try:
+        for quantizer in rounding:
+            quantizer.enabled = False
         with eager_pass(model):
             for layer in layers:
                 layer.train()
@@ -110,6 +120,8 @@ def reestimate_batch_norm(model: nn.Module, batches: Iterable[Tensor]) -> None:
     finally:
         for layer, momentum in zip(layers, momenta, strict=True):
             layer.momentum = momentum
+        for quantizer in rounding:
+            quantizer.enabled = True
     if distributed.is_available() and distributed.is_initialized() and distributed.get_world_size() > 1:
         images = _mean_over_ranks(layers, images, device)
     if images == 0:
@@ -177,7 +189,8 @@ def float_teacher(model: nn.Module) -> nn.Module:
 
 
 def find_not_finite(model: nn.Module, images: Tensor) -> str | None:
-    """The name of the first quantizer, in the order of computation, that meets NaN or infinity; None if none does.
+    """The name of the first quantizer, in the order of computation, that meets NaN or infinity or has it in its range; None
+    if none does.
 
     What to say when a loss is not finite. The model runs once in eval mode and is returned to the mode it was in.
     """
@@ -185,7 +198,7 @@ def find_not_finite(model: nn.Module, images: Tensor) -> str | None:
     before = {}
     for name, quantizer in quantizers(model):
         before[quantizer] = quantizer.observer
-        quantizer.observer = _Finder(name, found)
+        quantizer.observer = _Finder(name, quantizer, found)
     try:
         with eager_pass(model):
             model(images)
@@ -196,10 +209,12 @@ def find_not_finite(model: nn.Module, images: Tensor) -> str | None:
 
 
 class _Finder:
-    def __init__(self, name: str, found: list[str]) -> None:
+    def __init__(self, name: str, quantizer: TensorQuantizer, found: list[str]) -> None:
         self._name = name
+        self._quantizer = quantizer
         self._found = found
 
     def observe(self, x: Tensor) -> None:
-        if not bool(torch.isfinite(x).all()):
+        broken = self._quantizer.enabled and not self._quantizer.calibrated
+        if broken or not bool(torch.isfinite(x).all()):
             self._found.append(self._name)

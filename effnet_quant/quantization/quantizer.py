@@ -31,6 +31,7 @@ class TensorQuantizer(nn.Module):
         spec: the grid.
         amax_shape: () for one range, or e.g. (C, 1, 1, 1) for one per output channel.
         operation: what computes with the quantized value, one of the targets' OPERATIONS.
+        weights: whether it quantizes weights, not activations.
 
     Attributes:
         simulated: whether the simulated engine computes this operation with integers; the value passes if not.
@@ -39,10 +40,13 @@ class TensorQuantizer(nn.Module):
     _amax: Tensor
     _amin: Tensor | None
 
-    def __init__(self, spec: TensorSpec, amax_shape: tuple[int, ...] = (), operation: str = "conv") -> None:
+    def __init__(
+        self, spec: TensorSpec, amax_shape: tuple[int, ...] = (), operation: str = "conv", *, weights: bool = False
+    ) -> None:
         super().__init__()
         self.spec = spec
         self.operation = operation
+        self.weights = weights
         self.simulated = True
         self.enabled = False
         self.observer: Observer | None = None
@@ -122,7 +126,7 @@ class TensorQuantizer(nn.Module):
             self.observer.observe(x)
         if not (self.enabled and self.simulated):
             return x
-        return fake_quantize(x, self._amax, self.spec, self._amin)
+        return fake_quantize(x, self._amax, self.spec, self._amin, batched=not self.weights)
 
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any, **kwargs: Any) -> None:
         super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import fnmatch
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass, fields, replace
 from typing import Any, Literal
 
 from effnet_quant.errors import UserError
 
+FLOAT = "float"  # an override that leaves a place unquantized
 WIDTHS = (2, 3, 4, 5, 6, 7, 8, 16)
 
 
@@ -29,7 +30,7 @@ class TensorSpec:
         learned: the range is a parameter that training moves (LSQ), or stays what calibration made it.
 
     Raises:
-        UserError: another width, or a narrow unsigned grid.
+        UserError: another width, a negative axis, or a narrow unsigned grid.
     """
 
     bits: int = 8
@@ -44,6 +45,8 @@ class TensorSpec:
             raise UserError(
                 f"a grid of {self.bits} bits is not supported; choose one of {', '.join(map(str, WIDTHS))}."
             )
+        if self.axis is not None and self.axis < 0:
+            raise UserError(f"axis counts a tensor's dimensions from 0; {self.axis} is none.")
         if self.narrow and not self.signed:
             raise UserError("a narrow grid leaves out the smallest negative integer, so it must be signed.")
 
@@ -55,9 +58,15 @@ class TensorSpec:
         return -(2 ** (self.bits - 1)) + self.narrow, 2 ** (self.bits - 1) - 1
 
     def amax_shape(self, shape: tuple[int, ...]) -> tuple[int, ...]:
-        """Shape of the range of a tensor of the given shape: (C, 1, 1, 1) for a convolution's weights, () otherwise."""
+        """Shape of the range of a tensor of the given shape: (C, 1, 1, 1) for a convolution's weights, () otherwise.
+
+        Raises:
+            UserError: the tensor has no such dimension.
+        """
         if self.axis is None:
             return ()
+        if self.axis >= len(shape):
+            raise UserError(f"axis {self.axis} is no dimension of weights with {len(shape)}; choose 0.")
         return tuple(size if dim == self.axis else 1 for dim, size in enumerate(shape))
 
     def __str__(self) -> str:
@@ -90,10 +99,14 @@ class QuantSpec:
         if self.activation.axis is not None:
             raise UserError("activations have one range per tensor; only weights take an axis.")
 
-    def with_overrides(self, overrides: Mapping[str, str | QuantSpec | Mapping[str, Any] | None]) -> QuantSpec:
-        """The same spec with more overrides, e.g. ``{"stem.*": "w8a16", "classifier": None}``."""
-        resolved = ((pattern, None if spec is None else resolve_spec(spec)) for pattern, spec in overrides.items())
-        return replace(self, overrides=(*self.overrides, *resolved))
+    def with_overrides(self, overrides: Mapping[str, Override] | Iterable[tuple[str, Override]]) -> QuantSpec:
+        """The same spec with more overrides, e.g. ``{"stem.*": "w8a16", "classifier": None}``; "float" is the same as None.
+
+        Raises:
+            UserError: a pattern is no text, or its spec means nothing or has overrides of its own.
+        """
+        pairs = overrides.items() if isinstance(overrides, Mapping) else overrides
+        return replace(self, overrides=(*self.overrides, *(_override(pattern, spec) for pattern, spec in pairs)))
 
     def override(self, name: str) -> QuantSpec | Literal["base"] | None:
         """What the overrides say of the module or quantizer ``name``: a spec, None for float, "base" for nothing."""
@@ -117,8 +130,21 @@ class QuantSpec:
         return {
             "weight": asdict(self.weight),
             "activation": asdict(self.activation),
-            "overrides": {name: None if spec is None else spec.to_json() for name, spec in self.overrides},
+            # pairs, because their order counts, which writers of JSON may change in a mapping
+            "overrides": [[name, None if spec is None else spec.to_json()] for name, spec in self.overrides],
         }
+
+
+Override = str | QuantSpec | Mapping[str, Any] | None
+
+
+def _override(pattern: Any, spec: Override) -> tuple[str, QuantSpec | None]:
+    if not isinstance(pattern, str):
+        raise UserError(f"an override's pattern is a module's name, not {pattern!r}; put it in quotes.")
+    resolved = None if spec in (None, FLOAT) else resolve_spec(spec)
+    if resolved is not None and resolved.overrides:
+        raise UserError(f"the override '{pattern}' has overrides of its own; list them beside it.")
+    return pattern, resolved
 
 
 def _matches(name: str, pattern: str) -> bool:
@@ -144,7 +170,8 @@ def resolve_spec(spec: str | QuantSpec | Mapping[str, Any]) -> QuantSpec:
     """The QuantSpec of a preset's name, of a mapping (as in YAML), or the given one.
 
     A mapping starts from ``preset`` (default w8a8) and changes it: ``weight`` and ``activation`` hold the fields of
-    TensorSpec that differ, ``overrides`` maps patterns to specs of any of these forms or to null.
+    TensorSpec that differ, ``overrides`` maps patterns to specs of any of these forms or to "float" (or null); it may be a
+    list of pairs, as ``to_json`` writes it.
 
     Raises:
         UserError: there is no preset of that name, or an entry of the mapping means nothing.
@@ -165,7 +192,10 @@ def resolve_spec(spec: str | QuantSpec | Mapping[str, Any]) -> QuantSpec:
         activation=_changed(base.activation, spec.get("activation", {}), "activation"),
     )
     overrides = spec.get("overrides") or {}
-    if not isinstance(overrides, Mapping):
+    pairs = isinstance(overrides, list) and all(
+        isinstance(pair, (list, tuple)) and len(pair) == 2 for pair in overrides
+    )
+    if not isinstance(overrides, Mapping) and not pairs:
         raise UserError(f"overrides map patterns to specs; {overrides!r} does not.")
     return resolved.with_overrides(overrides)
 

@@ -14,7 +14,8 @@ class WeightAverage:
 
     After step n of the optimizer (counted from 0) every floating-point entry of the state dict moves towards the model's by
     1 - min(decay, (1 + n) / (10 + n)), as in NVIDIA's scripts; other entries are copied. Entries that never change, such as
-    the ranges of a calibrated model, stay what they are to the bit.
+    the ranges of a calibrated model, stay what they are to the bit, and what only one of the two has (a range that is
+    measured after a while) is left alone.
 
     Args:
         model: what to follow.
@@ -34,7 +35,11 @@ class WeightAverage:
         share = 1 - min(self.decay, (1 + step) / (10 + step))
         ours: list[Tensor] = []
         theirs: list[Tensor] = []
-        for average, tensor in zip(self.model.state_dict().values(), model.state_dict().values(), strict=True):
+        known = self.model.state_dict()
+        for name, tensor in model.state_dict().items():
+            average = known.get(name)
+            if average is None:
+                continue
             if tensor.is_floating_point():
                 ours.append(average)
                 theirs.append(tensor)

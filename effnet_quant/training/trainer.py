@@ -95,6 +95,11 @@ class Trainer:
         if config.compile:
             self.model.compile()
 
+    @property
+    def models(self) -> list[nn.Module]:
+        """The trained network and, once training has begun with an average (``use_ema``), the averaged one."""
+        return [self.model] if self._average is None else [self.model, self._average.model]
+
     def fit(self, train: Loader, val: Loader) -> None:
         """Train to the end of the configured epochs, validating and writing checkpoints after each.
 

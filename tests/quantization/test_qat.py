@@ -66,12 +66,10 @@ def step(model: nn.Module, seed: int = 2, optimizer: torch.optim.Optimizer | Non
 def test_learned_scale_moves_as_lsqs_step(spec: TensorSpec) -> None:
     """Gradient descent on the step s, as the paper writes it, in float64."""
     generator = torch.Generator().manual_seed(0)
-    x = nn.Parameter(torch.randn(6, 40, generator=generator))
-    if spec.axis is None:
-        x = x.detach().requires_grad_()
+    x = torch.randn(6, 40, generator=generator, requires_grad=True)
     upstream = torch.randn(6, 40, generator=generator)
     low, high = spec.bounds
-    quantizer = TensorQuantizer(spec, spec.amax_shape((6, 40)))
+    quantizer = TensorQuantizer(spec, spec.amax_shape((6, 40)), weights=spec.axis is not None)
     quantizer.set_amax(torch.rand(quantizer.amax.shape, generator=generator) + 0.5)
     v, s, g = x.detach().double(), quantizer.amax.double() / high, upstream.double()
     ratio = v / s
@@ -105,6 +103,39 @@ def test_learned_range_has_the_gradient_of_lsq_plus() -> None:
     to_amin = (g * (below.double() - rounding / 15)).sum() * factor
     torch.testing.assert_close(amax.grad.double(), to_amax, rtol=1e-4, atol=1e-4)
     torch.testing.assert_close(amin.grad.double(), to_amin, rtol=1e-4, atol=1e-4)
+
+
+def test_values_on_an_end_of_the_grid_do_not_pull_at_it() -> None:
+    """Behind a ReLU half of the values are 0.0, which every grid holds."""
+    spec = TensorSpec(bits=4, symmetric=False, signed=False, learned=True)
+    amin, amax = torch.tensor(0.0, requires_grad=True), torch.tensor(1.5, requires_grad=True)
+    fake_quantize(torch.zeros(4, 9), amax, spec, amin).sum().backward()
+    assert (amin.grad.item(), amax.grad.item()) == (0, 0)
+
+
+def test_an_end_beyond_zero_may_only_come_back() -> None:
+    spec = TensorSpec(bits=4, symmetric=False, signed=False, learned=True)
+    for upstream, expected in ((1.0, True), (-1.0, False)):
+        amin, amax = torch.tensor(0.2, requires_grad=True), torch.tensor(1.5, requires_grad=True)
+        (fake_quantize(-torch.ones(4, 9), amax, spec, amin) * upstream).sum().backward()
+        assert (amin.grad.item() > 0) is expected
+        assert amin.grad.item() >= 0
+
+
+def test_standardised_weights_count_as_weights() -> None:
+    """LSQ's N is the weights of a channel, 27, also where the layer computes them from its parameter."""
+    from timm.layers import StdConv2d
+
+    torch.manual_seed(0)
+    model = quantize(nn.Sequential(StdConv2d(3, 64, 3, padding=0, bias=False)), "w4a4-lsq")
+    calibrate(model, [images(4)], "mse")
+    quantizer, used = model[0]._weight_quantizer, model[0].weight_in_use()
+    twin = TensorQuantizer(quantizer.spec, tuple(quantizer.amax.shape), weights=True)
+    twin.set_amax(quantizer.amax)
+    x, upstream = model[0]._input_quantizer(images(4)), torch.randn(4, 64, 8, 8)
+    F.conv2d(x, twin(used)).backward(upstream)
+    model(images(4)).backward(upstream)
+    torch.testing.assert_close(quantizer._amax.grad, twin._amax.grad)
 
 
 @pytest.mark.parametrize("preset", PRESETS)
@@ -334,6 +365,8 @@ def test_the_first_place_that_meets_nan_is_named() -> None:
     model[5].weight.data[0, 0] = torch.nan
     assert find_not_finite(model, images(2)) == "5._weight_quantizer"
     assert find_not_finite(model, images(2) * torch.inf) == "0._input_quantizer"
+    model[0]._input_quantizer._amax.fill_(torch.inf)
+    assert find_not_finite(model, images(2)) == "0._input_quantizer"
     assert model.training
     assert model[5]._weight_quantizer.observer is None
     assert torch.isnan(model(images(2))).any()

@@ -6,9 +6,10 @@ import pytest
 import torch
 from torch import nn
 
-from effnet_quant import UserError, quantize
+from effnet_quant import UserError, create_model, quantize
 from effnet_quant.models.weights import Weights, load_weights
 from effnet_quant.quantization.insertion import quantizers
+from effnet_quant.quantization.output_quantizer import OutputQuantizer
 from effnet_quant.quantization.quantizer import TensorQuantizer
 from effnet_quant.quantization.spec import PRESETS, QuantSpec, TensorSpec, resolve_spec
 
@@ -47,6 +48,25 @@ def test_a_preset_is_what_its_name_says_and_survives_json(name: str) -> None:
     assert f"w{spec.weight.bits}a{spec.activation.bits}" == name.split("-", maxsplit=1)[0]
     assert spec.weight.learned == spec.activation.learned == name.endswith("-lsq")
     assert resolve_spec(json.loads(json.dumps(spec.to_json()))) == spec
+
+
+def test_the_order_of_overrides_survives_writers_that_sort() -> None:
+    pairs = [("stem", "w4a8"), ("stem", "float"), ("layers.*", "w4a8"), ("*.2", "w8a16"), ("stem", "w8a8")]
+    spec = resolve_spec("w8a8").with_overrides(pairs)
+    read = resolve_spec(json.loads(json.dumps(spec.to_json(), sort_keys=True)))
+    assert [(name, read.override(name)) for name, _ in pairs] == [(name, spec.override(name)) for name, _ in pairs]
+    assert read == spec
+    assert read.override("stem") == resolve_spec("w8a8")
+
+
+@pytest.mark.parametrize("override", ["float", "w8a16", {"weight": {"bits": 16}}], ids=str)
+def test_a_layer_that_is_no_integer_convolution_does_not_round_its_output(override: object) -> None:
+    traced = nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), nn.SiLU(), nn.Conv2d(4, 4, 1), nn.SiLU())
+    for model, layer in ((traced, "0"), (create_model("efficientnet-b0", 2), "layers.0.block0.depsep")):
+        quantize(model, resolve_spec("w8a8").with_overrides({layer: override}))
+        rounding = [name for name, module in model.named_modules() if isinstance(module, OutputQuantizer)]
+        assert rounding
+        assert not any(name.startswith((f"{layer}_", f"{layer}.")) for name in rounding)
 
 
 def test_overrides_go_by_module_and_the_last_one_wins() -> None:

@@ -42,7 +42,7 @@ def test_spec_overrides_and_training_flags_reach_the_checkpoint(run_script, imag
     assert result.code == 0, result.err
     spec = checkpoint_of(tmp_path)["metadata"]["quant_spec"]
     assert spec["weight"]["bits"] == spec["activation"]["bits"] == 4
-    assert spec["overrides"]["linear"] is None
+    assert ["linear", None] in spec["overrides"]
 
     lines = [json.loads(line) for line in (tmp_path / "experiment_raport.json").read_text().splitlines()]
     ranges = {entry["name"]: entry for entry in lines[0]["data"]["calib.ranges"]}
@@ -85,6 +85,17 @@ def test_weights_carry_their_spec_to_the_export(run_script, image_folder, weight
         "model2onnx.py", "--arch", "cifar-resnet20", "--pretrained-from-file", stored, "--output", tmp_path / "q.onnx"
     )
     assert result.code == 0, result.err
+
+    # ranges of other grids are not taken over
+    other = ["--pretrained-from-file", stored, "--epochs", 0, "--quant-spec", "w4a4", "--workspace", tmp_path / "other"]
+    result = run_script("quant_main.py", image_folder, *NETWORK, *other)
+    assert result.code == 0, result.err
+    assert "are for another quantization" in result.err
+    assert "calibrated on" in result.out
+    resumed = ["--resume", tmp_path / "other/checkpoint.pth.tar", "--quant-spec", "w8a8"]
+    result = run_script("quant_main.py", image_folder, *NETWORK, *resumed, "--workspace", tmp_path / "other")
+    assert result.code == 2
+    assert "leave out --quant-spec" in result.err
 
 
 @pytest.mark.parametrize(

@@ -6,7 +6,8 @@ import pytest
 import torch
 from torch import nn
 
-from effnet_quant import create_model
+from effnet_quant import create_model, quantize
+from effnet_quant.quantization.calibration.loop import track_outputs
 from effnet_quant.training.checkpoint import load_checkpoint
 from effnet_quant.training.ema import WeightAverage
 
@@ -31,6 +32,24 @@ def test_average_follows_the_formula_of_nvidias_scripts():
         if tensor.is_floating_point():
             torch.testing.assert_close(tensor.double(), expected[name], rtol=1e-5, atol=1e-6)
     assert int(average.state_dict()["1.num_batches_tracked"]) == 20
+
+
+def test_ranges_of_outputs_that_are_measured_later_leave_the_average_in_order():
+    """NVIDIA's quantized weights bring none; the first epoch's end measures them, of each model by itself."""
+    model = torch.nn.Sequential(
+        torch.nn.Conv2d(3, 4, 3), torch.nn.BatchNorm2d(4), torch.nn.SiLU(), torch.nn.Conv2d(4, 2, 1)
+    )
+    quantize(model)
+    average = WeightAverage(model, 0.5)
+    track_outputs(model, [torch.randn(2, 3, 8, 8)])
+    with torch.no_grad():
+        model[0].weight += 1
+    before = average.state_dict()["0.weight"].clone()
+    average.update(model, 100)
+    torch.testing.assert_close(average.state_dict()["0.weight"], before + 0.5)
+    track_outputs(average.model, [torch.randn(2, 3, 8, 8)])
+    average.update(model, 101)
+    assert all(torch.isfinite(tensor).all() for name, tensor in average.state_dict().items() if name.endswith("_low"))
 
 
 def test_ranges_that_do_not_change_stay_to_the_bit():

@@ -27,7 +27,7 @@ class RangeReport:
     Attributes:
         name: of the quantizer.
         grid: in words, e.g. "int8, per tensor".
-        seen: smallest and largest value.
+        seen: smallest and largest value; of a moving average the averages.
         chosen: ends of the range; of several ranges the outermost.
         clipped: share of the values that saturate, 0 … 1; None where they were not counted.
         sqnr: signal to quantization noise ratio in dB; None where it can't be told, infinite without any noise.
@@ -51,7 +51,7 @@ def report_ranges(model: nn.Module, observers: Mapping[str, CalibrationObserver]
     reports = []
     for name, quantizer in quantizers(model):
         amax = quantizer.amax
-        amin = -amax if quantizer.amin is None else quantizer.amin
+        amin = (-amax if quantizer.spec.signed else 0 * amax) if quantizer.amin is None else quantizer.amin
         if name in observers:
             observer = observers[name]
             seen = observer.seen
@@ -71,8 +71,10 @@ def _of_histogram(histogram: Histogram, quantizer: TensorQuantizer, amin: float,
     counts, centres = histogram.counts.cpu().numpy().astype(np.float64), bin_centres(histogram)
     low, high = _limits(quantizer)
     clipped = counts[(centres < low.item()) | (centres > high.item())].sum()
-    noise = squared_errors(histogram, quantizer.spec, np.array([amin]), np.array([amax])).item() if amax > amin else 0.0
-    return float(clipped / counts.sum()), _decibels(float((counts * centres**2).sum()), noise)
+    signal = noise = float((counts * centres**2).sum())
+    if amax > amin:  # else all is rounded to zero
+        noise = squared_errors(histogram, quantizer.spec, np.array([amin]), np.array([amax])).item()
+    return float(clipped / counts.sum()), _decibels(signal, noise)
 
 
 def _of_weight(weight: Tensor, quantizer: TensorQuantizer) -> tuple[float, float]:
