@@ -46,7 +46,8 @@ def compile_file(path: Path, settings: Settings) -> Compiled:
     run = _Run(trt, loaded, image_input.name, _output_name(trt, loaded.engine))
     types = {layer.computes_in for layer in plan.layers} if plan is not None else set()
     precision = " + ".join(name for name in _COMPUTED if name in types)
-    return Compiled(run, image_input, precision or "unknown", plan.metadata if plan is not None else {})
+    metadata = plan.metadata if plan is not None else {}
+    return Compiled(run, image_input, precision or "unknown", metadata, run.forget)
 
 
 @dataclass(frozen=True)
@@ -72,6 +73,10 @@ class _Run:
         self._input_name = input_name
         self._output_name = output_name
         self._stream = torch.cuda.Stream()
+        self.forget()
+
+    def forget(self) -> None:
+        """Let go of all graphs and their memory."""
         self._graphs: OrderedDict[int, _Graph] = OrderedDict()
         self._memory = torch.empty(0, dtype=torch.uint8, device="cuda")
 
