@@ -121,6 +121,8 @@ def test_what_can_not_be_measured_is_said(folder: Path, tmp_path: Path) -> None:
         command.job([f"{file}@tpu"])
     with pytest.raises(UserError, match="does not compute in 'fp8'"):
         command.job([f"{file}@openvino@fp8"])
+    with pytest.raises(UserError, match="images of one size; leave --image-size out"):
+        command.job([file, "--image-size", "64"])
     with pytest.raises(UserError, match="no folder"):
         command.job([file, "--json", str(tmp_path / "missing" / "latency.json")])
 
