@@ -11,14 +11,15 @@ fastest float engine of its own runtime (FP32 or bfloat16).
 
 The peers run with their runtimes' default settings (on CPUs with AMX, OpenVINO then computes floats in bfloat16), ours as
 load_engine runs them; in OpenVINO all are compiled for the shape they run in. On CPUs without VNNI, ONNX Runtime's default
-kernels saturate and ours do not (docs/deployment.md), so compare on CPUs that have it. NNCF is needed for its columns:
-pip install nncf.
+kernels saturate and ours do not (docs/deployment.md), so compare on CPUs that have it. Where there is none, w7a8 joins ours:
+its weights have 7 bits, and the fast kernels compute it exactly. NNCF is needed for its columns: pip install nncf.
 """
 
 from __future__ import annotations
 
 import argparse
 import contextlib
+import copy
 import logging
 import os
 import statistics
@@ -54,7 +55,7 @@ NETWORKS = ("timm:efficientnet_b0", "timm:resnet50", "timm:mobilenetv2_100")
 BASE = "ORT FP32 (ms)"
 OWN_FLOATS = {"ORT": (BASE,), "OpenVINO": ("OpenVINO FP32", "OpenVINO bf16")}
 CALIBRATION_IMAGES = 8
-SECONDS = 45  # for all engines of a network at one batch size, about
+SECONDS = 30  # for all engines of a network at one batch size, about
 
 
 def main() -> None:
@@ -123,6 +124,10 @@ def _engines(network: str, image_size: int, threads: int, folder: Path) -> dict[
     }
     if cpu_has_bf16():
         engines["OpenVINO bf16"] = load_engine(float_path, "openvino", precision="bf16", threads=threads)
+    if not cpu_has_exact_int8():
+        exact = write_ours(copy.deepcopy(model), images, folder / "w7a8", "w7a8")
+        engines["ours w7a8, ORT"] = load_engine(exact["onnxruntime"], threads=threads)
+        engines["ours w7a8, OpenVINO"] = load_engine(exact["openvino"], "openvino", threads=threads)
     engines |= _ours(write_ours(model, images, folder), threads)
     engines |= _onnxruntime_tool(write_tools(float_path, images, folder), threads)
     if nncf is not None:
@@ -137,9 +142,10 @@ def model_and_images(network: str, image_size: int) -> tuple[torch.nn.Module, to
     return model, torch.randn(CALIBRATION_IMAGES, 3, image_size, image_size)
 
 
-def write_ours(model: torch.nn.Module, images: torch.Tensor, folder: Path) -> dict[str, Path]:
+def write_ours(model: torch.nn.Module, images: torch.Tensor, folder: Path, preset: str = "w8a8") -> dict[str, Path]:
     """Quantize the model, which becomes that, and export it for each runtime; the files by target."""
-    quantize(model)
+    folder.mkdir(exist_ok=True)
+    quantize(model, preset)
     calibrate(model, images.split(8), method="max")
     paths = {target: folder / f"{target}.onnx" for target in ("onnxruntime", "openvino")}
     for target, path in paths.items():
