@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import io
 import os
 import signal
 import subprocess
@@ -13,6 +14,7 @@ import pytest
 import torch
 from PIL import Image, ImageOps
 
+from effnet_quant.data import decoding
 from effnet_quant.data.decoding import MAX_PIXELS, Box, DecodeError, EncodedImage, decode
 from effnet_quant.data.folders import FolderSource
 from effnet_quant.data.loaders import Loader
@@ -69,6 +71,72 @@ def test_rows_below_the_crop_are_not_needed_and_both_decoders_agree(photo_folder
         assert result.stderr == ""
         outputs.append(result.stdout)
     assert outputs[0] == outputs[1] != ""
+
+
+def _encoded(image, **options):
+    file = io.BytesIO()
+    image.save(file, "JPEG", **options)
+    return np.frombuffer(bytearray(file.getvalue()), dtype=np.uint8)
+
+
+@pytest.mark.parametrize(
+    "coding", [{"progressive": True}, {"restart_marker_rows": 1}, {"restart_marker_blocks": 3, "progressive": True}]
+)
+def test_progressive_images_and_those_with_restarts_are_left_early_too(photo_folder, monkeypatch, coding):
+    pytest.importorskip("simplejpeg")
+    monkeypatch.setattr(decoding, "_decode_with_pillow", None)
+    with Image.open(photo_folder / "left/0.jpg") as image:
+        data = _encoded(image, quality=90, **coding)
+    whole = simplejpeg_pixels(data)
+    for top, height in ((0, 1), (7, 90), (100, whole.shape[1] - 100)):
+        region = EncodedImage(data).region(Box(top, 5, height, 60), 1000)
+        assert np.array_equal(region.numpy(), whole[:, top : top + height, 5:65])
+
+
+def simplejpeg_pixels(data):
+    import simplejpeg
+
+    return simplejpeg.decode_jpeg(data, "RGB").transpose(2, 0, 1)
+
+
+def with_damaged_scan(data, seed=0):
+    """A JPEG with 200 of its coded pixels' bytes overwritten; none is 0xff, which would start a marker."""
+    data = data.copy()
+    middle = len(data) // 2
+    data[middle : middle + 200] = np.random.default_rng(seed).integers(0, 255, 200)
+    return data
+
+
+def test_a_damaged_scan_is_told_from_one_with_padding(photo_folder, tmp_path):
+    pytest.importorskip("simplejpeg")
+    photos = [path for path in sorted(photo_folder.rglob("*.jpg")) if path.name != "3.jpg"]  # those are progressive
+    refused = 0
+    for path in photos:
+        damaged = with_damaged_scan(np.fromfile(path, dtype=np.uint8))
+        Image.open(io.BytesIO(damaged.tobytes())).load()  # Pillow shows what there is
+        try:
+            decode(damaged)
+        except DecodeError:
+            refused += 1
+    assert refused >= len(photos) * 2 // 3  # in some the decoder finds its way back by chance, and no one can tell
+    data = np.fromfile(photos[0], dtype=np.uint8)
+    padded = np.concatenate([data[:-2], np.zeros(40, dtype=np.uint8), data[-2:]])
+    assert torch.equal(decode(padded), decode(data))
+
+
+XMP = """<x:xmpmeta xmlns:x="adobe:ns:meta/"><rdf:RDF xmlns:rdf="http://www.w3.org/1999/02/22-rdf-syntax-ns#">
+<rdf:Description xmlns:tiff="http://ns.adobe.com/tiff/1.0/" tiff:Orientation="6"/></rdf:RDF></x:xmpmeta>"""
+
+
+@pytest.mark.parametrize("progressive", [False, True])
+def test_orientation_in_adobes_metadata_is_applied(photo_folder, progressive):
+    with Image.open(photo_folder / "left/0.jpg") as image:
+        data = _encoded(image, progressive=progressive, xmp=XMP.encode())
+    with Image.open(io.BytesIO(data.tobytes())) as stored:
+        expected = np.rot90(np.asarray(stored), -1).transpose(2, 0, 1)  # TIFF 6.0: row 0 is the right-hand side
+    encoded = EncodedImage(data)
+    assert (encoded.height, encoded.width) == expected.shape[1:]
+    assert np.array_equal(encoded.region(Box(0, 3, 70, 50), 1000).numpy(), expected[:, :70, 3:53])
 
 
 @pytest.mark.parametrize(("size", "shrink"), [(20, 8), (50, 4), (99, 2), (100, 2), (101, 1)])
