@@ -73,6 +73,8 @@ class DaliLoader(Loader):
         """
         if self._in_flight:  # an epoch that was left early
             self._pipeline = None
+        elif self._pipeline is not None:  # who counts the batches never asks for the one after the last
+            self._pipeline.reset()
         self._in_flight.clear()
         with ThreadPoolExecutor(max(1, self._workers)) as readers:
             indices = self._order.batches(epoch, first_batch)
@@ -83,7 +85,6 @@ class DaliLoader(Loader):
                 try:
                     (images,) = self._pipeline.run()
                 except StopIteration:
-                    self._pipeline.reset()
                     return
                 except RuntimeError as error:
                     self._recover(error)

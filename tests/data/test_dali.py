@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import json
+from itertools import islice
+
 import numpy as np
 import pytest
 import torch
@@ -58,6 +61,19 @@ def test_an_epoch_can_be_left_and_can_start_at_any_batch(photo_folder):
     for (images, labels), (images_of_whole, labels_of_whole) in zip(rest, whole[2:], strict=True):
         assert torch.equal(images, images_of_whole)
         assert torch.equal(labels, labels_of_whole)
+
+
+@pytest.mark.parametrize(("batch_size", "shuffle"), [(100, True), (100, False), (180, True), (360, True)])
+def test_every_epoch_has_its_batches_when_they_are_counted(batch_size, shuffle):
+    source = DigitsSource("val")  # 360 images
+    loader = DaliLoader(source, evaluation_transform(Preprocessing(8, 8)), batch_size, CPU, shuffle=shuffle)
+    for epoch in range(4):  # the trainer takes so many, and never asks for the end
+        batches = list(islice(loader.epoch(epoch), len(loader)))
+        reference = list(
+            Loader(source, evaluation_transform(Preprocessing(8, 8)), batch_size, shuffle=shuffle).epoch(epoch)
+        )
+        assert [labels.tolist() for _, labels in batches] == [labels.tolist() for _, labels in reference]
+        assert difference(batches, reference) == 0
 
 
 @pytest.mark.parametrize("augmentation", AUGMENTATIONS)
@@ -129,3 +145,17 @@ def test_an_image_of_one_pixel_and_a_strip(tmp_path):
     ((images, _),) = DaliLoader(FolderSource(tmp_path), evaluation_transform(Preprocessing(16, 16)), 2, CPU).epoch()
     assert images[0, :, 5, 5].tolist() == [9, 80, 200]
     assert (images[1] - 77.0).abs().max() <= 1
+
+
+@pytest.mark.slow
+def test_main_trains_and_validates_each_epoch(run_script, image_folder, tmp_path):
+    arguments = "--arch cifar-resnet20 --num-classes 3 --image-size 32 -b 6 -j 1 --epochs 3 --use-ema 0.9 --seed 1"
+    result = run_script(
+        "main.py", image_folder, *arguments.split(), "--data-backend", "dali-cpu", "--workspace", tmp_path
+    )
+    assert result.code == 0, result.err
+    epochs = [json.loads(line)["data"] for line in (tmp_path / "experiment_raport.json").read_text().splitlines()]
+    assert len(epochs) == 3
+    for metrics in epochs:  # over no image at all each of these would be 0
+        assert min(metrics[name] for name in ("train.loss", "val.loss", "val_ema.loss")) > 0
+        assert metrics["val.loss"] != metrics["val_ema.loss"]
