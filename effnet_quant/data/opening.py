@@ -20,8 +20,22 @@ def open_sources(data: str) -> tuple[ImageSource, ImageSource]:
     Raises:
         UserError: there is no such data, it holds no images, or the validation images have a class of their own.
     """
-    train = _open(data, "train", None)
+    train = open_training(data)
     return train, _open(data, "val", train.classes)
+
+
+def open_training(data: str) -> ImageSource:
+    """The training images alone.
+
+    Raises:
+        UserError: as ``open_sources``.
+    """
+    return _open(data, "train", None)
+
+
+def is_split(data: str, split: str) -> bool:
+    """Whether ``data`` is a folder on this machine that holds a split as images, shards or ImageNet's tar file."""
+    return (Path(data) / split).is_dir() or (Path(data) / (TRAIN_TAR if split == "train" else VAL_TAR)).is_file()
 
 
 def open_validation(data: str, classes: list[str] | None = None) -> ImageSource:

@@ -7,6 +7,7 @@ import os
 import posixpath
 import tarfile
 from collections.abc import Iterator
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -62,17 +63,19 @@ class ShardSource:
     def __len__(self) -> int:
         return sum(self.counts)
 
-    @property
+    @cached_property
     def labels(self) -> Tensor:
-        """The labels, which takes reading all shards."""
+        """The labels; the first time this takes reading all shards."""
         return torch.tensor([label for url in self.urls for _, _, label in self.samples(url)])
 
     def read(self, index: int) -> Tensor:
         """The image at a place in the order of the shards, as uint8 (3, H, W); its shard is read up to it."""
         for url, count in zip(self.urls, self.counts, strict=True):
             if index < count:
-                name, image, _ = next(sample for place, sample in enumerate(self.samples(url)) if place == index)
+                name, image, _ = next(self.samples(url, index))
                 try:
+                    if isinstance(image, DecodeError):
+                        raise image
                     return image.decode()
                 except DecodeError as error:
                     raise unreadable(name, error) from error
@@ -87,8 +90,8 @@ class ShardSource:
             index -= count
         raise IndexError(index)
 
-    def samples(self, url: str) -> Iterator[tuple[str, Any, int]]:
-        """Name, image (or ``DecodeError``) and label of each image in a shard, in its order.
+    def samples(self, url: str, first: int = 0) -> Iterator[tuple[str, EncodedImage | DecodeError, int]]:
+        """Name, image (or what is wrong with it) and label of each image in a shard, in its order, from ``first`` on.
 
         Raises:
             UserError: the shard can't be read, or one of its images has no label.
@@ -103,17 +106,23 @@ class ShardSource:
                     extension = next((key for key in sample if f".{key.rpartition('.')[2]}" in EXTENSIONS), None)
                     if extension is None:
                         continue
+                    if first > 0:
+                        first -= 1
+                        continue
                     name = f"{url}:{sample['__key__']}.{extension}"
                     if _LABEL not in sample:
                         raise UserError(f"{name} has no label beside it; each image needs a .{_LABEL} file.")
                     label = int(self.remap[int(sample[_LABEL])])
-                    try:
-                        image: Any = EncodedImage(np.frombuffer(bytearray(sample[extension]), dtype=np.uint8))
-                    except DecodeError as error:
-                        image = error
-                    yield name, image, label
+                    yield name, _encoded(sample[extension]), label
         except (OSError, ValueError, EOFError, IndexError, tarfile.TarError) as error:
             raise UserError(f"{url} can't be read ({error}); check the URL, or make the shard again.") from error
+
+
+def _encoded(data: bytes) -> EncodedImage | DecodeError:
+    try:
+        return EncodedImage(np.frombuffer(bytearray(data), dtype=np.uint8))
+    except DecodeError as error:
+        return error
 
 
 def pack(source: EncodedSource, folder: Path, images_per_shard: int = 1000, seed: int = 0) -> Iterator[int]:

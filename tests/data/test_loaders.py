@@ -27,6 +27,9 @@ class Numbers:
     def read(self, index):
         return torch.full((3, 2, 2), index, dtype=torch.uint8)
 
+    def name(self, index):
+        return f"number {index}"
+
 
 class Broken(Numbers):
     """Numbers, of which the fifth can't be read."""

@@ -8,6 +8,7 @@ import os
 import signal
 import subprocess
 import sys
+import time
 
 import numpy as np
 import pytest
@@ -17,9 +18,11 @@ from PIL import Image, ImageOps
 from effnet_quant.data import decoding
 from effnet_quant.data.decoding import MAX_PIXELS, Box, DecodeError, EncodedImage, decode
 from effnet_quant.data.folders import FolderSource
+from effnet_quant.data.inspection import look
 from effnet_quant.data.loaders import Loader
 from effnet_quant.data.sources import EncodedSource, read_image
 from effnet_quant.data.transforms import Preprocessing, evaluation_transform, training_transform
+from effnet_quant.data.workers import explained_deaths
 from effnet_quant.errors import UserError
 
 EVALUATION = evaluation_transform(Preprocessing(32, 40))
@@ -249,10 +252,58 @@ class Deadly(EncodedSource):
         return self._folder.load(index)
 
 
+DEATH = r"a data worker died while it was reading .*/left/2\.jpg"
+
+
 def test_a_worker_that_dies_says_which_file_it_was_at(photo_folder):
     loader = Loader(Deadly(photo_folder), EVALUATION, 2, workers=2)
-    with pytest.raises(UserError, match=r"a data worker died while it was reading .*/left/2\.jpg"):
+    with pytest.raises(UserError, match=DEATH):
         list(loader.epoch())
+    with pytest.raises(UserError, match=DEATH):
+        list(look(Deadly(photo_folder), decode=True, workers=1))
+
+
+def test_so_does_one_that_dies_while_the_main_process_computes(photo_folder):
+    batches = Loader(Deadly(photo_folder), EVALUATION, 1, workers=1, prefetch=3).epoch()
+    with pytest.raises(UserError, match=DEATH), explained_deaths():
+        next(batches)
+        for _ in range(200):  # the worker dies in the middle of this
+            time.sleep(0.1)
+
+
+def test_errors_of_the_program_itself_stay_as_they_are(photo_folder):
+    with pytest.raises(RuntimeError, match="mine"), explained_deaths():
+        raise RuntimeError("mine")
+
+    def failing(image):
+        raise ValueError("a mistake in a transform")
+
+    with pytest.raises(RuntimeError, match=r"left/0\.jpg can't be transformed: ValueError\('a mistake"):
+        next(Loader(FolderSource(photo_folder), failing, 1).epoch())
+
+
+def test_too_little_memory_for_an_image_leaves_it_out(photo_folder, capfd):
+    def hungry(image):
+        if image.height * image.width > 60_000:
+            raise MemoryError
+        return EVALUATION(image)
+
+    loader = Loader(FolderSource(photo_folder), hungry, 4, workers=1, max_bad_images=16)
+    sizes = [Image.open(path).size for path in photo_folder.rglob("*.jpg")]
+    small = sum(width * height <= 60_000 for width, height in sizes)
+    assert 0 < small < 16
+    assert sum(len(images) for images, _ in loader.epoch()) == small
+    assert "can't be read (there is not enough memory for it)" in capfd.readouterr().err
+
+
+@pytest.mark.parametrize("batch_size", [1, 2])
+def test_a_batch_without_readable_images_takes_the_next_one(spoiled, batch_size):
+    transform = training_transform(Preprocessing(32, 40))
+    source = FolderSource(spoiled)
+    loader = Loader(source, transform, batch_size, shuffle=True, workers=1, max_bad_images=4)
+    for epoch in range(3):
+        assert [len(images) for images, _ in loader.epoch(epoch)] == [batch_size] * (8 // batch_size)
+    assert sorted(loader.bad_images.sentences) == [2, 4, 5, 6]
 
 
 def test_floating_point_pixels_are_refused(tmp_path):

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import collections
 import io
+import json
+import multiprocessing
 import shutil
 import tarfile
 
@@ -67,15 +69,90 @@ def test_an_epoch_has_each_image_once_in_an_order_of_its_own(shards, workers):
     assert pictures(loader, 1, 2) == second[10:]
 
 
-def test_processes_share_an_epoch(shards):
-    source = ShardSource(str(shards / "train"))
-    ranks = [ShardLoader(source, EVALUATION, 4, shuffle=True, seed=3, rank=rank, ranks=2) for rank in (0, 1)]
-    assert [len(loader) for loader in ranks] == [2, 2]
-    assert len({picture for loader in ranks for picture in pictures(loader)}) == 16
-    parts = [ShardLoader(source, EVALUATION, 4, rank=rank, ranks=3) for rank in range(3)]
-    assert len({picture for loader in parts for picture in pictures(loader)}) == 16
-    with pytest.raises(UserError, match="4 shards are too few for 5 processes"):
-        ShardLoader(source, EVALUATION, 4, ranks=5)
+@pytest.fixture(scope="module")
+def unequal(photo_folder, tmp_path_factory):
+    """The 16 photos in shards of 9, 6 and 1; not to be changed."""
+    root = tmp_path_factory.mktemp("unequal")
+    source = FolderSource(photo_folder)
+    list(pack(source, root, 16, seed=1))
+    with tarfile.open(root / "000000.tar") as tar:
+        members = [(member, tar.extractfile(member).read()) for member in tar.getmembers()]
+    sizes = [9, 6, 1]
+    for number, size in enumerate(sizes):
+        with tarfile.open(root / f"{number}.tar", "w") as tar:
+            for member, content in members[: 2 * size]:  # an image and its label each
+                tar.addfile(member, io.BytesIO(content))
+        del members[: 2 * size]
+    shards = [{"file": f"{number}.tar", "images": size} for number, size in enumerate(sizes)]
+    (root / "index.json").write_text(json.dumps({"classes": source.classes, "shards": shards}))
+    return ShardSource(str(root))
+
+
+def test_processes_share_an_epoch_whatever_the_sizes_of_the_shards(unequal):
+    for ranks, batches in ((2, 4), (4, 2)):
+        loaders = [
+            ShardLoader(unequal, EVALUATION, 2, shuffle=True, seed=3, rank=rank, ranks=ranks) for rank in range(ranks)
+        ]
+        assert [len(loader) for loader in loaders] == [batches] * ranks
+        parts = [pictures(loader) for loader in loaders]
+        assert [len(part) for part in parts] == [2 * batches] * ranks
+        assert len({picture for part in parts for picture in part}) == 16
+    parts = [pictures(ShardLoader(unequal, EVALUATION, 4, rank=rank, ranks=3)) for rank in range(3)]
+    assert [len(part) for part in parts] == [6, 5, 5]
+    assert len({picture for part in parts for picture in part}) == 16
+    with pytest.raises(UserError, match="16 training images are too few for 17 processes"):
+        ShardLoader(unequal, EVALUATION, 4, shuffle=True, ranks=17)
+
+
+def test_chosen_images_are_read_from_the_first_of_each_processs_share(unequal, photo_folder):
+    everything = pictures(ShardLoader(unequal, EVALUATION, 16))
+    chosen = torch.arange(6) * 16 // 6  # as calibration spreads them
+    for share, first in zip(chosen.tensor_split(2), (0, 8), strict=True):
+        loader = ShardLoader(unequal, EVALUATION, 2, indices=share)
+        assert len(loader) == 2
+        assert pictures(loader) == everything[first : first + 3]
+
+
+def test_workers_stay_and_share_evaluation_too(unequal):
+    whole = collections.Counter(pictures(ShardLoader(unequal, EVALUATION, 16)))
+    loader = ShardLoader(unequal, EVALUATION, 3, workers=2)
+    processes = []
+    for epoch in range(3):
+        assert len(pictures(loader, epoch)) == 16 if epoch else collections.Counter(pictures(loader)) == whole
+        processes.append({process.pid for process in multiprocessing.active_children()})
+    assert len(processes[0]) == 2
+    assert processes[0] == processes[1] == processes[2]
+    training = ShardLoader(unequal, TRAINING, 5, shuffle=True, workers=2)
+    whole = pictures(training, 3)
+    next(training.epoch(1))  # left early
+    assert pictures(training, 3, 1) == whole[5:]
+
+
+def test_a_batch_without_readable_images_is_filled(unequal, tmp_path, capfd):
+    broken = [f"{number:08d}" for number in range(7)]
+    with tarfile.open(tmp_path / "0.tar", "w") as tar:
+        for name in broken:
+            for extension, content in (("jpg", b""), ("cls", b"0")):
+                member = tarfile.TarInfo(f"{name}.{extension}")
+                member.size = len(content)
+                tar.addfile(member, io.BytesIO(content))
+    shutil.copy(unequal.urls[1], tmp_path / "1.tar")
+    shards = [{"file": "0.tar", "images": 7}, {"file": "1.tar", "images": 6}]
+    (tmp_path / "index.json").write_text(json.dumps({"classes": unequal.classes, "shards": shards}))
+    source = ShardSource(str(tmp_path))
+    for batch_size in (1, 3):
+        loader = ShardLoader(source, EVALUATION, batch_size, shuffle=True, max_bad_images=7)
+        batches = list(loader.epoch())
+        assert [len(images) for images, _ in batches] == [batch_size] * (13 // batch_size)
+    assert sorted(loader.bad_images.sentences) == list(range(7))
+    (tmp_path / "1.tar").write_bytes((tmp_path / "0.tar").read_bytes())
+    with pytest.raises(UserError, match="no image that can be read"):
+        list(ShardLoader(source, EVALUATION, 3, shuffle=True, max_bad_images=13).epoch())
+    (tmp_path / "index.json").write_text(
+        json.dumps({"classes": unequal.classes, "shards": [{"file": "0.tar", "images": 9}]})
+    )
+    with pytest.raises(UserError, match=r"0\.tar holds 2 images less than its index says"):
+        list(ShardLoader(ShardSource(str(tmp_path)), EVALUATION, 3, max_bad_images=13).epoch())
 
 
 def test_patterns_choose_shards_and_urls_are_opened_by_fsspec(shards):
@@ -117,6 +194,9 @@ def test_broken_images_and_shards_are_named(shards, tmp_path):
             member = tarfile.TarInfo(name)
             member.size = len(content)
             tar.addfile(member, io.BytesIO(content))
+    index = json.loads((tmp_path / "val/index.json").read_text())
+    index["shards"][2]["images"] = 1
+    (tmp_path / "val/index.json").write_text(json.dumps(index))
     source = ShardSource(str(tmp_path / "val"))
     for workers in (0, 1):
         loader = ShardLoader(source, EVALUATION, 4, workers=workers, max_bad_images=1)
