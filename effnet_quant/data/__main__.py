@@ -11,7 +11,7 @@ from pathlib import Path
 
 from effnet_quant.data.inspection import Findings, counts, is_random_access, look
 from effnet_quant.data.opening import is_split, open_sources, open_training, open_validation
-from effnet_quant.data.shards import is_shards, pack, write_index
+from effnet_quant.data.shards import is_one_set, pack, write_index
 from effnet_quant.data.sources import EncodedSource, ImageSource
 from effnet_quant.errors import UserError
 
@@ -26,7 +26,7 @@ def main(words: Sequence[str] | None = None) -> int:
     parser.add_argument("--check", action="store_true", help="decode every image and name the broken ones")
     parser.add_argument("--pack", metavar="FOLDER", type=Path, help="write the images as WebDataset shards into FOLDER")
     parser.add_argument("--images-per-shard", type=int, default=1000, help="images a shard (default: 1000)")
-    parser.add_argument("--index", action="store_true", help="write the index of local shards that others made")
+    parser.add_argument("--index", action="store_true", help="write the index of shards that others made")
     parser.add_argument(
         "-j", "--workers", type=int, default=os.cpu_count(), help="processes that read (default: all cores)"
     )
@@ -60,7 +60,7 @@ def _run(arguments: argparse.Namespace) -> int:
 
 
 def _splits(data: str) -> dict[str, ImageSource]:
-    if is_shards(data) and data.endswith(".tar") and ".tar::" not in data:
+    if is_one_set(data):
         return {"shards": open_validation(data)}
     if is_split(data, "train") and not is_split(data, "val"):
         return {"train": open_training(data)}

@@ -9,6 +9,7 @@ import struct
 import sys
 import warnings
 from dataclasses import dataclass
+from functools import lru_cache
 
 import numpy as np
 import torch
@@ -26,11 +27,15 @@ except ImportError:
 MAX_PIXELS = 178_956_970  # where Pillow refuses an image as a decompression bomb
 _ORIENTATION = 0x0112  # EXIF tag
 _XMP = b"http://ns.adobe.com/xap/1.0/"  # how a segment of Adobe's metadata starts
+_FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "GIF", "TIFF", "PPM", "MPO", "JPEG2000", "AVIF")
 _SHRINKS = (8, 4, 2)  # what libjpeg's scaled inverse DCT does fast
 
 # libjpeg's warning of coded pixels that nobody asked for, and where it went on: a table, a restart, the end or the next scan
 _LEFT_OVER = re.compile(r"(\d+) extraneous bytes before marker 0x(c4|d[0-79a])")
-_DAMAGED = re.compile("Corrupt JPEG data|Premature end|Inconsistent progression")  # libjpeg's warnings that say so
+_DAMAGED = re.compile("Corrupt JPEG data|Inconsistent progression")  # libjpeg's warnings that say so
+
+# of large images and odd metadata: the limit is ours. For good, since filters are no thread's own
+warnings.filterwarnings("ignore", module=r"PIL\.")
 
 Bytes = NDArray[np.uint8]
 
@@ -261,12 +266,17 @@ def _parse_frame(segment: memoryview, position: int, has_orientation: bool, data
 
 def _open(data: Bytes) -> Image.Image:
     try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # of large images and odd metadata: the limit is ours
-            return Image.open(io.BytesIO(data.data))
+        return Image.open(io.BytesIO(data.data), formats=_formats())
     except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
         reason = "it is in no format that Pillow knows" if isinstance(error, UnidentifiedImageError) else str(error)
         raise DecodeError(reason) from error
+
+
+@lru_cache
+def _formats() -> list[str]:
+    """Those of pixels; of others Pillow starts another program, whatever the file's name is."""
+    Image.init()
+    return [name for name in _FORMATS if name in Image.OPEN]
 
 
 def _orientation(image: Image.Image) -> int:
@@ -279,9 +289,7 @@ def _orientation(image: Image.Image) -> int:
 def _decode_with_pillow(data: Bytes) -> Tensor:
     with _open(data) as image:
         try:
-            with warnings.catch_warnings():
-                warnings.simplefilter("ignore")
-                image.load()
+            image.load()
             return F.pil_to_tensor(_to_8_bits(ImageOps.exif_transpose(image)).convert("RGB"))
         except (OSError, SyntaxError, ValueError, struct.error) as error:
             raise DecodeError(str(error)) from error

@@ -130,6 +130,30 @@ def test_broken_images_are_replaced_in_training(spoiled):
     assert [len(images) for images, _ in loader.epoch()] == [8]
 
 
+def test_a_batch_without_readable_images_repeats_the_last_one(spoiled):
+    source = FolderSource(spoiled)
+    loader = DaliLoader(source, training_transform(Preprocessing(32, 40)), 1, CPU, shuffle=True, max_bad_images=3)
+    first = next(epoch for epoch in range(99) if loader.names(epoch, 0)[0].endswith(("0.jpg", "1.jpg", "3.jpg")))
+    assert [len(images) for images, _ in loader.epoch(first)] == [1] * 8
+    assert sorted(loader.bad_images.sentences) == [2, 4, 5]
+
+
+def test_what_dali_refuses_and_we_read_is_handed_over_as_pixels_once(photo_folder):
+    loader = DaliLoader(FolderSource(photo_folder), evaluation_transform(Preprocessing(32, 40)), 8, CPU)
+    whole = list(loader.epoch())
+    batches = loader.epoch()
+    next(batches)
+    refusal = RuntimeError("this is no JPEG to me")
+    loader._recover(refusal)
+    assert difference([next(batches)], whole[1:]) <= 1.5
+    batches = loader.epoch()
+    next(batches)
+    loader._recover(refusal)
+    loader._in_flight.extend(loader._prepared)
+    with pytest.raises(RuntimeError, match="no JPEG to me"):
+        loader._recover(refusal)
+
+
 def test_too_many_broken_images_stop_the_epoch(spoiled):
     source = FolderSource(spoiled)
     with pytest.raises(UserError, match="--max-bad-images 2"):

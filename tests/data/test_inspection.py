@@ -57,7 +57,15 @@ def test_shards_hold_what_was_packed(tool, photo_folder, tmp_path):
     assert (status, err) == (0, "")
     status, out, _ = tool(tmp_path / "shards", "--check", "-j", 1)
     assert out.startswith("train: 16 images, 2 classes\n")
-    assert out.count("broken: 0 of 16") == 2
+    assert out.count("broken: 0 of 16") == out.count("  left 8, right 8\n") == 2
+    assert status == 0
+
+
+def test_one_split_is_enough(tool, photo_folder, tmp_path):
+    (tmp_path / "val").symlink_to(photo_folder)
+    status, out, _ = tool(tmp_path, "-j", 0)
+    assert out.startswith("val: 16 images, 2 classes\n")
+    assert "train" not in out.replace(str(tmp_path), "")
     assert status == 0
 
 

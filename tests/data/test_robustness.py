@@ -236,6 +236,27 @@ def test_link_loops_and_unreadable_files_are_reported(photo_folder, tmp_path, ca
     assert "self.jpg can't be read" in capfd.readouterr().err
 
 
+def test_links_among_the_classes_and_pipes_are_left_out(photo_folder, tmp_path, capfd):
+    (tmp_path / "c").mkdir()
+    (tmp_path / "c/photo.jpg").write_bytes((photo_folder / "left/0.jpg").read_bytes())
+    os.mkfifo(tmp_path / "c/pipe.jpg")
+    (tmp_path / "self").symlink_to(tmp_path / "self")
+    (tmp_path / "again").symlink_to(tmp_path)
+    (tmp_path / "c/up").symlink_to(tmp_path)
+    (tmp_path / "d").symlink_to(photo_folder / "right")
+    source = FolderSource(tmp_path)
+    assert source.classes == ["c", "d"]
+    assert len(source) == 1 + 8
+    told = capfd.readouterr().err
+    for sentence in (
+        "/self can't be read",
+        "/again is a link to a folder that",
+        "/up is a link to",
+        "pipe.jpg is no reg",
+    ):
+        assert told.count(sentence) == 1
+
+
 class Deadly(EncodedSource):
     """A source whose third image ends the process that reads it, as a crash of a decoder would."""
 

@@ -12,6 +12,7 @@ import tarfile
 import fsspec
 import pytest
 import torch
+from fsspec.implementations.local import LocalFileSystem
 
 from effnet_quant.data.backends import open_loader
 from effnet_quant.data.folders import FolderSource
@@ -165,9 +166,11 @@ def test_patterns_choose_shards_and_urls_are_opened_by_fsspec(shards):
     memory = fsspec.filesystem("memory")
     for split in ("train", "val"):
         memory.put(f"{shards / split}/", f"/set/{split}/", recursive=True)
-    train, val = open_sources("memory://set")
-    assert (len(train), len(val)) == (16, 16)
-    assert torch.equal(train.read(9), ShardSource(str(shards / "train")).read(9))
+    chained = "simplecache::memory://set/train/{000000..000003}.tar::simplecache::memory://set/val/000001.tar"
+    for data, images in (("memory://set", 16), (chained, 4)):
+        train, val = open_sources(data)
+        assert (len(train), len(val)) == (16, images)
+        assert torch.equal(train.read(9), ShardSource(str(shards / "train")).read(9))
 
 
 def test_labels_follow_the_classes_of_the_training_data(shards):
@@ -185,6 +188,55 @@ def test_shards_of_others_get_an_index(shards, tmp_path):
         ShardSource(pattern)
     assert write_index(pattern)["shards"] == [{"file": f"00000{n}.tar", "images": 4} for n in range(2)]
     assert len(ShardSource(pattern)) == 8
+
+
+def test_indices_of_two_sets_in_one_place_are_one_file(shards, tmp_path):
+    for split in ("train", "val"):
+        for number in range(2):
+            shutil.copy(shards / split / f"00000{number}.tar", tmp_path / f"{split}-{number}.tar")
+    for location in (str(tmp_path), "memory://both"):
+        if "://" in location:
+            (tmp_path / "index.json").unlink()
+            fsspec.filesystem("memory").put(f"{tmp_path}/", "/both/", recursive=True)
+        for split in ("train", "val"):
+            write_index(f"{location}/{split}-{{0..1}}.tar")
+        train, val = open_sources(f"{location}/train-{{0..1}}.tar::{location}/val-{{0..1}}.tar")
+        assert (len(train), len(val)) == (8, 8)
+        assert train.classes == ["0", "1"]
+
+
+class ReadOnly(LocalFileSystem):
+    """Files that can't be written, as over HTTP."""
+
+    protocol = "readonly"
+
+    @classmethod
+    def _strip_protocol(cls, path):
+        return super()._strip_protocol(path.removeprefix("readonly://"))
+
+    def _open(self, path, mode="rb", **options):
+        if mode != "rb":
+            raise NotImplementedError
+        return super()._open(path, mode, **options)
+
+
+def test_an_index_that_cant_be_written_beside_its_shards_is_kept(shards, tmp_path, monkeypatch):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    fsspec.register_implementation("readonly", ReadOnly, clobber=True)
+    shutil.copy(shards / "train/000000.tar", tmp_path)
+    write_index(f"readonly://{tmp_path}/000000.tar")
+    assert not (tmp_path / "index.json").exists()
+    assert len(ShardSource(f"readonly://{tmp_path}/000000.tar")) == 4
+
+
+def test_packing_leaves_out_what_cant_be_read(photo_folder, tmp_path, capfd):
+    folder = tmp_path / "data/c"
+    folder.mkdir(parents=True)
+    shutil.copy(photo_folder / "left/0.jpg", folder)
+    (folder / "self.jpg").symlink_to(folder / "self.jpg")
+    assert list(pack(FolderSource(tmp_path / "data"), tmp_path / "shards")) == [1]
+    assert "self.jpg can't be read" in capfd.readouterr().err
+    assert len(ShardSource(str(tmp_path / "shards"))) == 1
 
 
 def test_broken_images_and_shards_are_named(shards, tmp_path):
