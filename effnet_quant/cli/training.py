@@ -8,7 +8,7 @@ import os
 import random
 import sys
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import asdict, dataclass, fields, replace
 from functools import partial
 from pathlib import Path
@@ -21,11 +21,12 @@ from effnet_quant.api import create_model
 from effnet_quant.cli.arguments import model_options
 from effnet_quant.cli.quantization import SPEC_KEY, chosen_spec
 from effnet_quant.cli.weights import given_weights, load_given
-from effnet_quant.data.arrays import SyntheticSource
+from effnet_quant.data.arrays import SYNTHETIC, SYNTHETIC_IMAGES, SyntheticSource
 from effnet_quant.data.backends import open_loader
 from effnet_quant.data.loaders import Loader
-from effnet_quant.data.opening import DIGITS, open_sources, open_validation
+from effnet_quant.data.opening import DIGITS, fills_cache, open_sources, open_validation
 from effnet_quant.data.seeding import mix
+from effnet_quant.data.shards import ShardSource
 from effnet_quant.data.sources import ImageSource
 from effnet_quant.data.transforms import Preprocessing, evaluation_transform, training_transform
 from effnet_quant.errors import UserError
@@ -43,7 +44,6 @@ from effnet_quant.training.sinks import Sink, TensorBoard, WandB
 from effnet_quant.training.trainer import Trainer
 
 DEFAULT_BACKEND = "pytorch"  # NVIDIA's default, dali-cpu, needs an optional package
-SYNTHETIC_IMAGES = 1_281_167  # of ImageNet's training set, so that an epoch has its length
 
 
 @dataclass
@@ -92,7 +92,8 @@ def _prepare(arguments: argparse.Namespace, world: World, *, quantized: bool) ->
     checkpoint = load_checkpoint(arguments.resume) if arguments.resume else None
     config = _config(arguments, checkpoint, world)
     preprocessing = _preprocessing(arguments, entry)
-    train_source, val_source = _open_sources(arguments, preprocessing)
+    with world.main_first() if fills_cache(arguments.data) else nullcontext():
+        train_source, val_source = _open_sources(arguments, preprocessing)
     classes = val_source.classes
     if len(classes) != arguments.num_classes:
         raise UserError(
@@ -102,11 +103,8 @@ def _prepare(arguments: argparse.Namespace, world: World, *, quantized: bool) ->
     torch.manual_seed(config.seed)
     if checkpoint is not None and (arguments.pretrained_from_file or arguments.pretrained):
         raise UserError("--resume and --pretrained-from-file (or --pretrained) both bring weights; give one of them.")
-    if not world.is_main:  # process 0 downloads
-        world.wait()
-    weights = given_weights(arguments, entry)
-    if world.is_main:
-        world.wait()
+    with world.main_first():
+        weights = given_weights(arguments, entry)
     model, spec = _model(arguments, checkpoint, weights, quantized=quantized)
     has_ranges = not quantized
     if checkpoint is not None:
@@ -133,6 +131,7 @@ def _prepare(arguments: argparse.Namespace, world: World, *, quantized: bool) ->
     }
     trainer = Trainer(model, config, preprocessing, device, workspace, recorder, metadata, world)
     if checkpoint is not None:
+        _check_same_workers(train_source, checkpoint, arguments)
         trainer.resume(checkpoint, arguments.resume)
     loader = partial(
         open_loader,
@@ -166,6 +165,16 @@ def _model(
     spec = chosen_spec(arguments, said if checkpoint is None else checkpoint.get("metadata") or {})
     model = create_model(arguments.arch, arguments.num_classes, quantized=True, quant_spec=spec, **options)
     return model, {SPEC_KEY: spec.to_json()}
+
+
+def _check_same_workers(source: ImageSource | None, checkpoint: dict[str, Any], arguments: argparse.Namespace) -> None:
+    """In the middle of an epoch of shards, whose order depends on the number of workers, it must be the same."""
+    before = (checkpoint.get("config") or {}).get("workers", arguments.workers)
+    if isinstance(source, ShardSource) and checkpoint.get("batch") and before != arguments.workers:
+        raise UserError(
+            f"{arguments.resume} stands in the middle of an epoch of shards that {before} workers read; resume it with "
+            f"-j {before}."
+        )
 
 
 def train_or_evaluate(job: Job, arguments: argparse.Namespace) -> int:
@@ -320,7 +329,7 @@ def _preprocessing(arguments: argparse.Namespace, entry: ModelEntry) -> Preproce
 def _open_sources(
     arguments: argparse.Namespace, preprocessing: Preprocessing
 ) -> tuple[ImageSource | None, ImageSource]:
-    if arguments.data_backend == "synthetic":
+    if SYNTHETIC in (arguments.data_backend, arguments.data):
         source = SyntheticSource(SYNTHETIC_IMAGES, arguments.num_classes, preprocessing.image_size)
         return source, source
     if arguments.evaluate:
