@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+import tarfile
 from itertools import islice
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -37,6 +39,32 @@ def test_evaluation_agrees_with_the_pytorch_backend(photo_folder, interpolation)
     assert [labels.tolist() for _, labels in ours] == [labels.tolist() for _, labels in reference]
     assert all(images.dtype == torch.uint8 and images.shape[1:] == (3, 96, 96) for images, _ in ours)
     assert difference(ours, reference) <= 1.5
+
+
+SAMPLES = Path(__file__).resolve().parents[3] / "shared/data/imagenet-samples.tar"
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not SAMPLES.exists(), reason="needs ../shared/data")
+@pytest.mark.parametrize("make", [evaluation_transform, training_transform])
+def test_photographs_agree_with_the_pytorch_backend(tmp_path, make):
+    with tarfile.open(SAMPLES) as archive:
+        archive.extractall(tmp_path, filter="data")
+    source = FolderSource(tmp_path / "val")
+    options = {"shuffle": make is training_transform, "seed": 2}
+    ours = list(DaliLoader(source, make(Preprocessing(224, 256)), 50, CPU, **options).epoch())
+    reference = list(Loader(source, make(Preprocessing(224, 256)), 50, **options).epoch())
+    assert difference(ours, reference) <= 1.5
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+@pytest.mark.parametrize("make", [evaluation_transform, training_transform])
+def test_the_gpus_images_agree_with_the_pytorch_backend(photo_folder, make):
+    source = FolderSource(photo_folder)
+    ours = list(DaliLoader(source, make(Preprocessing(96, 128)), 4, torch.device("cuda", 0)).epoch())
+    assert all(images.is_cuda for images, _ in ours)
+    on_cpu = [(images.cpu(), labels) for images, labels in ours]
+    assert difference(on_cpu, list(Loader(source, make(Preprocessing(96, 128)), 4).epoch())) <= 1.5
 
 
 def test_training_agrees_with_the_pytorch_backend(photo_folder):
