@@ -104,7 +104,10 @@ def test_every_epoch_has_its_batches_when_they_are_counted(batch_size, shuffle):
         assert difference(batches, reference) == 0
 
 
-@pytest.mark.parametrize("augmentation", AUGMENTATIONS)
+@pytest.mark.parametrize(
+    "augmentation",
+    [pytest.param(name, marks=[] if name == "trivialaugment" else pytest.mark.slow) for name in AUGMENTATIONS],
+)
 def test_policies_change_images_and_keep_their_form(photo_folder, augmentation):
     source = FolderSource(photo_folder)
     plain, augmented = (

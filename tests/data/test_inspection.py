@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
+import runpy
 import shutil
-import subprocess
 import sys
 
 import pytest
@@ -76,9 +76,12 @@ def test_mistakes_are_one_sentence(tool, tmp_path):
     assert tool("digits", "--pack", tmp_path)[2].startswith("error: --pack takes image files")
 
 
-def test_it_is_a_module_to_run():
-    result = subprocess.run(
-        [sys.executable, "-m", "effnet_quant.data", "digits", "-j0"], capture_output=True, check=True
-    )
-    assert result.stdout.startswith(b"train: 1437 images, 10 classes")
-    assert b"size of 360 of them: 8 to 8 x 8 to 8" in result.stdout
+def test_it_is_a_module_to_run(capsys, monkeypatch):
+    monkeypatch.setattr(sys, "argv", ["effnet_quant.data", "digits", "-j0"])
+    monkeypatch.delitem(sys.modules, "effnet_quant.data.__main__")
+    with pytest.raises(SystemExit) as end:
+        runpy.run_module("effnet_quant.data", run_name="__main__")
+    assert end.value.code == 0
+    out = capsys.readouterr().out
+    assert out.startswith("train: 1437 images, 10 classes")
+    assert "size of 360 of them: 8 to 8 x 8 to 8" in out

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import contextlib
 import io
+import multiprocessing
 import os
 import signal
-import subprocess
-import sys
 import time
+import zlib
 
 import numpy as np
 import pytest
@@ -44,36 +44,35 @@ def test_every_kind_of_image_goes_through_training(odd_images):
     assert [tuple(images.shape) for images, _ in loader.epoch()] == [(5, 3, 32, 32)] * 2
 
 
-REGIONS = """
-import sys, zlib
-if sys.argv[2] == "torchvision":
-    sys.modules["simplejpeg"] = None
-import numpy as np, torch
-from pathlib import Path
-from effnet_quant.data.decoding import Box, EncodedImage, decode, quiet_libjpeg
-quiet_libjpeg()
-checksum = 0
-for path in sorted(Path(sys.argv[1]).rglob("*.jpg")):
-    data = np.fromfile(path, dtype=np.uint8)
-    whole = decode(data)
-    checksum = zlib.crc32(whole.contiguous().numpy().data, checksum)
-    for top, height in ((0, 1), (0, 40), (7, 90), (33, 64), (100, whole.shape[1] - 100)):
-        region = EncodedImage(data).region(Box(top, 5, height, 60), 1000)
-        assert torch.equal(region, whole[:, top : top + height, 5:65]), path
-    assert np.array_equal(data, np.fromfile(path, dtype=np.uint8))
-print(checksum)
-"""
+def checksum_of_regions(folder):
+    """Of the whole images, after comparing parts of them with regions that were decoded alone."""
+    checksum = 0
+    for path in sorted(folder.rglob("*.jpg")):
+        data = np.fromfile(path, dtype=np.uint8)
+        whole = decode(data)
+        checksum = zlib.crc32(whole.contiguous().numpy().data, checksum)
+        for top, height in ((0, 1), (0, 40), (7, 90), (33, 64), (100, whole.shape[1] - 100)):
+            region = EncodedImage(data).region(Box(top, 5, height, 60), 1000)
+            assert torch.equal(region, whole[:, top : top + height, 5:65]), path
+        assert np.array_equal(data, np.fromfile(path, dtype=np.uint8))
+    return checksum
 
 
-def test_rows_below_the_crop_are_not_needed_and_both_decoders_agree(photo_folder):
-    outputs = []
-    for decoder in ("simplejpeg", "torchvision"):  # each in a process of its own, since libjpeg is silenced for good
-        arguments = [sys.executable, "-c", REGIONS, str(photo_folder), decoder]
-        environment = {**os.environ, "PYTHONPATH": os.getcwd()}
-        result = subprocess.run(arguments, capture_output=True, text=True, env=environment, check=False)
-        assert result.stderr == ""
-        outputs.append(result.stdout)
-    assert outputs[0] == outputs[1] != ""
+def _by_torchvision(folder, answer):
+    decoding.simplejpeg = None
+    decoding.quiet_libjpeg()
+    answer.put(checksum_of_regions(folder))
+
+
+def test_rows_below_the_crop_are_not_needed_and_both_decoders_agree(photo_folder, capfd):
+    # in a process of its own, since libjpeg is silenced for good
+    context = multiprocessing.get_context("fork")
+    answer = context.SimpleQueue()
+    process = context.Process(target=_by_torchvision, args=(photo_folder, answer))
+    process.start()
+    process.join()
+    assert (process.exitcode, capfd.readouterr().err) == (0, "")
+    assert answer.get() == checksum_of_regions(photo_folder)
 
 
 def _encoded(image, **options):
