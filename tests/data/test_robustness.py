@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import io
-import multiprocessing
 import os
 import signal
 import time
@@ -14,6 +13,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image, ImageOps
+from torch.utils.data import Dataset
 
 from effnet_quant.data import decoding
 from effnet_quant.data.decoding import MAX_PIXELS, Box, DecodeError, EncodedImage, decode
@@ -22,7 +22,7 @@ from effnet_quant.data.inspection import look
 from effnet_quant.data.loaders import Loader
 from effnet_quant.data.sources import EncodedSource, read_image
 from effnet_quant.data.transforms import Preprocessing, evaluation_transform, training_transform
-from effnet_quant.data.workers import explained_deaths
+from effnet_quant.data.workers import explained_deaths, in_workers
 from effnet_quant.errors import UserError
 
 EVALUATION = evaluation_transform(Preprocessing(32, 40))
@@ -58,21 +58,24 @@ def checksum_of_regions(folder):
     return checksum
 
 
-def _by_torchvision(folder, answer):
-    decoding.simplejpeg = None
-    decoding.quiet_libjpeg()
-    answer.put(checksum_of_regions(folder))
+class _ByTorchvision(Dataset):
+    """The checksum of a folder, from a worker that has no simplejpeg."""
+
+    def __init__(self, folder):
+        self._folder = folder
+
+    def __len__(self):
+        return 1
+
+    def __getitem__(self, place):
+        decoding.simplejpeg = None
+        return checksum_of_regions(self._folder)
 
 
 def test_rows_below_the_crop_are_not_needed_and_both_decoders_agree(photo_folder, capfd):
-    # in a process of its own, since libjpeg is silenced for good
-    context = multiprocessing.get_context("fork")
-    answer = context.SimpleQueue()
-    process = context.Process(target=_by_torchvision, args=(photo_folder, answer))
-    process.start()
-    process.join()
-    assert (process.exitcode, capfd.readouterr().err) == (0, "")
-    assert answer.get() == checksum_of_regions(photo_folder)
+    (checksum,) = in_workers(_ByTorchvision(photo_folder), 1)
+    assert capfd.readouterr().err == ""
+    assert checksum == checksum_of_regions(photo_folder)
 
 
 def _encoded(image, **options):

@@ -65,6 +65,39 @@ def test_a_worker_that_dies_names_its_file(run_script, image_folder, tmp_path, m
     assert sentence.startswith(f"error: a data worker died while it was reading {image_folder}/train/apple/05.png;")
 
 
+CIFAR_IN_TWO_PROCESSES = """
+import sys, time
+import torch, torchvision
+from pathlib import Path
+from effnet_quant.cli import main
+from effnet_quant.cli.process import run
+
+class Slow(torchvision.datasets.FakeData):  # a download that takes a while, which only one process may start
+    targets, classes = [0, 1] * 12, ["cat", "dog"]
+    data = torch.randint(0, 256, (24, 32, 32, 3), dtype=torch.uint8).numpy()
+
+    def __init__(self, root, train, download):
+        whole, begun = Path(root, f"whole{train}"), Path(root, f"begun{train}")
+        if not whole.exists():
+            begun.touch(exist_ok=False)
+            time.sleep(2)
+            whole.touch()
+
+torchvision.datasets.CIFAR10 = Slow
+run(main.job)
+"""
+
+
+@pytest.mark.slow
+def test_one_process_downloads_for_all(run_process, repository, tmp_path, monkeypatch):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    monkeypatch.setenv("PYTHONPATH", str(repository))
+    (tmp_path / "script.py").write_text(CIFAR_IN_TWO_PROCESSES)
+    flags = [*TINY, "--num-classes", 2, "-j", 0, "--data-backend", "pytorch", "--prof", 1, "--workspace", tmp_path]
+    result = run_process("multiproc.py", "--nproc_per_node", 2, tmp_path / "script.py", "cifar10", *flags, cwd=tmp_path)
+    assert result.code == 0, result.err
+
+
 def test_a_flag_for_timms_crop(image_folder):
     timm_data = pytest.importorskip("timm.data")
     from effnet_quant.cli.main import build_parser
