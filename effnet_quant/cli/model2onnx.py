@@ -12,6 +12,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import nn
 
 from effnet_quant.cli.arguments import Parser, add_model_arguments
@@ -19,7 +20,7 @@ from effnet_quant.cli.inference import load_model, run_engine
 from effnet_quant.cli.process import run
 from effnet_quant.cli.quantization import add_spec_arguments
 from effnet_quant.cli.verify import add_verify_arguments, verify_engine
-from effnet_quant.data.loaders import Loader
+from effnet_quant.data.backends import open_loader
 from effnet_quant.data.opening import open_validation
 from effnet_quant.data.transforms import Preprocessing, evaluation_transform
 from effnet_quant.deploy.engine import load_engine
@@ -97,7 +98,8 @@ def _tune(model: nn.Module, metadata: dict[str, Any], options: ExportOptions, pa
     batch_size = TUNE_BATCH if parsed.batch_size is None else parsed.batch_size
     if batch_size < 1:
         raise UserError("--batch-size must be at least 1.")
-    pixels, _ = next(iter(Loader(source, evaluation_transform(preprocessing), batch_size).epoch()))
+    loader = open_loader("pytorch", source, evaluation_transform(preprocessing), batch_size, torch.device("cpu"))
+    pixels, _ = next(loader.epoch())
     start = time.monotonic()
     with tempfile.TemporaryDirectory() as folder:
 

@@ -22,6 +22,7 @@ from effnet_quant.cli.training import Job, prepared, train_or_evaluate
 from effnet_quant.data.backends import open_loader
 from effnet_quant.data.loaders import Loader
 from effnet_quant.data.transforms import evaluation_transform, normalize
+from effnet_quant.data.workers import explained_deaths
 from effnet_quant.errors import UserError
 from effnet_quant.files import check_writable
 from effnet_quant.models.registry import get_entry
@@ -94,6 +95,7 @@ def _quantize(ready: Job, parsed: argparse.Namespace) -> int:
     return train_or_evaluate(ready, parsed)
 
 
+@explained_deaths()
 def _calibrate(ready: Job, arguments: argparse.Namespace) -> None:
     """Ranges from training images through the evaluation transform; then a checkpoint."""
     loader, world = _calibration_images(ready, arguments), ready.world

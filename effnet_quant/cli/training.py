@@ -8,7 +8,7 @@ import os
 import random
 import sys
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import asdict, dataclass, fields, replace
 from functools import partial
 from pathlib import Path
@@ -21,11 +21,12 @@ from effnet_quant.api import create_model
 from effnet_quant.cli.arguments import model_options
 from effnet_quant.cli.quantization import SPEC_KEY, chosen_spec, same_grids
 from effnet_quant.cli.weights import given_weights, load_given
-from effnet_quant.data.arrays import SyntheticSource
+from effnet_quant.data.arrays import SYNTHETIC, SYNTHETIC_IMAGES, SyntheticSource
 from effnet_quant.data.backends import open_loader
 from effnet_quant.data.loaders import Loader
-from effnet_quant.data.opening import DIGITS, open_sources, open_validation
+from effnet_quant.data.opening import DIGITS, fills_cache, open_sources, open_validation
 from effnet_quant.data.seeding import mix
+from effnet_quant.data.shards import ShardSource
 from effnet_quant.data.sources import ImageSource
 from effnet_quant.data.transforms import Preprocessing, evaluation_transform, training_transform
 from effnet_quant.errors import UserError
@@ -44,7 +45,6 @@ from effnet_quant.training.sinks import Sink, TensorBoard, WandB
 from effnet_quant.training.trainer import Trainer
 
 DEFAULT_BACKEND = "pytorch"  # NVIDIA's default, dali-cpu, needs an optional package
-SYNTHETIC_IMAGES = 1_281_167  # of ImageNet's training set, so that an epoch has its length
 
 
 @dataclass
@@ -93,7 +93,8 @@ def _prepare(arguments: argparse.Namespace, world: World, *, quantized: bool) ->
     checkpoint = load_checkpoint(arguments.resume) if arguments.resume else None
     config = _config(arguments, checkpoint, world)
     preprocessing = _preprocessing(arguments, entry)
-    train_source, val_source = _open_sources(arguments, preprocessing)
+    with world.main_first() if fills_cache(arguments.data) else nullcontext():
+        train_source, val_source = _open_sources(arguments, preprocessing)
     classes = val_source.classes
     if len(classes) != arguments.num_classes:
         raise UserError(
@@ -103,11 +104,8 @@ def _prepare(arguments: argparse.Namespace, world: World, *, quantized: bool) ->
     torch.manual_seed(config.seed)
     if checkpoint is not None and (arguments.pretrained_from_file or arguments.pretrained):
         raise UserError("--resume and --pretrained-from-file (or --pretrained) both bring weights; give one of them.")
-    if not world.is_main:  # process 0 downloads
-        world.wait()
-    weights = given_weights(arguments, entry)
-    if world.is_main:
-        world.wait()
+    with world.main_first():
+        weights = given_weights(arguments, entry)
     model, spec = _model(arguments, checkpoint, weights, quantized=quantized)
     has_ranges = not quantized
     if checkpoint is not None:
@@ -136,6 +134,7 @@ def _prepare(arguments: argparse.Namespace, world: World, *, quantized: bool) ->
     }
     trainer = Trainer(model, config, preprocessing, device, workspace, recorder, metadata, world)
     if checkpoint is not None:
+        _check_same_workers(train_source, checkpoint, arguments)
         trainer.resume(checkpoint, arguments.resume)
     loader = partial(
         open_loader,
@@ -182,6 +181,16 @@ def _with_fitting_ranges(weights: Weights, spec: dict[str, Any]) -> Weights:
         return weights
     print(f"note: the ranges in {weights.source} are for another quantization; they are left out", file=sys.stderr)
     return weights.without_ranges()
+
+
+def _check_same_workers(source: ImageSource | None, checkpoint: dict[str, Any], arguments: argparse.Namespace) -> None:
+    """In the middle of an epoch of shards, whose order depends on the number of workers, it must be the same."""
+    before = (checkpoint.get("config") or {}).get("workers", arguments.workers)
+    if isinstance(source, ShardSource) and checkpoint.get("batch") and before != arguments.workers:
+        raise UserError(
+            f"{arguments.resume} stands in the middle of an epoch of shards that {before} workers read; resume it with "
+            f"-j {before}."
+        )
 
 
 def train_or_evaluate(job: Job, arguments: argparse.Namespace) -> int:
@@ -336,7 +345,7 @@ def _preprocessing(arguments: argparse.Namespace, entry: ModelEntry) -> Preproce
 def _open_sources(
     arguments: argparse.Namespace, preprocessing: Preprocessing
 ) -> tuple[ImageSource | None, ImageSource]:
-    if arguments.data_backend == "synthetic":
+    if SYNTHETIC in (arguments.data_backend, arguments.data):
         source = SyntheticSource(SYNTHETIC_IMAGES, arguments.num_classes, preprocessing.image_size)
         return source, source
     if arguments.evaluate:

@@ -14,7 +14,7 @@ from effnet_quant.cli.arguments import Parser, add_model_arguments
 from effnet_quant.cli.engines import add_engine_arguments, chosen_engine
 from effnet_quant.cli.inference import load_model, run_engine
 from effnet_quant.cli.process import run
-from effnet_quant.data.loaders import Loader
+from effnet_quant.data.backends import open_loader
 from effnet_quant.data.opening import open_validation
 from effnet_quant.data.transforms import Preprocessing, evaluation_transform, normalize
 from effnet_quant.deploy.backends.onnx_file import read_onnx
@@ -100,7 +100,10 @@ def verify_engine(model: nn.Module, metadata: dict[str, Any], engine: Engine, pa
         )
     preprocessing = Preprocessing.from_json(engine.metadata.get("preprocessing", metadata["preprocessing"]))
     source = open_validation(parsed.data, metadata.get("classes"))
-    loader = Loader(source, evaluation_transform(preprocessing), batch_size, workers=parsed.workers)
+    cpu = torch.device("cpu")
+    loader = open_loader(
+        "pytorch", source, evaluation_transform(preprocessing), batch_size, cpu, workers=parsed.workers
+    )
     comparison = compare(
         lambda pixels: run_engine(engine, torch.from_numpy(pixels), preprocessing).numpy(),
         lambda pixels: model(normalize(pixels, preprocessing)),

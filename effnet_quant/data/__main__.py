@@ -10,8 +10,8 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from effnet_quant.data.inspection import Findings, counts, is_random_access, look
-from effnet_quant.data.opening import open_sources, open_validation
-from effnet_quant.data.shards import is_shards, pack, write_index
+from effnet_quant.data.opening import is_split, open_sources, open_training, open_validation
+from effnet_quant.data.shards import is_one_set, pack, write_index
 from effnet_quant.data.sources import EncodedSource, ImageSource
 from effnet_quant.errors import UserError
 
@@ -26,7 +26,7 @@ def main(words: Sequence[str] | None = None) -> int:
     parser.add_argument("--check", action="store_true", help="decode every image and name the broken ones")
     parser.add_argument("--pack", metavar="FOLDER", type=Path, help="write the images as WebDataset shards into FOLDER")
     parser.add_argument("--images-per-shard", type=int, default=1000, help="images a shard (default: 1000)")
-    parser.add_argument("--index", action="store_true", help="write the index of local shards that others made")
+    parser.add_argument("--index", action="store_true", help="write the index of shards that others made")
     parser.add_argument(
         "-j", "--workers", type=int, default=os.cpu_count(), help="processes that read (default: all cores)"
     )
@@ -60,8 +60,12 @@ def _run(arguments: argparse.Namespace) -> int:
 
 
 def _splits(data: str) -> dict[str, ImageSource]:
-    if is_shards(data) and data.endswith(".tar") and "::" not in data:
+    if is_one_set(data):
         return {"shards": open_validation(data)}
+    if is_split(data, "train") and not is_split(data, "val"):
+        return {"train": open_training(data)}
+    if is_split(data, "val") and not is_split(data, "train"):
+        return {"val": open_validation(data)}
     train, val = open_sources(data)
     return {"train": train, "val": val}
 
@@ -70,10 +74,7 @@ def _describe(split: str, source: ImageSource, arguments: argparse.Namespace) ->
     """Print what a split holds; the number of broken images."""
     print(f"{split}: {len(source)} images, {len(source.classes)} classes", flush=True)
     if is_random_access(source):
-        by_class = counts(source).tolist()
-        print(f"  images a class: {min(by_class)} to {max(by_class)}, median {statistics.median(by_class):g}")
-        if len(by_class) <= _SHOWN:
-            print("  " + ", ".join(f"{name} {count}" for name, count in zip(source.classes, by_class, strict=True)))
+        _print_counts(source.classes, counts(source).tolist())
     elif not arguments.check:
         return 0
     limit = None if arguments.check else _SAMPLE
@@ -81,6 +82,8 @@ def _describe(split: str, source: ImageSource, arguments: argparse.Namespace) ->
     for findings in look(source, decode=arguments.check, workers=arguments.workers, limit=limit):
         if findings.looked_at % 1000 == 0:
             print(f"  {findings.looked_at} images looked at", file=sys.stderr, flush=True)
+    if findings.by_class:
+        _print_counts(source.classes, [findings.by_class[label] for label in range(len(source.classes))])
     if findings.sizes:
         heights, widths = zip(*findings.sizes, strict=True)
         print(
@@ -94,6 +97,12 @@ def _describe(split: str, source: ImageSource, arguments: argparse.Namespace) ->
     if arguments.check:
         print(f"  broken: {len(findings.broken)} of {findings.looked_at}")
     return len(findings.broken)
+
+
+def _print_counts(classes: list[str], by_class: list[int]) -> None:
+    print(f"  images a class: {min(by_class)} to {max(by_class)}, median {statistics.median(by_class):g}")
+    if len(by_class) <= _SHOWN:
+        print("  " + ", ".join(f"{name} {count}" for name, count in zip(classes, by_class, strict=True)))
 
 
 def _pack(split: str, source: ImageSource, folder: Path, images_per_shard: int) -> None:

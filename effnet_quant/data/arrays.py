@@ -11,6 +11,8 @@ from torch import Tensor
 from effnet_quant.errors import UserError
 from effnet_quant.files import cache_folder
 
+SYNTHETIC = "synthetic"
+SYNTHETIC_IMAGES = 1_281_167  # of ImageNet's training set, so that an epoch has its length
 _DIGITS_SEED = 0
 CIFAR = {"cifar10": "cifar-10-batches-py", "cifar100": "cifar-100-python"}  # and torchvision's name for the folder
 
@@ -92,7 +94,13 @@ class CifarSource:
 
 
 class SyntheticSource:
-    """Noise images of the final size: for measuring everything but the data."""
+    """Noise images of the final size: for measuring everything but the data. ``SyntheticLoader`` reads it.
+
+    Args:
+        num_images: how many an epoch has.
+        num_classes: how many labels there are.
+        image_size: height and width in pixels.
+    """
 
     in_memory = True
     augmentable = False
@@ -107,8 +115,13 @@ class SyntheticSource:
         return len(self.labels)
 
     def read(self, index: int) -> Tensor:
-        """The image as uint8 (3, image_size, image_size)."""
+        """The image as uint8 (3, image_size, image_size); the 65th is the first again."""
         return self._pool[index % len(self._pool)]
+
+    def batch(self, size: int) -> Tensor:
+        """The first ``size`` images, uint8 (size, 3, image_size, image_size), channels last in memory as decoders write."""
+        images = self._pool[torch.arange(size) % len(self._pool)]
+        return images.contiguous(memory_format=torch.channels_last)
 
     def name(self, index: int) -> str:
         """Its number."""

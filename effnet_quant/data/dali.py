@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections import deque
 from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from itertools import chain
 from typing import Any
@@ -64,6 +64,7 @@ class DaliLoader(Loader):
         self._pipeline: Any = None
         self._prepared: Iterator[list[_Sample]] = iter(())
         self._in_flight: deque[list[_Sample]] = deque()
+        self._spare: list[_Sample] = []
 
     def epoch(self, epoch: int = 0, first_batch: int = 0) -> Iterator[tuple[Tensor, Tensor]]:
         """The batches of an epoch, from ``first_batch`` on; images are on the loader's device, labels on the CPU.
@@ -73,6 +74,8 @@ class DaliLoader(Loader):
         """
         if self._in_flight:  # an epoch that was left early
             self._pipeline = None
+        elif self._pipeline is not None:  # who counts the batches never asks for the one after the last
+            self._pipeline.reset()
         self._in_flight.clear()
         with ThreadPoolExecutor(max(1, self._workers)) as readers:
             indices = self._order.batches(epoch, first_batch)
@@ -83,7 +86,6 @@ class DaliLoader(Loader):
                 try:
                     (images,) = self._pipeline.run()
                 except StopIteration:
-                    self._pipeline.reset()
                     return
                 except RuntimeError as error:
                     self._recover(error)
@@ -134,9 +136,10 @@ class DaliLoader(Loader):
         return self._filled(batch)
 
     def _filled(self, batch: list[_Sample]) -> list[_Sample]:
-        """A batch of training images brought to its size by repeating the first ones."""
+        """A batch of training images brought to its size by repeating the first ones, or the last batch's."""
         if not self.shuffle:
             return batch
+        self._spare = batch = batch or self._spare
         if not batch:
             raise UserError(
                 "no image of a batch can be read; check DATA with python -m effnet_quant.data DATA --check."
@@ -160,6 +163,8 @@ class DaliLoader(Loader):
     def _recover(self, error: RuntimeError) -> None:
         """Find the images that DALI stumbled on, and let a new pipeline go on with the rest.
 
+        Where each of them can be read, DALI gets them as pixels once.
+
         Raises:
             UserError: they are too many.
             RuntimeError: it was something else.
@@ -173,11 +178,13 @@ class DaliLoader(Loader):
             except DecodeError as reason:
                 bad.add(sample.index)
                 self.bad_images.add(sample.index, str(unreadable(self.source.name(sample.index), reason)))
+        batches = [[sample for sample in batch if sample.index not in bad] for batch in self._in_flight]
         if not bad:
-            raise error
-        good = [self._filled([sample for sample in batch if sample.index not in bad]) for batch in self._in_flight]
+            if not any(sample.image.is_plain_jpeg for batch in batches for sample in batch):
+                raise error
+            batches = [[_in_pixels(sample) for sample in batch] for batch in batches]
         self._in_flight.clear()
-        self._prepared = chain((batch for batch in good if batch), self._prepared)
+        self._prepared = chain((good for batch in batches if (good := self._filled(batch))), self._prepared)
         self._pipeline = None
 
     def _build(self, seed: int) -> Any:
@@ -260,6 +267,10 @@ class _Sample:
     image: EncodedImage
     box: Box
     flipped: bool
+
+
+def _in_pixels(sample: _Sample) -> _Sample:
+    return replace(sample, image=EncodedImage(_as_ppm(sample.image.decode())))
 
 
 def _unchanged(images: Any) -> Any:

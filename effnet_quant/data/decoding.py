@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import io
 import os
+import re
 import struct
 import sys
 import warnings
 from dataclasses import dataclass
+from functools import lru_cache
 
 import numpy as np
 import torch
@@ -24,9 +26,16 @@ except ImportError:
 
 MAX_PIXELS = 178_956_970  # where Pillow refuses an image as a decompression bomb
 _ORIENTATION = 0x0112  # EXIF tag
+_XMP = b"http://ns.adobe.com/xap/1.0/"  # how a segment of Adobe's metadata starts
+_FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "GIF", "TIFF", "PPM", "MPO", "JPEG2000", "AVIF")
 _SHRINKS = (8, 4, 2)  # what libjpeg's scaled inverse DCT does fast
 
-_LEFT_EARLY = "extraneous bytes before marker 0xd9"  # libjpeg's warning when pixels are left behind the last row
+# libjpeg's warning of coded pixels that nobody asked for, and where it went on: a table, a restart, the end or the next scan
+_LEFT_OVER = re.compile(r"(\d+) extraneous bytes before marker 0x(c4|d[0-79a])")
+_DAMAGED = re.compile("Corrupt JPEG data|Inconsistent progression")  # libjpeg's warnings that say so
+
+# of large images and odd metadata: the limit is ours. For good, since filters are no thread's own
+warnings.filterwarnings("ignore", module=r"PIL\.")
 
 Bytes = NDArray[np.uint8]
 
@@ -103,9 +112,14 @@ class EncodedImage:
             rows = self.height
         try:
             with _Shortened(self.data, self._frame, rows) as kept:
-                return _decode_jpeg(self.data, kept, self.width)
-        except (RuntimeError, ValueError):
-            return _decode_with_pillow(self.data)  # knows more kinds, and says what is wrong
+                return _decode_jpeg(self.data, kept, self.width, is_whole=kept == self.height)
+        except (RuntimeError, ValueError) as error:
+            if _DAMAGED.search(str(error)):  # Pillow would show what there is
+                raise DecodeError(str(error)) from error
+        pixels = _decode_with_pillow(self.data)  # knows more kinds, and says what is wrong
+        if pixels.shape[-2:] != (self.height, self.width):
+            raise DecodeError(f"its headers disagree on whether it is {self.width} x {self.height} pixels")
+        return pixels
 
     def _shrunk_region(self, frame: _Frame, box: Box, shrink: int) -> Tensor:
         with _Shortened(self.data, frame, box.top + box.height), _open(self.data) as image:
@@ -181,8 +195,14 @@ class _Shortened:
         self._field[:] = self._original >> 8, self._original & 255
 
 
-def _decode_jpeg(data: Bytes, height: int, width: int) -> Tensor:
+def _decode_jpeg(data: Bytes, height: int, width: int, *, is_whole: bool) -> Tensor:
     """uint8 (3, height, width) of an 8-bit JPEG whose header says that size; both decoders give the same pixels.
+
+    Args:
+        data: the file.
+        height, width: in pixels.
+        is_whole: whether the file has no more rows than the header says. Coded pixels that are left over then mean that the
+            decoder lost its way among damaged ones; torchvision's does not tell.
 
     Raises:
         RuntimeError, ValueError: it is damaged.
@@ -193,9 +213,16 @@ def _decode_jpeg(data: Bytes, height: int, width: int) -> Tensor:
     try:
         simplejpeg.decode_jpeg(data, "RGB", buffer=pixels)
     except ValueError as error:
-        if _LEFT_EARLY not in str(error):
+        left_over = _LEFT_OVER.search(str(error))
+        if left_over is None or (is_whole and not _ends_in_padding(data, int(left_over[1]))):
             raise
     return torch.from_numpy(pixels).permute(2, 0, 1)
+
+
+def _ends_in_padding(data: Bytes, count: int) -> bool:
+    """Whether the last ``count`` bytes before the end marker repeat one value, with which some cameras fill up."""
+    end = data.tobytes().rfind(b"\xff\xd9")
+    return count <= end and len(np.unique(data[end - count : end])) == 1
 
 
 def _find_frame(data: Bytes) -> _Frame | None:
@@ -205,26 +232,30 @@ def _find_frame(data: Bytes) -> _Frame | None:
     view = data.data
     if bytes(view[:3]) != b"\xff\xd8\xff":
         return None
-    position, has_exif = 2, False
+    position, has_orientation = 2, False
     while position + 4 <= len(view) and view[position] == 0xFF:
         marker = view[position + 1]
         length = view[position + 2] << 8 | view[position + 3]
         if marker in (0xC0, 0xC1, 0xC2):  # baseline, extended sequential, progressive
-            return _parse_frame(view[position : position + 2 + length], position, has_exif, data)
+            return _parse_frame(view[position : position + 2 + length], position, has_orientation, data)
         if marker == 0xDA or (0xC3 <= marker <= 0xCF and marker not in (0xC4, 0xCC)):  # the scan, or a rare coding
             return None
-        has_exif = has_exif or (marker == 0xE1 and bytes(view[position + 4 : position + 8]) == b"Exif")
+        if marker == 0xE1:
+            metadata = bytes(view[position + 4 : position + 2 + length])
+            has_orientation |= metadata.startswith(b"Exif") or (
+                metadata.startswith(_XMP) and b"Orientation" in metadata
+            )
         position += 2 + length
     return None
 
 
-def _parse_frame(segment: memoryview, position: int, has_exif: bool, data: Bytes) -> _Frame | None:
+def _parse_frame(segment: memoryview, position: int, has_orientation: bool, data: Bytes) -> _Frame | None:
     if len(segment) < 10:
         return None
     precision, height, width, components = struct.unpack_from(">BHHB", segment, 4)
     if precision != 8 or components not in (1, 3) or not height or not width or len(segment) < 10 + 3 * components:
         return None
-    if has_exif:
+    if has_orientation:
         with _open(data) as image:
             if _orientation(image) != 1:
                 return None
@@ -235,12 +266,17 @@ def _parse_frame(segment: memoryview, position: int, has_exif: bool, data: Bytes
 
 def _open(data: Bytes) -> Image.Image:
     try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # of large images and odd metadata: the limit is ours
-            return Image.open(io.BytesIO(data.data))
+        return Image.open(io.BytesIO(data.data), formats=_formats())
     except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
         reason = "it is in no format that Pillow knows" if isinstance(error, UnidentifiedImageError) else str(error)
         raise DecodeError(reason) from error
+
+
+@lru_cache
+def _formats() -> list[str]:
+    """Those of pixels; of others Pillow starts another program, whatever the file's name is."""
+    Image.init()
+    return [name for name in _FORMATS if name in Image.OPEN]
 
 
 def _orientation(image: Image.Image) -> int:
@@ -253,9 +289,7 @@ def _orientation(image: Image.Image) -> int:
 def _decode_with_pillow(data: Bytes) -> Tensor:
     with _open(data) as image:
         try:
-            with warnings.catch_warnings():
-                warnings.simplefilter("ignore")
-                image.load()
+            image.load()
             return F.pil_to_tensor(_to_8_bits(ImageOps.exif_transpose(image)).convert("RGB"))
         except (OSError, SyntaxError, ValueError, struct.error) as error:
             raise DecodeError(str(error)) from error

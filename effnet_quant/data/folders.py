@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import stat
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -40,10 +41,11 @@ class FolderSource(EncodedSource):
                 f"{root} has classes that the training data lacks: {', '.join(unknown[:5])}; "
                 "add them to train/ or remove them."
             )
+        above = _above(root)
         paths: list[str] = []
         labels: list[int] = []
         for name in found:
-            files = sorted(image_files(os.path.join(root, name)))
+            files = sorted(image_files(os.path.join(root, name), above))
             paths += files
             labels += [self.classes.index(name)] * len(files)
         if not paths:
@@ -71,31 +73,66 @@ def class_folders(root: Path) -> list[str]:
     if not root.is_dir():
         raise UserError(f"there is no folder {root}; DATA must hold train/<class>/ and val/<class>/.")
     try:
+        above = _above(root)
         with os.scandir(root) as entries:
-            return sorted(entry.name for entry in entries if entry.is_dir())
+            return sorted(entry.name for entry in entries if _is_folder(entry) and not _is_above(entry.path, above))
     except OSError as error:
         raise UserError(f"{root} can't be read ({error.strerror}); check its permissions.") from error
+
+
+_Folders = frozenset[tuple[int, int]]  # device and inode numbers
+
+
+def _above(folder: str | Path, above: _Folders = frozenset()) -> _Folders:
+    status = os.stat(folder)
+    return above | {(status.st_dev, status.st_ino)}
+
+
+def _is_above(folder: str, above: _Folders) -> bool:
+    """Whether a folder is one of those that hold it, by way of a link; says so on standard error."""
+    status = os.stat(folder)
+    if (status.st_dev, status.st_ino) not in above:
+        return False
+    print(f"warning: {folder} is a link to a folder that holds it; left out.", file=sys.stderr)
+    return True
 
 
 def _is_folder(entry: os.DirEntry[str]) -> bool:
     try:
         return entry.is_dir()
-    except OSError:  # a link to itself; who reads it will say so
+    except OSError as error:
+        # a link to itself; as an image it is reported where it is read
+        if not _is_image(entry.name):
+            print(f"warning: {entry.path} can't be read ({error.strerror}); left out.", file=sys.stderr)
         return False
 
 
-def image_files(folder: str, above: frozenset[tuple[int, int]] = frozenset()) -> Iterator[str]:
-    """The paths of all images below ``folder``; ``above`` are the device and inode numbers of the folders that hold it."""
+def _is_image(name: str) -> bool:
+    return os.path.splitext(name)[1].lower() in EXTENSIONS
+
+
+def _never_ends(entry: os.DirEntry[str]) -> bool:
+    """Whether reading waits for another program: a pipe, a socket or a device; says so on standard error."""
     try:
-        status = os.stat(folder)
-        if (status.st_dev, status.st_ino) in above:
-            print(f"warning: {folder} is a link to a folder that holds it; left out.", file=sys.stderr)
+        mode = entry.stat().st_mode if entry.is_symlink() or not entry.is_file() else stat.S_IFREG
+    except OSError:  # who reads it will say so
+        return False
+    if stat.S_ISREG(mode):
+        return False
+    print(f"warning: {entry.path} is no regular file; left out.", file=sys.stderr)
+    return True
+
+
+def image_files(folder: str, above: _Folders = frozenset()) -> Iterator[str]:
+    """The paths of all images below ``folder``; ``above`` are the folders that hold it."""
+    try:
+        if _is_above(folder, above):
             return
         with os.scandir(folder) as entries:
             for entry in entries:
                 if _is_folder(entry):
-                    yield from image_files(entry.path, above | {(status.st_dev, status.st_ino)})
-                elif os.path.splitext(entry.name)[1].lower() in EXTENSIONS:
+                    yield from image_files(entry.path, _above(folder, above))
+                elif _is_image(entry.name) and not _never_ends(entry):
                     yield entry.path
     except OSError as error:
         print(f"warning: {folder} can't be read ({error.strerror}); left out.", file=sys.stderr)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 
@@ -10,9 +11,9 @@ from torch import Tensor
 from torch.utils.data import Dataset
 
 from effnet_quant.data.decoding import DecodeError
-from effnet_quant.data.loaders import in_workers
 from effnet_quant.data.shards import ShardSource
 from effnet_quant.data.sources import EncodedSource, ImageSource, unreadable
+from effnet_quant.data.workers import Whereabouts, explained_deaths, in_workers
 from effnet_quant.errors import UserError
 
 
@@ -24,11 +25,13 @@ class Findings:
         looked_at: images.
         sizes: height and width of each readable one.
         broken: a sentence for each that is not.
+        by_class: images of each label that came with the image, as in shards.
     """
 
     looked_at: int = 0
     sizes: list[tuple[int, int]] = field(default_factory=list)
     broken: list[str] = field(default_factory=list)
+    by_class: Counter[int] = field(default_factory=Counter)
 
 
 def look(source: ImageSource, *, decode: bool, workers: int, limit: int | None = None) -> Iterator[Findings]:
@@ -42,37 +45,47 @@ def look(source: ImageSource, *, decode: bool, workers: int, limit: int | None =
     """
     findings = Findings()
     count = len(source) if limit is None else min(limit, len(source))
+    whereabouts = Whereabouts(workers, source.name)
     looked: Dataset[list[_Look]]
     if isinstance(source, ShardSource):
-        looked = _LookedAtShards(source)
+        looked = _LookedAtShards(source, whereabouts)
     else:
-        looked = _LookedAtImages(source, decode, torch.arange(count) * len(source) // max(1, count))
-    for looks in in_workers(looked, workers):
-        for size, sentence in looks:
+        looked = _LookedAtImages(source, decode, torch.arange(count) * len(source) // max(1, count), whereabouts)
+    parts = iter(in_workers(looked, workers))
+    while True:
+        with explained_deaths():
+            looks = next(parts, None)
+        if looks is None:
+            return
+        for size, sentence, label in looks:
             findings.looked_at += 1
             if sentence is None:
                 findings.sizes.append(size)
             else:
                 findings.broken.append(sentence)
+            if label is not None:
+                findings.by_class[label] += 1
             yield findings
 
 
-_Look = tuple[tuple[int, int], str | None]  # height and width, or what keeps an image from being read
+_Look = tuple[tuple[int, int], str | None, int | None]  # height and width, or what is wrong; the label in a shard
 
 
 class _LookedAtImages(Dataset[list[_Look]]):
     """One image after another."""
 
-    def __init__(self, source: ImageSource, decode: bool, indices: Tensor) -> None:
+    def __init__(self, source: ImageSource, decode: bool, indices: Tensor, whereabouts: Whereabouts) -> None:
         self._source = source
         self._decode = decode
         self._indices = indices
+        self._whereabouts = whereabouts
 
     def __len__(self) -> int:
         return len(self._indices)
 
     def __getitem__(self, place: int) -> list[_Look]:
         index = int(self._indices[place])
+        self._whereabouts.note(index)
         try:
             if self._decode or not isinstance(self._source, EncodedSource):
                 height, width = self._source.read(index).shape[-2:]
@@ -80,32 +93,38 @@ class _LookedAtImages(Dataset[list[_Look]]):
                 image = self._source.open(index)
                 height, width = image.height, image.width
         except UserError as error:
-            return [((0, 0), str(error))]
-        return [((height, width), None)]
+            return [((0, 0), str(error), None)]
+        return [((height, width), None, None)]
 
 
 class _LookedAtShards(Dataset[list[_Look]]):
     """One shard after another, every image decoded."""
 
-    def __init__(self, source: ShardSource) -> None:
+    def __init__(self, source: ShardSource, whereabouts: Whereabouts) -> None:
         self._source = source
+        self._whereabouts = whereabouts
 
     def __len__(self) -> int:
         return len(self._source.urls)
 
     def __getitem__(self, place: int) -> list[_Look]:
         looks: list[_Look] = []
+        first = sum(self._source.counts[:place])
         try:
-            for name, image, _ in self._source.samples(self._source.urls[place]):
+            for index, (name, image, label) in enumerate(self._source.samples(self._source.urls[place]), first):
+                self._whereabouts.note(index)
                 try:
                     if isinstance(image, DecodeError):
                         raise image
                     height, width = image.decode().shape[-2:]
-                    looks.append(((height, width), None))
-                except DecodeError as error:
-                    looks.append(((0, 0), str(unreadable(name, error))))
+                    looks.append(((height, width), None, label))
+                except (DecodeError, MemoryError) as error:
+                    looks.append(((0, 0), str(unreadable(name, error)), label))
         except UserError as error:  # the rest of the shard
-            looks.append(((0, 0), str(error)))
+            looks.append(((0, 0), str(error), None))
+        if len(looks) < self._source.counts[place]:
+            missing = self._source.counts[place] - len(looks)
+            looks.append(((0, 0), f"{self._source.urls[place]} holds {missing} images less than its index says.", None))
         return looks
 
 

@@ -2,13 +2,9 @@
 
 from __future__ import annotations
 
-import gc
-import multiprocessing
-import os
-import signal
-import threading
 from collections import deque
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -18,11 +14,12 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, Sampler, get_worker_info
 
 from effnet_quant.data.bad_images import BadImages
-from effnet_quant.data.decoding import DecodeError, quiet_libjpeg
+from effnet_quant.data.decoding import DecodeError, EncodedImage
 from effnet_quant.data.order import Order
 from effnet_quant.data.seeding import mix, seeded
 from effnet_quant.data.sources import EncodedSource, ImageSource, unreadable
 from effnet_quant.data.transforms import Transform
+from effnet_quant.data.workers import Whereabouts, explained_deaths, in_workers
 from effnet_quant.errors import UserError
 
 _Key = tuple[int, NDArray[np.int64]]  # the epoch's seed, and a batch's indices
@@ -36,7 +33,8 @@ class Loader:
     alone: not on the number of workers, nor on where in the epoch one starts. Workers start with the first epoch and stay.
 
     An image that can't be read is reported and left out. Where the loader shuffles, another one of the same batch takes its
-    place, so that batches keep their size and ranks their number of steps.
+    place (the next in the source, if none of the batch can be read), so that batches keep their size and ranks their number
+    of steps.
 
     Args:
         source: the images.
@@ -77,6 +75,7 @@ class Loader:
         self.batch_size = batch_size
         self.shuffle = shuffle
         self.bad_images = BadImages(max_bad_images)
+        self._max_bad_images = max_bad_images
         self._transform = transform
         self._seed = seed
         self._workers = 0 if source.in_memory else workers
@@ -84,8 +83,7 @@ class Loader:
         self._indices = torch.arange(len(source)) if indices is None else indices
         self._order = Order(self._indices, batch_size, shuffle=shuffle, seed=seed, rank=rank, ranks=ranks)
         self._keys = _Keys()
-        self._at = torch.empty(0, 2, dtype=torch.int64)
-        self._batches: DataLoader[_Item] | None = None
+        self._batches: DataLoader[Any] | None = None
 
     def __len__(self) -> int:
         """Batches in an epoch."""
@@ -106,17 +104,8 @@ class Loader:
         Raises:
             UserError: more images can't be read than may be, or a worker died; the sentence names the file.
         """
-        if self._batches is None:
-            self._batches = self._start()
         self._keys.start(self._order.batches(epoch, first_batch), mix(self._seed, epoch, -2))
-        batches = iter(self._batches)
-        while True:
-            try:
-                images, labels, bad = next(batches)
-            except StopIteration:
-                return
-            except RuntimeError as error:
-                raise self._explained(error) from error
+        for images, labels, bad in self._results():
             for index, sentence in bad.items():
                 self.bad_images.add(index, sentence)
             if len(images):
@@ -124,28 +113,38 @@ class Loader:
             elif self.shuffle:
                 raise UserError(f"no image of a batch can be read; the last: {sentence}")
 
-    def _start(self) -> DataLoader[_Item]:
-        # by worker: its process id and the index of the image that it is at
-        self._at = torch.full((self._workers, 2), -1, dtype=torch.int64).share_memory_()
-        return in_workers(
-            _Batches(self.source, self._transform, self._at, BatchMemory(self._prefetch), refill=self.shuffle),
-            self._workers,
-            self._prefetch,
-            sampler=self._keys,
-            persistent_workers=self._workers > 0,
-            pin_memory=torch.cuda.is_available(),
+    def _results(self) -> Iterator[Any]:
+        """What the workers make of the epoch that they are told of; the first time they start."""
+        if self._batches is None:
+            self._batches = in_workers(
+                self._dataset(),
+                self._workers,
+                self._prefetch,
+                sampler=self._sampler(),
+                persistent_workers=self._workers > 0,
+                pin_memory=torch.cuda.is_available(),
+            )
+        results = iter(self._batches)
+        while True:
+            with explained_deaths():
+                result = next(results, None)
+            if result is None:
+                return
+            yield result
+
+    def _dataset(self) -> Dataset[Any]:
+        """What the workers run."""
+        return _Batches(
+            self.source,
+            self._transform,
+            Whereabouts(self._workers, self.source.name),
+            BatchMemory(self._prefetch),
+            most_bad=self._max_bad_images if self.shuffle else None,
         )
 
-    def _explained(self, error: RuntimeError) -> Exception:
-        """A sentence about the worker that died, if that is what happened."""
-        alive = {process.pid for process in multiprocessing.active_children()}
-        for process, index in self._at.tolist():
-            if process >= 0 and process not in alive:
-                return UserError(
-                    f"a data worker died while it was reading {self.source.name(index)}; look at that file, and at the "
-                    "memory that is left (fewer --workers need less)."
-                )
-        return error
+    def _sampler(self) -> Sampler[Any] | None:
+        """What tells them of the batches."""
+        return self._keys
 
 
 class _Keys(Sampler[_Key]):
@@ -164,47 +163,76 @@ class _Keys(Sampler[_Key]):
 
 
 class _Batches(Dataset[_Item]):
-    """Transformed batches by their keys."""
+    """Transformed batches by their keys.
+
+    Args:
+        source, transform: see ``Loader``.
+        whereabouts: told of each image.
+        memory: where batches are put together.
+        most_bad: in training, how many images may be unreadable; None elsewhere.
+    """
 
     def __init__(
-        self, source: ImageSource, transform: Transform, at: Tensor, memory: BatchMemory, *, refill: bool
+        self,
+        source: ImageSource,
+        transform: Transform,
+        whereabouts: Whereabouts,
+        memory: BatchMemory,
+        *,
+        most_bad: int | None,
     ) -> None:
         self._source = source
         self._transform = transform
-        self._at = at
+        self._whereabouts = whereabouts
         self._memory = memory
-        self._refill = refill
+        self._most_bad = most_bad
 
     def __getitem__(self, key: _Key) -> _Item:
         seed, indices = key
-        worker = get_worker_info()
-        at = None if worker is None else self._at[worker.id].numpy()
         images: list[Tensor] = []
         good: list[int] = []
         bad: dict[int, str] = {}
-        for index in indices.tolist():
-            if at is not None:
-                at[:] = os.getpid(), index
-            with seeded(mix(seed, index, 0)):
-                try:
+        for index in self._with_spares(indices.tolist(), good, bad):
+            self._whereabouts.note(index)
+            try:
+                with seeded(mix(seed, index, 0)):
                     images.append(self._transformed(index))
-                    good.append(index)
-                except UserError as error:  # as its sentence it crosses process borders intact
-                    bad[index] = str(error)
-        if self._refill and good:
-            for position in range(len(bad)):
+                good.append(index)
+            except UserError as error:  # as its sentence it crosses process borders intact
+                bad[index] = str(error)
+        if self._most_bad is not None and good:
+            for position in range(len(indices) - len(good)):
                 images.append(images[position % len(good)])
                 good.append(good[position % len(good)])
         return self._memory.stack(images), self._source.labels[good], bad
 
+    def _with_spares(self, indices: list[int], good: list[int], bad: dict[int, str]) -> Iterator[int]:
+        """The indices, and in training after a batch of which nothing can be read those that follow in the source."""
+        yield from indices
+        if self._most_bad is not None:
+            for step in range(1, len(self._source)):
+                if good or len(bad) > self._most_bad:
+                    return
+                yield (indices[-1] + step) % len(self._source)
+
     def _transformed(self, index: int) -> Tensor:
-        if not isinstance(self._source, EncodedSource):
-            return self._transform(self._source.read(index))
-        image = self._source.open(index)
-        try:
-            return self._transform(image)
-        except DecodeError as error:
-            raise unreadable(self._source.name(index), error) from error
+        image = self._source.open(index) if isinstance(self._source, EncodedSource) else self._source.read(index)
+        return transformed(self._transform, image, partial(self._source.name, index))
+
+
+def transformed(transform: Transform, image: Tensor | EncodedImage, name: Callable[[], str]) -> Tensor:
+    """What the transform makes of an image that is called ``name()``.
+
+    Raises:
+        UserError: the image is damaged, or there is not enough memory for it.
+        RuntimeError: the transform failed; the text names the image.
+    """
+    try:
+        return transform(image)
+    except (DecodeError, MemoryError) as error:
+        raise unreadable(name(), error) from error
+    except Exception as error:
+        raise RuntimeError(f"{name()} can't be transformed: {error!r}") from error
 
 
 class BatchMemory:
@@ -248,39 +276,3 @@ class BatchMemory:
 def own(images: Tensor) -> Tensor:
     """A batch that the worker which made it will not write over."""
     return images.clone() if images.is_shared() else images  # in pinned memory it is a copy already
-
-
-def in_workers(dataset: Dataset[Any], workers: int, prefetch: int = 2, **options: Any) -> DataLoader[Any]:
-    """The items of a dataset as they are, made in worker processes that end when the main process says so."""
-    # a worker that inherits a dead DALI pipeline, and is the first to collect it, waits for threads it does not have
-    gc.collect()
-    return DataLoader(
-        dataset,
-        batch_size=None,
-        num_workers=workers,
-        prefetch_factor=prefetch if workers else None,
-        collate_fn=_unchanged,
-        worker_init_fn=_prepare_worker,
-        # its workers' base seed; drawn from the global generator, it would shift the dropout of a resumed epoch
-        generator=torch.Generator(),
-        **options,
-    )
-
-
-def _unchanged(item: Any) -> Any:
-    return item
-
-
-def _prepare_worker(worker: int) -> None:
-    # Ctrl-C and SIGTERM reach the whole process group; the main process decides when its workers end
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-    signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
-    threading.Thread(target=_end_when_told, args=(os.getppid(),), daemon=True).start()
-    quiet_libjpeg()
-
-
-def _end_when_told(parent: int) -> None:
-    """Heed SIGTERM from the main process alone, which sends it when it ends, and then waits."""
-    while signal.sigwaitinfo({signal.SIGTERM}).si_pid != parent:
-        pass
-    os._exit(0)

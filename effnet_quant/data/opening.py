@@ -4,7 +4,14 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from effnet_quant.data.arrays import CIFAR, CifarSource, DigitsSource
+from effnet_quant.data.arrays import (
+    CIFAR,
+    SYNTHETIC,
+    SYNTHETIC_IMAGES,
+    CifarSource,
+    DigitsSource,
+    SyntheticSource,
+)
 from effnet_quant.data.folders import FolderSource, class_folders
 from effnet_quant.data.shards import is_shards, open_shards
 from effnet_quant.data.sources import ImageSource
@@ -20,8 +27,27 @@ def open_sources(data: str) -> tuple[ImageSource, ImageSource]:
     Raises:
         UserError: there is no such data, it holds no images, or the validation images have a class of their own.
     """
-    train = _open(data, "train", None)
+    train = open_training(data)
     return train, _open(data, "val", train.classes)
+
+
+def open_training(data: str) -> ImageSource:
+    """The training images alone.
+
+    Raises:
+        UserError: as ``open_sources``.
+    """
+    return _open(data, "train", None)
+
+
+def fills_cache(data: str) -> bool:
+    """Whether opening ``data`` for the first time downloads it, or writes a table of contents: one process must be first."""
+    return data in CIFAR or any((Path(data) / tar).is_file() for tar in (TRAIN_TAR, VAL_TAR))
+
+
+def is_split(data: str, split: str) -> bool:
+    """Whether ``data`` is a folder on this machine that holds a split as images, shards or ImageNet's tar file."""
+    return (Path(data) / split).is_dir() or (Path(data) / (TRAIN_TAR if split == "train" else VAL_TAR)).is_file()
 
 
 def open_validation(data: str, classes: list[str] | None = None) -> ImageSource:
@@ -39,13 +65,15 @@ def open_validation(data: str, classes: list[str] | None = None) -> ImageSource:
 def _open(data: str, split: str, classes: list[str] | None) -> ImageSource:
     if data == DIGITS:
         return DigitsSource(split)
+    if data == SYNTHETIC:
+        return SyntheticSource(SYNTHETIC_IMAGES, 1000, 224)
     if data in CIFAR:
         return CifarSource(data, split)
     if is_shards(data):
         return open_shards(data, split, classes)
     root = Path(data)
     if not root.is_dir():
-        names = ", ".join(f"'{name}'" for name in (DIGITS, *CIFAR))
+        names = ", ".join(f"'{name}'" for name in (DIGITS, *CIFAR, SYNTHETIC))
         raise UserError(f"there is no data at {data}; give a folder with train/ and val/, or one of {names}.")
     for name, folder in CIFAR.items():
         if (root / folder).is_dir():

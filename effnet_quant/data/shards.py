@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 import posixpath
+import sys
 import tarfile
 from collections.abc import Iterator
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -18,9 +21,10 @@ from effnet_quant.data.decoding import DecodeError, EncodedImage
 from effnet_quant.data.folders import EXTENSIONS
 from effnet_quant.data.sources import EncodedSource, unreadable
 from effnet_quant.errors import UserError
-from effnet_quant.files import check_writable, create_folder, replace_file
+from effnet_quant.files import cache_folder, check_writable, create_folder, replace_file
 
 INDEX = "index.json"  # beside the shards: {"classes": [...], "shards": [{"file": ..., "images": ...}, ...]}
+_BETWEEN = ".tar::"  # training and validation shards; fsspec has "::" within its chained URLs too
 _LABEL = "cls"  # WebDataset's extension for a class number in decimal digits
 
 
@@ -62,17 +66,19 @@ class ShardSource:
     def __len__(self) -> int:
         return sum(self.counts)
 
-    @property
+    @cached_property
     def labels(self) -> Tensor:
-        """The labels, which takes reading all shards."""
+        """The labels; the first time this takes reading all shards."""
         return torch.tensor([label for url in self.urls for _, _, label in self.samples(url)])
 
     def read(self, index: int) -> Tensor:
         """The image at a place in the order of the shards, as uint8 (3, H, W); its shard is read up to it."""
         for url, count in zip(self.urls, self.counts, strict=True):
             if index < count:
-                name, image, _ = next(sample for place, sample in enumerate(self.samples(url)) if place == index)
+                name, image, _ = next(self.samples(url, index))
                 try:
+                    if isinstance(image, DecodeError):
+                        raise image
                     return image.decode()
                 except DecodeError as error:
                     raise unreadable(name, error) from error
@@ -87,8 +93,8 @@ class ShardSource:
             index -= count
         raise IndexError(index)
 
-    def samples(self, url: str) -> Iterator[tuple[str, Any, int]]:
-        """Name, image (or ``DecodeError``) and label of each image in a shard, in its order.
+    def samples(self, url: str, first: int = 0) -> Iterator[tuple[str, EncodedImage | DecodeError, int]]:
+        """Name, image (or what is wrong with it) and label of each image in a shard, in its order, from ``first`` on.
 
         Raises:
             UserError: the shard can't be read, or one of its images has no label.
@@ -103,24 +109,31 @@ class ShardSource:
                     extension = next((key for key in sample if f".{key.rpartition('.')[2]}" in EXTENSIONS), None)
                     if extension is None:
                         continue
+                    if first > 0:
+                        first -= 1
+                        continue
                     name = f"{url}:{sample['__key__']}.{extension}"
                     if _LABEL not in sample:
                         raise UserError(f"{name} has no label beside it; each image needs a .{_LABEL} file.")
                     label = int(self.remap[int(sample[_LABEL])])
-                    try:
-                        image: Any = EncodedImage(np.frombuffer(bytearray(sample[extension]), dtype=np.uint8))
-                    except DecodeError as error:
-                        image = error
-                    yield name, image, label
+                    yield name, _encoded(sample[extension]), label
         except (OSError, ValueError, EOFError, IndexError, tarfile.TarError) as error:
             raise UserError(f"{url} can't be read ({error}); check the URL, or make the shard again.") from error
+
+
+def _encoded(data: bytes) -> EncodedImage | DecodeError:
+    try:
+        return EncodedImage(np.frombuffer(bytearray(data), dtype=np.uint8))
+    except DecodeError as error:
+        return error
 
 
 def pack(source: EncodedSource, folder: Path, images_per_shard: int = 1000, seed: int = 0) -> Iterator[int]:
     """Write a source's images, as they are, in a random order into shards of almost equal size, and their index.
 
     Yields:
-        How many images are written, after each. The index comes last: shards without it are not whole.
+        How many images are written, after each. The index comes last: shards without it are not whole. An image that
+        can't be read is reported on standard error and left out.
 
     Raises:
         UserError: webdataset is missing, or the folder can't be written to.
@@ -135,29 +148,39 @@ def pack(source: EncodedSource, folder: Path, images_per_shard: int = 1000, seed
     for number, part in enumerate(order.tensor_split(-(-len(order) // images_per_shard))):
         name = f"{number:06d}.tar"
         partial = folder / f".{name}.partial"
+        images = 0
         with wds.TarWriter(str(partial)) as tar:
             for index in part.tolist():
                 extension = os.path.splitext(source.name(index))[1].lower().lstrip(".")
-                content = {extension: source.load(index).tobytes(), _LABEL: str(int(source.labels[index])).encode()}
-                tar.write({"__key__": f"{index:08d}", **content})
+                try:
+                    data = source.load(index).tobytes()
+                except OSError as error:
+                    print(f"warning: {unreadable(source.name(index), error)} It is left out.", file=sys.stderr)
+                    continue
+                tar.write({"__key__": f"{index:08d}", extension: data, _LABEL: str(int(source.labels[index])).encode()})
                 written += 1
+                images += 1
                 yield written
         os.replace(partial, folder / name)
-        shards.append({"file": name, "images": len(part)})
-    _write_index(folder, source.classes, shards)
+        shards.append({"file": name, "images": images})
+    replace_file(folder / INDEX, _index(source.classes, shards))
 
 
 def write_index(location: str) -> dict[str, Any]:
-    """Count the images and classes of shards that others made, and write their index beside them, on a local disk.
+    """Count the images and classes of shards that others made, and write their index beside them.
+
+    What the index says of other shards in the same place stays. Where nothing can be written beside the shards, as over
+    HTTP, the index is kept in ``cache_folder()``.
+
+    Returns:
+        The index of these shards.
 
     Raises:
         UserError: the shards can't be read, or the index can't be written.
     """
     root, names = _expand(location)
-    if names is None or "://" in root:
-        raise UserError(
-            f"an index is made of local shards named one by one, as in shards/{{000..146}}.tar; not {location}."
-        )
+    if names is None:
+        raise UserError(f"an index is made of shards named one by one, as in shards/{{000..146}}.tar; not {location}.")
     shards, largest = [], 0
     for name in names:
         source = ShardSource.__new__(ShardSource)
@@ -165,7 +188,15 @@ def write_index(location: str) -> dict[str, Any]:
         labels = [label for _, _, label in source.samples(_join(root, name))]
         largest = max([largest, *labels])
         shards.append({"file": name, "images": len(labels)})
-    return _write_index(Path(root), [str(label) for label in range(largest + 1)], shards)
+    known = _find_index(root) or {"classes": [], "shards": []}
+    others = [shard for shard in known["shards"] if shard["file"] not in names]
+    classes = known["classes"] + [str(label) for label in range(len(known["classes"]), largest + 1)]
+    content = _index(classes, others + shards)
+    if "://" not in root:
+        replace_file(Path(root) / INDEX, content)
+    elif not _wrote(_join(root, INDEX), content):
+        replace_file(_cached_index(root), content)
+    return {"classes": classes, "shards": shards}
 
 
 def is_shards(data: str) -> bool:
@@ -185,41 +216,70 @@ def open_shards(data: str, split: str, classes: list[str] | None) -> ShardSource
     """
     if not data.endswith(".tar"):
         return ShardSource(_join(data, split), classes)
-    train, separator, val = data.partition("::")
+    train, separator, val = data.partition(_BETWEEN)
     if not separator and split == "train":
         raise UserError(f"{data} is one set of shards; give training and validation as {data}::<validation shards>.")
-    return ShardSource(train if split == "train" or not separator else val, classes)
+    return ShardSource(train + ".tar" if split == "train" else val or data, classes)
+
+
+def is_one_set(data: str) -> bool:
+    """Whether a DATA argument names one set of shards, and no split of it."""
+    return data.endswith(".tar") and _BETWEEN not in data
 
 
 def _expand(location: str) -> tuple[str, list[str] | None]:
     """The folder of the shards, and the names that a pattern of braces stands for."""
     if not location.endswith(".tar"):
         return location, None
-    urls = _webdataset().shardlists.expand_urls(location)
+    urls = list(_webdataset().shardlists.braceexpand.braceexpand(location))  # its expand_urls splits chained URLs
     return posixpath.dirname(urls[0]) or ".", [posixpath.basename(url) for url in urls]
 
 
 def _read_index(root: str) -> dict[str, Any]:
+    index = _find_index(root)
+    if index is None:
+        raise UserError(
+            f"there is no {_join(root, INDEX)}, which says what the shards hold; "
+            "python -m effnet_quant.data PATTERN --index makes it."
+        )
+    return index
+
+
+def _find_index(root: str) -> dict[str, Any] | None:
     _webdataset()
     import fsspec
 
     path = _join(root, INDEX)
     try:
+        if "://" in root and _cached_index(root).exists():
+            path = str(_cached_index(root))
         with fsspec.open(path, "r", encoding="utf-8") as file:
             index = json.load(file)
         return {"classes": list(index["classes"]), "shards": list(index["shards"])}
-    except FileNotFoundError as error:
-        raise UserError(
-            f"there is no {path}, which says what the shards hold; python -m effnet_quant.data PATTERN --index makes it."
-        ) from error
+    except FileNotFoundError:
+        return None
     except (OSError, ValueError, KeyError, TypeError, ImportError) as error:
         raise UserError(f"{path} can't be read ({error}); check the URL.") from error
 
 
-def _write_index(folder: Path, classes: list[str], shards: list[dict[str, Any]]) -> dict[str, Any]:
-    index = {"classes": classes, "shards": shards}
-    replace_file(folder / INDEX, json.dumps(index, indent=1).encode())
-    return index
+def _index(classes: list[str], shards: list[dict[str, Any]]) -> bytes:
+    return json.dumps({"classes": classes, "shards": shards}, indent=1).encode()
+
+
+def _cached_index(root: str) -> Path:
+    return cache_folder() / f"shards-{hashlib.sha256(root.encode()).hexdigest()[:24]}.json"
+
+
+def _wrote(url: str, content: bytes) -> bool:
+    """Whether a file could be written through fsspec."""
+    import fsspec
+
+    try:
+        with fsspec.open(url, "wb") as file:
+            file.write(content)
+    except Exception:  # of whatever kind the store's library has
+        return False
+    return True
 
 
 def _join(root: str, name: str) -> str:

@@ -1,4 +1,4 @@
-"""What a source of images is, and which one a DATA argument means."""
+"""What a source of images is; and single image files."""
 
 from __future__ import annotations
 
@@ -78,7 +78,7 @@ class EncodedSource(ABC):
         """
         try:
             return EncodedImage(self.load(index))
-        except (OSError, DecodeError) as error:
+        except (OSError, MemoryError, DecodeError) as error:
             raise unreadable(self.name(index), error) from error
 
     def read(self, index: int) -> Tensor:
@@ -89,7 +89,7 @@ class EncodedSource(ABC):
         """
         try:
             return decode(self.load(index))
-        except (OSError, DecodeError) as error:
+        except (OSError, MemoryError, DecodeError) as error:
             raise unreadable(self.name(index), error) from error
 
 
@@ -127,5 +127,7 @@ def unreadable(name: str, error: Exception) -> UserError:
     """The sentence about an image that ``error`` keeps from being used."""
     if isinstance(error, DecodeError):
         return UserError(f"{name} is not an image or is damaged ({error}); replace or remove it.")
-    reason = error.strerror if isinstance(error, OSError) and error.strerror else error
+    reason: object = error.strerror if isinstance(error, OSError) and error.strerror else error
+    if isinstance(error, MemoryError):
+        reason = "there is not enough memory for it"
     return UserError(f"{name} can't be read ({reason}); replace or remove it.")

@@ -2,39 +2,44 @@
 
 from __future__ import annotations
 
-import math
 import random
 from collections.abc import Iterator
-from itertools import islice
+from functools import partial
+from itertools import accumulate, islice, repeat
 from typing import Any
 
 import torch
 from torch import Tensor
-from torch.utils.data import IterableDataset, get_worker_info
+from torch.utils.data import Dataset, IterableDataset, Sampler, get_worker_info
 
-from effnet_quant.data.decoding import DecodeError
-from effnet_quant.data.loaders import BatchMemory, Loader, in_workers, own
+from effnet_quant.data.decoding import DecodeError, EncodedImage
+from effnet_quant.data.loaders import BatchMemory, Loader, own, transformed
 from effnet_quant.data.seeding import mix, seeded
 from effnet_quant.data.shards import ShardSource
 from effnet_quant.data.sources import unreadable
 from effnet_quant.data.transforms import Transform
+from effnet_quant.data.workers import Whereabouts
 from effnet_quant.errors import UserError
 
-_BUFFER = 1000  # images that each worker draws from at random
+_BUFFER, _FIRST = 1000, 100  # images that each worker draws from at random, and with how many of them it begins
 
-_Part = tuple[Tensor, Tensor, dict[str, str]]  # images, labels, sentences about unreadable images by name
+_Part = tuple[Tensor, Tensor, dict[int, str]]  # images, labels, sentences about unreadable images by index
+_Sample = tuple[int, str, EncodedImage | DecodeError, int]  # index, name, image, label
 
 
 class ShardLoader(Loader):
     """Batches of shards, as ``Loader`` gives them, with an order that depends on the number of workers and processes too.
 
-    In a shuffled epoch the shards come in another order, are dealt out to processes and workers, and each worker draws from
-    a buffer. To start within an epoch, the batches before are read and thrown away.
+    The shards are taken as one long row of images, in a shuffled epoch in another order of the shards each time. Each
+    process reads an equal part of the row, and each of its workers an equal part of that; where shuffled, it draws from a
+    buffer. A shard in which one part ends and the next begins is read by both. To start within an epoch, the batches before
+    are read and thrown away.
 
-    Arguments are ``Loader``'s; of ``indices`` only the number counts: so many images from the front.
+    Arguments are ``Loader``'s. Of the ``indices`` in a worker's part the first counts, and how many there are: so many
+    images in a row.
 
     Raises:
-        UserError: there are fewer shards than processes.
+        UserError: there are fewer images to shuffle than processes.
     """
 
     def __init__(
@@ -45,27 +50,12 @@ class ShardLoader(Loader):
         *,
         rank: int = 0,
         ranks: int = 1,
-        indices: Tensor | None = None,
         **options: Any,
     ) -> None:
-        super().__init__(source, transform, batch_size, indices=indices, **options)
+        super().__init__(source, transform, batch_size, rank=rank, ranks=ranks, **options)
         self._shards = source
-        self._rank, self._ranks = rank, ranks
-        if ranks > len(source.urls):
-            raise UserError(f"{len(source.urls)} shards are too few for {ranks} processes; make more, or start fewer.")
-        self._bad: dict[str, int] = {}
-
-    def __len__(self) -> int:
-        """Batches in an epoch of this process."""
-        if self.shuffle:  # the same on every process, whichever shards it gets
-            own = (
-                self.num_images
-                if self._ranks == 1
-                else len(self._shards.urls) // self._ranks * min(self._shards.counts)
-            )
-            return max(1, own // self.batch_size)
-        counts = self._shards.counts[self._rank :: self._ranks]
-        return math.ceil(min(self.num_images, sum(counts)) / self.batch_size)
+        self._own = self._indices.tensor_split(ranks)[rank]
+        self._epoch = torch.zeros(1, dtype=torch.int64).share_memory_()  # workers look which one it is
 
     def names(self, epoch: int, batch: int) -> list[str]:
         """What is known of where the images of a batch came from: shards keep no list."""
@@ -75,90 +65,153 @@ class ShardLoader(Loader):
         """The batches of an epoch, from ``first_batch`` on.
 
         Raises:
-            UserError: a shard can't be read, or more images than may be.
+            UserError: a shard can't be read, more images can't be read than may be, or a worker died.
         """
-        urls = list(self._shards.urls)
-        if self.shuffle:
-            random.Random(mix(self._seed, epoch, -1)).shuffle(urls)
-        stream = _Stream(
-            self._shards,
-            urls[self._rank :: self._ranks],
-            self._transform,
-            self.batch_size,
-            BatchMemory(self._prefetch),
-            mix(self._seed, epoch, -2) if self.shuffle else None,
-        )
-        workers = min(self._workers, len(stream.urls)) if self.shuffle else min(self._workers, 1)
-        parts = in_workers(stream, workers, self._prefetch, pin_memory=torch.cuda.is_available())
-        yield from islice(self._whole(parts), first_batch, len(self))
+        self._epoch.fill_(epoch)
+        count = 0
+        for batch in islice(self._whole(), len(self)):
+            count += 1
+            if count > first_batch:
+                yield batch
+        if self.shuffle and count < len(self):
+            raise UserError("a part of the shards has no image that can be read; check DATA with --check.")
 
-    def _whole(self, parts: Any) -> Iterator[tuple[Tensor, Tensor]]:
+    def _whole(self) -> Iterator[tuple[Tensor, Tensor]]:
         """Full batches as they come, then what the workers had left over."""
+        size = self._order.share
         rest: list[tuple[Tensor, Tensor]] = []
-        for part in parts:
+        for part in self._results():
             if isinstance(part, UserError):
                 raise part
             images, labels, bad = part
-            for name, sentence in bad.items():
-                self.bad_images.add(self._bad.setdefault(name, len(self._bad)), sentence)
-            if len(images) == self.batch_size:
+            for index, sentence in bad.items():
+                self.bad_images.add(index, sentence)
+            if len(images) == size:
                 yield own(images), labels
             elif len(images):
                 rest.append((own(images), labels))
         if rest:
             images, labels = (torch.cat(column) for column in zip(*rest, strict=True))
-            for start in range(0, len(images), self.batch_size):
-                yield images[start : start + self.batch_size], labels[start : start + self.batch_size]
+            for start in range(0, len(images), size):
+                yield images[start : start + size], labels[start : start + size]
+
+    def _dataset(self) -> Dataset[Any]:
+        return _Stream(
+            self._shards,
+            self._own,
+            self._transform,
+            self._order.share,
+            Whereabouts(self._workers, self._shards.name),
+            BatchMemory(self._prefetch),
+            self._seed,
+            self._epoch,
+            shuffle=self.shuffle,
+        )
+
+    def _sampler(self) -> Sampler[Any] | None:
+        return None
 
 
 class _Stream(IterableDataset[_Part | UserError]):
-    """A worker's part of the shards, in batches."""
+    """A worker's part of the shards, in batches.
+
+    Args:
+        source, transform, batch_size, seed, shuffle: see ``Loader``.
+        indices: the process's part.
+        whereabouts: told of each image.
+        memory: where batches are put together.
+        epoch: its number, (1,).
+    """
 
     def __init__(
         self,
         source: ShardSource,
-        urls: list[str],
+        indices: Tensor,
         transform: Transform,
         batch_size: int,
+        whereabouts: Whereabouts,
         memory: BatchMemory,
-        seed: int | None,
+        seed: int,
+        epoch: Tensor,
+        *,
+        shuffle: bool,
     ) -> None:
         self._source = source
-        self.urls = urls
+        self._indices = indices
         self._transform = transform
         self._batch_size = batch_size
+        self._whereabouts = whereabouts
         self._memory = memory
         self._seed = seed
+        self._epoch = epoch
+        self._shuffle = shuffle
 
     def __iter__(self) -> Iterator[_Part | UserError]:
         worker = get_worker_info()
         number, workers = (0, 1) if worker is None else (worker.id, worker.num_workers)
-        samples = (sample for url in self.urls[number::workers] for sample in self._source.samples(url))
-        if self._seed is not None:
-            from webdataset import detshuffle
-
-            samples = detshuffle(_BUFFER, _BUFFER, seed=mix(self._seed, number)).run(samples)
+        part = self._indices.tensor_split(workers)[number]
+        bad: dict[int, str] = {}
         try:
-            for place in range(len(self._source)):
-                if not (batch := list(islice(samples, self._batch_size))):
-                    return
-                with seeded(mix(self._seed or 0, number, place)):
-                    yield self._transformed(batch)
+            images = self._readable(self._samples(part, int(self._epoch)), mix(self._seed, int(self._epoch), -2), bad)
+            while (batch := list(islice(images, self._batch_size))) or bad:
+                labels = torch.tensor([label for _, label in batch], dtype=torch.int64)
+                yield self._memory.stack([image for image, _ in batch]), labels, dict(bad)
+                bad.clear()
         except UserError as error:  # which crosses process borders intact
             yield error
 
-    def _transformed(self, batch: list[tuple[str, Any, int]]) -> _Part:
-        images, labels, bad = [], [], {}
-        for name, image, label in batch:
+    def _samples(self, part: Tensor, epoch: int) -> Iterator[_Sample]:
+        """As many images as ``part`` has, from its first one on; in training the row of shards is another each epoch."""
+        shards = list(range(len(self._source.urls)))
+        if not self._shuffle:
+            yield from self._row(shards, part)
+            return
+        from webdataset import detshuffle
+
+        random.Random(mix(self._seed, epoch, -1)).shuffle(shards)
+        buffer = detshuffle(_BUFFER, _FIRST, seed=mix(self._seed, epoch, int(part[0]) if len(part) else 0))
+        yield from buffer.run(self._row(shards, part))
+
+    def _row(self, shards: list[int], part: Tensor) -> Iterator[_Sample]:
+        counts = self._source.counts
+        starts = [0, *accumulate(counts)]
+        left = len(part)
+        first = int(part[0]) if left else 0
+        for shard in shards:
+            if left == 0:
+                return
+            wanted = min(left, counts[shard] - first)
+            if wanted <= 0:
+                first -= counts[shard]
+                continue
+            samples = islice(self._source.samples(self._source.urls[shard], first), wanted)
+            for index, sample in enumerate(samples, starts[shard] + first):
+                self._whereabouts.note(index)
+                left -= 1
+                wanted -= 1
+                yield (index, *sample)
+            if wanted:
+                raise UserError(
+                    f"{self._source.urls[shard]} holds {wanted} images less than its index says; make the index again."
+                )
+            first = 0
+
+    def _readable(self, samples: Iterator[_Sample], seed: int, bad: dict[int, str]) -> Iterator[tuple[Tensor, int]]:
+        """Transformed images and their labels; in training the next one stands in for one that can't be read."""
+        missing = 0
+        last = None
+        for index, name, image, label in samples:
+            self._whereabouts.note(index)
             try:
                 if isinstance(image, DecodeError):
-                    raise image
-                images.append(self._transform(image))
-                labels.append(label)
-            except DecodeError as error:
-                bad[name] = str(unreadable(name, error))
-        if self._seed is not None and images:
-            for place in range(len(bad)):  # as Loader does
-                images.append(images[place])
-                labels.append(labels[place])
-        return self._memory.stack(images), torch.tensor(labels, dtype=torch.int64), bad
+                    raise unreadable(name, image)
+                with seeded(mix(seed, index, 0)):
+                    last = transformed(self._transform, image, partial(str, name)), label
+            except UserError as error:
+                bad[index] = str(error)
+                missing += self._shuffle
+                continue
+            yield from repeat(last, 1 + missing)
+            missing = 0
+        if last is not None:
+            yield from repeat(last, missing)

@@ -6,7 +6,9 @@ import csv
 import hashlib
 import io
 import os
+import sys
 import tarfile
+import zipfile
 from pathlib import Path
 
 import numpy as np
@@ -71,21 +73,27 @@ def _contents(tar: Path, *, nested: bool) -> tuple[list[str], np.ndarray, np.nda
         raise UserError(f"{tar} can't be read ({error.strerror}); ImageNet's two tar files belong there.") from error
     key = f"{tar.resolve()} {status.st_size} {status.st_mtime_ns} {nested}"
     cached = cache_folder() / f"{hashlib.sha256(key.encode()).hexdigest()[:24]}.npz"
-    if cached.exists():
+    try:
         with np.load(cached) as known:
             return str(known["names"]).split("\n"), known["offsets"], known["sizes"]
+    except FileNotFoundError:
+        pass
+    except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile):
+        print(f"warning: {cached} is damaged; {tar} is read again.", file=sys.stderr)
     names: list[str] = []
     places: list[tuple[int, int]] = []
     try:
         with open(tar, "rb") as file, tarfile.open(fileobj=file, mode="r:") as outer:
             for member in outer:
+                if not member.isfile():
+                    continue
                 if not nested:
                     names.append(os.path.basename(member.name))
                     places.append((member.offset_data, member.size))
                     continue
                 file.seek(member.offset_data)
                 with tarfile.open(fileobj=file, mode="r:") as inner:
-                    for image in inner:
+                    for image in filter(tarfile.TarInfo.isfile, inner):
                         names.append(f"{os.path.basename(member.name).removesuffix('.tar')}/{image.name}")
                         places.append((image.offset_data, image.size))
     except (tarfile.TarError, OSError) as error:
@@ -105,7 +113,13 @@ def _validation_labels(root: Path, names: list[str]) -> dict[str, str]:
         if not labels.exists():
             continue
         with open(labels, encoding="utf-8", newline="") as lines:
-            if labels.suffix == ".csv":
-                return {f"{row['ImageId']}.JPEG": row["PredictionString"].split()[0] for row in csv.DictReader(lines)}
-            return dict(zip(names, lines.read().split(), strict=False))
+            try:
+                if labels.suffix == ".csv":
+                    rows = csv.DictReader(lines)
+                    return {f"{row['ImageId']}.JPEG": row["PredictionString"].split()[0] for row in rows}
+                return dict(zip(names, lines.read().split(), strict=False))
+            except (KeyError, IndexError, AttributeError, ValueError) as error:
+                raise UserError(
+                    f"{labels} is no list of labels as {' or '.join(VAL_LABELS)} is; put that file there."
+                ) from error
     raise UserError(f"{root} has no labels of the validation images; put {' or '.join(VAL_LABELS)} there.")

@@ -17,6 +17,7 @@ class TrainConfig:
         optimizer: "sgd" or "rmsprop".
         bn_weight_decay: whether BatchNorm's parameters decay too.
         batch_size: images a batch of one process.
+        workers: processes that read images for it; the order of images from shards depends on how many.
         optimizer_batch_size: images an optimizer step of all processes together, -1 for a batch of each (else a multiple
             of that).
         mixup: alpha of the Beta distribution that images are blended by, 0 for no blending.
@@ -50,6 +51,7 @@ class TrainConfig:
     rmsprop_alpha: float = 0.9
     rmsprop_eps: float = 1e-3
     batch_size: int = 256
+    workers: int = 0
     optimizer_batch_size: int = -1
     mixup: float = 0.0
     cutmix: float = 0.0

@@ -73,6 +73,15 @@ class World:
         """Until all processes are here."""
         self.any(0)
 
+    @contextmanager
+    def main_first(self) -> Iterator[None]:
+        """Process 0 runs the block first, and the others when it is done: what it downloads, they find."""
+        if not self.is_main:
+            self.wait()
+        yield
+        if self.is_main:
+            self.wait()
+
 
 ALONE = World()
 

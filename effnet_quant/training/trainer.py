@@ -18,6 +18,7 @@ from effnet_quant.data.loaders import Loader
 from effnet_quant.data.mixing import mixed
 from effnet_quant.data.seeding import mix
 from effnet_quant.data.transforms import Preprocessing, normalize
+from effnet_quant.data.workers import explained_deaths
 from effnet_quant.errors import UserError
 from effnet_quant.models.weights import Weights, load_weights
 from effnet_quant.training.callback import Callback
@@ -100,6 +101,7 @@ class Trainer:
         """The trained network and, once training has begun with an average (``use_ema``), the averaged one."""
         return [self.model] if self._average is None else [self.model, self._average.model]
 
+    @explained_deaths()
     def fit(self, train: Loader, val: Loader) -> None:
         """Train to the end of the configured epochs, validating and writing checkpoints after each.
 
@@ -140,6 +142,7 @@ class Trainer:
         return metrics
 
     @torch.no_grad()
+    @explained_deaths()
     def evaluate(
         self, loader: Loader, prefix: str = "val", title: str = "evaluate", model: nn.Module | None = None
     ) -> dict[str, float]:

@@ -2,6 +2,11 @@
 
 from __future__ import annotations
 
+import json
+import tarfile
+from itertools import islice
+from pathlib import Path
+
 import numpy as np
 import pytest
 import torch
@@ -36,6 +41,32 @@ def test_evaluation_agrees_with_the_pytorch_backend(photo_folder, interpolation)
     assert difference(ours, reference) <= 1.5
 
 
+SAMPLES = Path(__file__).resolve().parents[3] / "shared/data/imagenet-samples.tar"
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not SAMPLES.exists(), reason="needs ../shared/data")
+@pytest.mark.parametrize("make", [evaluation_transform, training_transform])
+def test_photographs_agree_with_the_pytorch_backend(tmp_path, make):
+    with tarfile.open(SAMPLES) as archive:
+        archive.extractall(tmp_path, filter="data")
+    source = FolderSource(tmp_path / "val")
+    options = {"shuffle": make is training_transform, "seed": 2}
+    ours = list(DaliLoader(source, make(Preprocessing(224, 256)), 50, CPU, **options).epoch())
+    reference = list(Loader(source, make(Preprocessing(224, 256)), 50, **options).epoch())
+    assert difference(ours, reference) <= 1.5
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+@pytest.mark.parametrize("make", [evaluation_transform, training_transform])
+def test_the_gpus_images_agree_with_the_pytorch_backend(photo_folder, make):
+    source = FolderSource(photo_folder)
+    ours = list(DaliLoader(source, make(Preprocessing(96, 128)), 4, torch.device("cuda", 0)).epoch())
+    assert all(images.is_cuda for images, _ in ours)
+    on_cpu = [(images.cpu(), labels) for images, labels in ours]
+    assert difference(on_cpu, list(Loader(source, make(Preprocessing(96, 128)), 4).epoch())) <= 1.5
+
+
 def test_training_agrees_with_the_pytorch_backend(photo_folder):
     source = FolderSource(photo_folder)
     transform = training_transform(Preprocessing(96, 128))
@@ -60,7 +91,23 @@ def test_an_epoch_can_be_left_and_can_start_at_any_batch(photo_folder):
         assert torch.equal(labels, labels_of_whole)
 
 
-@pytest.mark.parametrize("augmentation", AUGMENTATIONS)
+@pytest.mark.parametrize(("batch_size", "shuffle"), [(100, False), (360, True)])
+def test_every_epoch_has_its_batches_when_they_are_counted(batch_size, shuffle):
+    source = DigitsSource("val")  # 360 images
+    loader = DaliLoader(source, evaluation_transform(Preprocessing(8, 8)), batch_size, CPU, shuffle=shuffle)
+    for epoch in range(4):  # the trainer takes so many, and never asks for the end
+        batches = list(islice(loader.epoch(epoch), len(loader)))
+        reference = list(
+            Loader(source, evaluation_transform(Preprocessing(8, 8)), batch_size, shuffle=shuffle).epoch(epoch)
+        )
+        assert [labels.tolist() for _, labels in batches] == [labels.tolist() for _, labels in reference]
+        assert difference(batches, reference) == 0
+
+
+@pytest.mark.parametrize(
+    "augmentation",
+    [pytest.param(name, marks=[] if name == "randaugment" else pytest.mark.slow) for name in AUGMENTATIONS],
+)
 def test_policies_change_images_and_keep_their_form(photo_folder, augmentation):
     source = FolderSource(photo_folder)
     plain, augmented = (
@@ -114,6 +161,30 @@ def test_broken_images_are_replaced_in_training(spoiled):
     assert [len(images) for images, _ in loader.epoch()] == [8]
 
 
+def test_a_batch_without_readable_images_repeats_the_last_one(spoiled):
+    source = FolderSource(spoiled)
+    loader = DaliLoader(source, training_transform(Preprocessing(32, 40)), 1, CPU, shuffle=True, max_bad_images=3)
+    first = next(epoch for epoch in range(99) if loader.names(epoch, 0)[0].endswith(("0.jpg", "1.jpg", "3.jpg")))
+    assert [len(images) for images, _ in loader.epoch(first)] == [1] * 8
+    assert sorted(loader.bad_images.sentences) == [2, 4, 5]
+
+
+def test_what_dali_refuses_and_we_read_is_handed_over_as_pixels_once(photo_folder):
+    loader = DaliLoader(FolderSource(photo_folder), evaluation_transform(Preprocessing(32, 40)), 8, CPU)
+    whole = list(loader.epoch())
+    batches = loader.epoch()
+    next(batches)
+    refusal = RuntimeError("this is no JPEG to me")
+    loader._recover(refusal)
+    assert difference([next(batches)], whole[1:]) <= 1.5
+    batches = loader.epoch()
+    next(batches)
+    loader._recover(refusal)
+    loader._in_flight.extend(loader._prepared)
+    with pytest.raises(RuntimeError, match="no JPEG to me"):
+        loader._recover(refusal)
+
+
 def test_too_many_broken_images_stop_the_epoch(spoiled):
     source = FolderSource(spoiled)
     with pytest.raises(UserError, match="--max-bad-images 2"):
@@ -129,3 +200,17 @@ def test_an_image_of_one_pixel_and_a_strip(tmp_path):
     ((images, _),) = DaliLoader(FolderSource(tmp_path), evaluation_transform(Preprocessing(16, 16)), 2, CPU).epoch()
     assert images[0, :, 5, 5].tolist() == [9, 80, 200]
     assert (images[1] - 77.0).abs().max() <= 1
+
+
+@pytest.mark.slow
+def test_main_trains_and_validates_each_epoch(run_script, image_folder, tmp_path):
+    arguments = "--arch cifar-resnet20 --num-classes 3 --image-size 32 -b 6 -j 1 --epochs 3 --use-ema 0.9 --seed 1"
+    result = run_script(
+        "main.py", image_folder, *arguments.split(), "--data-backend", "dali-cpu", "--workspace", tmp_path
+    )
+    assert result.code == 0, result.err
+    epochs = [json.loads(line)["data"] for line in (tmp_path / "experiment_raport.json").read_text().splitlines()]
+    assert len(epochs) == 3
+    for metrics in epochs:  # over no image at all each of these would be 0
+        assert min(metrics[name] for name in ("train.loss", "val.loss", "val_ema.loss")) > 0
+        assert metrics["val.loss"] != metrics["val_ema.loss"]

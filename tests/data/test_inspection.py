@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
+import runpy
 import shutil
-import subprocess
 import sys
 
 import pytest
@@ -57,7 +57,15 @@ def test_shards_hold_what_was_packed(tool, photo_folder, tmp_path):
     assert (status, err) == (0, "")
     status, out, _ = tool(tmp_path / "shards", "--check", "-j", 1)
     assert out.startswith("train: 16 images, 2 classes\n")
-    assert out.count("broken: 0 of 16") == 2
+    assert out.count("broken: 0 of 16") == out.count("  left 8, right 8\n") == 2
+    assert status == 0
+
+
+def test_one_split_is_enough(tool, photo_folder, tmp_path):
+    (tmp_path / "val").symlink_to(photo_folder)
+    status, out, _ = tool(tmp_path, "-j", 0)
+    assert out.startswith("val: 16 images, 2 classes\n")
+    assert "train" not in out.replace(str(tmp_path), "")
     assert status == 0
 
 
@@ -68,9 +76,12 @@ def test_mistakes_are_one_sentence(tool, tmp_path):
     assert tool("digits", "--pack", tmp_path)[2].startswith("error: --pack takes image files")
 
 
-def test_it_is_a_module_to_run():
-    result = subprocess.run(
-        [sys.executable, "-m", "effnet_quant.data", "digits", "-j0"], capture_output=True, check=True
-    )
-    assert result.stdout.startswith(b"train: 1437 images, 10 classes")
-    assert b"size of 360 of them: 8 to 8 x 8 to 8" in result.stdout
+def test_it_is_a_module_to_run(capsys, monkeypatch):
+    monkeypatch.setattr(sys, "argv", ["effnet_quant.data", "digits", "-j0"])
+    monkeypatch.delitem(sys.modules, "effnet_quant.data.__main__")
+    with pytest.raises(SystemExit) as end:
+        runpy.run_module("effnet_quant.data", run_name="__main__")
+    assert end.value.code == 0
+    out = capsys.readouterr().out
+    assert out.startswith("train: 1437 images, 10 classes")
+    assert "size of 360 of them: 8 to 8 x 8 to 8" in out

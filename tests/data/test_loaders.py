@@ -2,11 +2,17 @@
 
 from __future__ import annotations
 
+import multiprocessing
+from itertools import islice
+from pathlib import Path
+
 import pytest
 import torch
+from torchvision.io import encode_jpeg
 
 from effnet_quant.data.folders import FolderSource
 from effnet_quant.data.loaders import Loader
+from effnet_quant.data.sources import EncodedSource, NameTable
 from effnet_quant.data.transforms import Preprocessing, evaluation_transform, training_transform
 from effnet_quant.errors import UserError
 
@@ -26,6 +32,9 @@ class Numbers:
 
     def read(self, index):
         return torch.full((3, 2, 2), index, dtype=torch.uint8)
+
+    def name(self, index):
+        return f"number {index}"
 
 
 class Broken(Numbers):
@@ -176,3 +185,36 @@ def test_workers_write_to_the_same_memory_in_turns_and_batches_stay_as_they_were
         batches = list(loader.epoch(epoch))  # 16, more than a worker has blocks
         assert all(images[:, 0, 0, 0].tolist() == labels.tolist() for images, labels in batches)
         assert not any(images.is_shared() for images, _ in batches)
+
+
+class Names(EncodedSource):
+    """ImageNet's number of file names, all of which lead to one small image."""
+
+    def __init__(self, count):
+        self.classes = ["one"]
+        self.labels = torch.zeros(count, dtype=torch.int64)
+        self._names = NameTable(f"train/n01440764/n01440764_{index}.JPEG" for index in range(count))
+        self._data = encode_jpeg(torch.zeros(3, 32, 32, dtype=torch.uint8)).numpy()
+
+    def name(self, index):
+        return self._names[index]
+
+    def load(self, index):
+        assert self.name(index).endswith(f"_{index}.JPEG")
+        return self._data.copy()
+
+
+def private_memory(process):
+    lines = Path(f"/proc/{process.pid}/smaps_rollup").read_text().splitlines()
+    return sum(int(line.split()[1]) for line in lines if line.startswith("Private_")) / 1024
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not Path("/proc/self/smaps_rollup").exists(), reason="needs Linux's /proc")
+def test_workers_do_not_grow_over_20_epochs_of_imagenets_size():
+    loader = Loader(Names(1_300_000), training_transform(Preprocessing(32, 32)), 32, shuffle=True, workers=2)
+    sizes = []
+    for epoch in range(20):
+        assert len(list(islice(loader.epoch(epoch), 60))) == 60
+        sizes.append(sum(map(private_memory, multiprocessing.active_children())))
+    assert sizes[-1] - sizes[1] < 20  # MB; a list of the names would be copied by and by, at 130 MB in each

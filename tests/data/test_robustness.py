@@ -3,21 +3,26 @@
 from __future__ import annotations
 
 import contextlib
+import io
 import os
 import signal
-import subprocess
-import sys
+import time
+import zlib
 
 import numpy as np
 import pytest
 import torch
 from PIL import Image, ImageOps
+from torch.utils.data import Dataset
 
+from effnet_quant.data import decoding
 from effnet_quant.data.decoding import MAX_PIXELS, Box, DecodeError, EncodedImage, decode
 from effnet_quant.data.folders import FolderSource
+from effnet_quant.data.inspection import look
 from effnet_quant.data.loaders import Loader
 from effnet_quant.data.sources import EncodedSource, read_image
 from effnet_quant.data.transforms import Preprocessing, evaluation_transform, training_transform
+from effnet_quant.data.workers import explained_deaths, in_workers
 from effnet_quant.errors import UserError
 
 EVALUATION = evaluation_transform(Preprocessing(32, 40))
@@ -39,36 +44,104 @@ def test_every_kind_of_image_goes_through_training(odd_images):
     assert [tuple(images.shape) for images, _ in loader.epoch()] == [(5, 3, 32, 32)] * 2
 
 
-REGIONS = """
-import sys, zlib
-if sys.argv[2] == "torchvision":
-    sys.modules["simplejpeg"] = None
-import numpy as np, torch
-from pathlib import Path
-from effnet_quant.data.decoding import Box, EncodedImage, decode, quiet_libjpeg
-quiet_libjpeg()
-checksum = 0
-for path in sorted(Path(sys.argv[1]).rglob("*.jpg")):
-    data = np.fromfile(path, dtype=np.uint8)
-    whole = decode(data)
-    checksum = zlib.crc32(whole.contiguous().numpy().data, checksum)
-    for top, height in ((0, 1), (0, 40), (7, 90), (33, 64), (100, whole.shape[1] - 100)):
+def checksum_of_regions(folder):
+    """Of the whole images, after comparing parts of them with regions that were decoded alone."""
+    checksum = 0
+    for path in sorted(folder.rglob("*.jpg")):
+        data = np.fromfile(path, dtype=np.uint8)
+        whole = decode(data)
+        checksum = zlib.crc32(whole.contiguous().numpy().data, checksum)
+        for top, height in ((0, 1), (0, 40), (7, 90), (33, 64), (100, whole.shape[1] - 100)):
+            region = EncodedImage(data).region(Box(top, 5, height, 60), 1000)
+            assert torch.equal(region, whole[:, top : top + height, 5:65]), path
+        assert np.array_equal(data, np.fromfile(path, dtype=np.uint8))
+    return checksum
+
+
+class _ByTorchvision(Dataset):
+    """The checksum of a folder, from a worker that has no simplejpeg."""
+
+    def __init__(self, folder):
+        self._folder = folder
+
+    def __len__(self):
+        return 1
+
+    def __getitem__(self, place):
+        decoding.simplejpeg = None
+        return checksum_of_regions(self._folder)
+
+
+def test_rows_below_the_crop_are_not_needed_and_both_decoders_agree(photo_folder, capfd):
+    (checksum,) = in_workers(_ByTorchvision(photo_folder), 1)
+    assert capfd.readouterr().err == ""
+    assert checksum == checksum_of_regions(photo_folder)
+
+
+def _encoded(image, **options):
+    file = io.BytesIO()
+    image.save(file, "JPEG", **options)
+    return np.frombuffer(bytearray(file.getvalue()), dtype=np.uint8)
+
+
+@pytest.mark.parametrize(
+    "coding", [{"progressive": True}, {"restart_marker_rows": 1}, {"restart_marker_blocks": 3, "progressive": True}]
+)
+def test_progressive_images_and_those_with_restarts_are_left_early_too(photo_folder, monkeypatch, coding):
+    pytest.importorskip("simplejpeg")
+    monkeypatch.setattr(decoding, "_decode_with_pillow", None)
+    with Image.open(photo_folder / "left/0.jpg") as image:
+        data = _encoded(image, quality=90, **coding)
+    whole = simplejpeg_pixels(data)
+    for top, height in ((0, 1), (7, 90), (100, whole.shape[1] - 100)):
         region = EncodedImage(data).region(Box(top, 5, height, 60), 1000)
-        assert torch.equal(region, whole[:, top : top + height, 5:65]), path
-    assert np.array_equal(data, np.fromfile(path, dtype=np.uint8))
-print(checksum)
-"""
+        assert np.array_equal(region.numpy(), whole[:, top : top + height, 5:65])
 
 
-def test_rows_below_the_crop_are_not_needed_and_both_decoders_agree(photo_folder):
-    outputs = []
-    for decoder in ("simplejpeg", "torchvision"):  # each in a process of its own, since libjpeg is silenced for good
-        arguments = [sys.executable, "-c", REGIONS, str(photo_folder), decoder]
-        environment = {**os.environ, "PYTHONPATH": os.getcwd()}
-        result = subprocess.run(arguments, capture_output=True, text=True, env=environment, check=False)
-        assert result.stderr == ""
-        outputs.append(result.stdout)
-    assert outputs[0] == outputs[1] != ""
+def simplejpeg_pixels(data):
+    import simplejpeg
+
+    return simplejpeg.decode_jpeg(data, "RGB").transpose(2, 0, 1)
+
+
+def with_damaged_scan(data, seed=0):
+    """A JPEG with 200 of its coded pixels' bytes overwritten; none is 0xff, which would start a marker."""
+    data = data.copy()
+    middle = len(data) // 2
+    data[middle : middle + 200] = np.random.default_rng(seed).integers(0, 255, 200)
+    return data
+
+
+def test_a_damaged_scan_is_told_from_one_with_padding(photo_folder, tmp_path):
+    pytest.importorskip("simplejpeg")
+    photos = [path for path in sorted(photo_folder.rglob("*.jpg")) if path.name != "3.jpg"]  # those are progressive
+    refused = 0
+    for path in photos:
+        damaged = with_damaged_scan(np.fromfile(path, dtype=np.uint8))
+        Image.open(io.BytesIO(damaged.tobytes())).load()  # Pillow shows what there is
+        try:
+            decode(damaged)
+        except DecodeError:
+            refused += 1
+    assert refused >= len(photos) * 2 // 3  # in some the decoder finds its way back by chance, and no one can tell
+    data = np.fromfile(photos[0], dtype=np.uint8)
+    padded = np.concatenate([data[:-2], np.zeros(40, dtype=np.uint8), data[-2:]])
+    assert torch.equal(decode(padded), decode(data))
+
+
+XMP = """<x:xmpmeta xmlns:x="adobe:ns:meta/"><rdf:RDF xmlns:rdf="http://www.w3.org/1999/02/22-rdf-syntax-ns#">
+<rdf:Description xmlns:tiff="http://ns.adobe.com/tiff/1.0/" tiff:Orientation="6"/></rdf:RDF></x:xmpmeta>"""
+
+
+@pytest.mark.parametrize("progressive", [False, True])
+def test_orientation_in_adobes_metadata_is_applied(photo_folder, progressive):
+    with Image.open(photo_folder / "left/0.jpg") as image:
+        data = _encoded(image, progressive=progressive, xmp=XMP.encode())
+    with Image.open(io.BytesIO(data.tobytes())) as stored:
+        expected = np.rot90(np.asarray(stored), -1).transpose(2, 0, 1)  # TIFF 6.0: row 0 is the right-hand side
+    encoded = EncodedImage(data)
+    assert (encoded.height, encoded.width) == expected.shape[1:]
+    assert np.array_equal(encoded.region(Box(0, 3, 70, 50), 1000).numpy(), expected[:, :70, 3:53])
 
 
 @pytest.mark.parametrize(("size", "shrink"), [(20, 8), (50, 4), (99, 2), (100, 2), (101, 1)])
@@ -165,6 +238,27 @@ def test_link_loops_and_unreadable_files_are_reported(photo_folder, tmp_path, ca
     assert "self.jpg can't be read" in capfd.readouterr().err
 
 
+def test_links_among_the_classes_and_pipes_are_left_out(photo_folder, tmp_path, capfd):
+    (tmp_path / "c").mkdir()
+    (tmp_path / "c/photo.jpg").write_bytes((photo_folder / "left/0.jpg").read_bytes())
+    os.mkfifo(tmp_path / "c/pipe.jpg")
+    (tmp_path / "self").symlink_to(tmp_path / "self")
+    (tmp_path / "again").symlink_to(tmp_path)
+    (tmp_path / "c/up").symlink_to(tmp_path)
+    (tmp_path / "d").symlink_to(photo_folder / "right")
+    source = FolderSource(tmp_path)
+    assert source.classes == ["c", "d"]
+    assert len(source) == 1 + 8
+    told = capfd.readouterr().err
+    for sentence in (
+        "/self can't be read",
+        "/again is a link to a folder that",
+        "/up is a link to",
+        "pipe.jpg is no reg",
+    ):
+        assert told.count(sentence) == 1
+
+
 class Deadly(EncodedSource):
     """A source whose third image ends the process that reads it, as a crash of a decoder would."""
 
@@ -181,10 +275,58 @@ class Deadly(EncodedSource):
         return self._folder.load(index)
 
 
+DEATH = r"a data worker died while it was reading .*/left/2\.jpg"
+
+
 def test_a_worker_that_dies_says_which_file_it_was_at(photo_folder):
     loader = Loader(Deadly(photo_folder), EVALUATION, 2, workers=2)
-    with pytest.raises(UserError, match=r"a data worker died while it was reading .*/left/2\.jpg"):
+    with pytest.raises(UserError, match=DEATH):
         list(loader.epoch())
+    with pytest.raises(UserError, match=DEATH):
+        list(look(Deadly(photo_folder), decode=True, workers=1))
+
+
+def test_so_does_one_that_dies_while_the_main_process_computes(photo_folder):
+    batches = Loader(Deadly(photo_folder), EVALUATION, 1, workers=1, prefetch=3).epoch()
+    with pytest.raises(UserError, match=DEATH), explained_deaths():
+        next(batches)
+        for _ in range(200):  # the worker dies in the middle of this
+            time.sleep(0.1)
+
+
+def test_errors_of_the_program_itself_stay_as_they_are(photo_folder):
+    with pytest.raises(RuntimeError, match="mine"), explained_deaths():
+        raise RuntimeError("mine")
+
+    def failing(image):
+        raise ValueError("a mistake in a transform")
+
+    with pytest.raises(RuntimeError, match=r"left/0\.jpg can't be transformed: ValueError\('a mistake"):
+        next(Loader(FolderSource(photo_folder), failing, 1).epoch())
+
+
+def test_too_little_memory_for_an_image_leaves_it_out(photo_folder, capfd):
+    def hungry(image):
+        if image.height * image.width > 60_000:
+            raise MemoryError
+        return EVALUATION(image)
+
+    loader = Loader(FolderSource(photo_folder), hungry, 4, workers=1, max_bad_images=16)
+    sizes = [Image.open(path).size for path in photo_folder.rglob("*.jpg")]
+    small = sum(width * height <= 60_000 for width, height in sizes)
+    assert 0 < small < 16
+    assert sum(len(images) for images, _ in loader.epoch()) == small
+    assert "can't be read (there is not enough memory for it)" in capfd.readouterr().err
+
+
+@pytest.mark.parametrize("batch_size", [1, 2])
+def test_a_batch_without_readable_images_takes_the_next_one(spoiled, batch_size):
+    transform = training_transform(Preprocessing(32, 40))
+    source = FolderSource(spoiled)
+    loader = Loader(source, transform, batch_size, shuffle=True, workers=1, max_bad_images=4)
+    for epoch in range(3):
+        assert [len(images) for images, _ in loader.epoch(epoch)] == [batch_size] * (8 // batch_size)
+    assert sorted(loader.bad_images.sentences) == [2, 4, 5, 6]
 
 
 def test_floating_point_pixels_are_refused(tmp_path):

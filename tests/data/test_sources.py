@@ -155,10 +155,11 @@ def test_black_and_white_becomes_0_and_255(tmp_path):
     assert np.array_equal(read_image(tmp_path / "bilevel.png")[1].numpy(), np.where(COLOURS[..., 0] > 127, 255, 0))
 
 
-def test_16_bit_grey_keeps_its_levels(tmp_path):
+@pytest.mark.parametrize("kind", ["png", "tif"])
+def test_16_bit_grey_keeps_its_levels(tmp_path, kind):
     deep = np.arange(0, 65536, 4369, dtype=np.uint16).reshape(4, 4)  # 0x0000, 0x1111 … 0xffff
-    Image.fromarray(deep).save(tmp_path / "deep.png")
-    difference = read_image(tmp_path / "deep.png")[0].numpy().astype(int) - deep // 257
+    Image.fromarray(deep).save(tmp_path / f"deep.{kind}")
+    difference = read_image(tmp_path / f"deep.{kind}")[0].numpy().astype(int) - deep // 257
     assert np.abs(difference).max() <= 1
 
 

@@ -29,6 +29,9 @@ def imagenet(photo_folder, tmp_path, monkeypatch):
             member.size = len(inner.getvalue())
             outer.addfile(member, io.BytesIO(inner.getvalue()))
     with tarfile.open(tmp_path / VAL_TAR, "w") as archive:
+        folder = tarfile.TarInfo("val")
+        folder.type = tarfile.DIRTYPE
+        archive.addfile(folder)
         for number, photo in enumerate(["left/0", "right/1", "right/2", "left/3"]):
             archive.add(photo_folder / f"{photo}.jpg", f"ILSVRC2012_val_0000000{number + 1}.JPEG")
     (tmp_path / "imagenet_2012_validation_synset_labels.txt").write_text("n01440764\nn01443537\nn01443537\nn01440764\n")
@@ -55,6 +58,15 @@ def test_contents_are_read_once(imagenet, monkeypatch):
     assert again.labels.tolist() == first.labels.tolist()
 
 
+def test_a_damaged_table_of_contents_is_made_again(imagenet, capfd):
+    first = ImageNetSource(imagenet, "train")
+    (table,) = (imagenet / "cache/effnet-quant").glob("*.npz")
+    for damage in (b"", b"PK\x03\x04 but no more", table.read_bytes()[:200]):
+        table.write_bytes(damage)
+        assert ImageNetSource(imagenet, "train").labels.tolist() == first.labels.tolist()
+        assert f"{table} is damaged" in capfd.readouterr().err
+
+
 def test_kaggles_table_of_labels(imagenet):
     (imagenet / "imagenet_2012_validation_synset_labels.txt").unlink()
     rows = ["ImageId,PredictionString"]
@@ -66,7 +78,12 @@ def test_kaggles_table_of_labels(imagenet):
 def test_what_is_missing_is_named(imagenet):
     with pytest.raises(UserError, match="classes that the training data lacks: n01443537"):
         ImageNetSource(imagenet, "val", ["n01440764"])
+    (imagenet / "LOC_val_solution.csv").write_text("image,label\nILSVRC2012_val_00000001,n01440764\n")
     labels = imagenet / "imagenet_2012_validation_synset_labels.txt"
+    labels.unlink()
+    with pytest.raises(UserError, match=r"LOC_val_solution\.csv is no list of labels"):
+        ImageNetSource(imagenet, "val")
+    (imagenet / "LOC_val_solution.csv").unlink()
     labels.write_text("n01440764\n")
     with pytest.raises(UserError, match=r"ILSVRC2012_val_00000002\.JPEG .* has no label"):
         ImageNetSource(imagenet, "val")

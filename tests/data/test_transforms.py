@@ -83,3 +83,33 @@ def test_normalize_takes_mean_and_std_of_the_preprocessing():
 def test_preprocessing_survives_json():
     preprocessing = Preprocessing(240, 272, "bicubic", (0.1, 0.2, 0.3), (0.4, 0.5, 0.6))
     assert Preprocessing.from_json(json.loads(json.dumps(preprocessing.to_json()))) == preprocessing
+
+
+def test_crops_are_distributed_as_torchvisions():
+    transform = training_transform(Preprocessing(16, 16))
+    reference = pil_transforms.RandomResizedCrop(16, scale=(0.08, 1), ratio=(3 / 4, 4 / 3))
+    for height, width in ((300, 400), (375, 500), (100, 400)):
+        image = torch.empty(3, height, width)
+        torch.manual_seed(0)
+        ours, theirs = np.empty((2000, 4)), np.empty((2000, 4))
+        for row in range(2000):
+            box, _ = transform.draw(height, width)
+            ours[row] = box.top, box.left, box.height, box.width
+            theirs[row] = reference.get_params(image, reference.scale, reference.ratio)
+        for one, other in zip(measures(ours, height, width), measures(theirs, height, width), strict=True):
+            # Kolmogorov-Smirnov; above 1.95 sqrt(2 / 2000) = 0.062 one time in a thousand if they are the same
+            assert np.abs(shares_below(one, other) - shares_below(other, other)).max() < 0.062
+            assert np.abs(shares_below(one, one) - shares_below(other, one)).max() < 0.062
+        areas, aspects, *_ = measures(ours, height, width)
+        assert 0.07 < areas.min() < areas.max() <= 1
+        assert 0.73 < aspects.min() < aspects.max() < 1.37
+
+
+def measures(boxes, height, width):
+    """Share of the area, aspect, and the two coordinates of the centre."""
+    top, left, h, w = boxes.T
+    return h * w / (height * width), w / h, top + h / 2, left + w / 2
+
+
+def shares_below(values, limits):
+    return np.searchsorted(np.sort(values), limits, side="right") / len(values)
