@@ -1,0 +1,57 @@
+"""Every registered network through export, lint and both runtimes (benchmarks/registry_sweep.py); B7 at its own size."""
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from registry_sweep import default_size, examine
+
+from effnet_quant import list_models
+
+QUICK = "cifar-resnet20"
+
+
+def check(name: str) -> None:
+    row = examine(name, default_size(name))
+    assert max(row.errors.values()) < 1e-5
+    quantized = row.quantized
+    assert (quantized is None) == (name.startswith("efficientnet") and "quant" not in name)
+    if quantized is None:
+        return
+    assert quantized.findings == []
+    assert quantized.layer_error < 1e-2
+    # the engine rounds biases to its integers, which moves the logits as much as the simulation says
+    assert max(quantized.errors.values()) < max(2e-2, 2 * quantized.rounding_error)
+    assert quantized.size < 0.32 * row.size
+
+
+def test_a_registered_network_exports_and_computes_its_simulation() -> None:
+    check(QUICK)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", [name for name in list_models() if name != QUICK])
+def test_every_registered_network(name: str) -> None:
+    check(name)
+
+
+EXPORT = """
+import resource, sys, time, torch
+from effnet_quant import calibrate, create_model, export_onnx
+model = create_model("efficientnet-quant-b7").eval()
+calibrate(model, [torch.randn(1, 3, 64, 64)], method="max")
+start = time.process_time()
+export_onnx(model, sys.argv[1], 600, target=sys.argv[2])
+print(time.process_time() - start, resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20)
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("target", ["onnxruntime", "tensorrt"])
+def test_b7_at_600_px_is_written_within_three_minutes_and_4_gib(target: str, tmp_path: Path) -> None:
+    command = [sys.executable, "-c", EXPORT, str(tmp_path / "b7.onnx"), target]
+    out = subprocess.run(command, check=True, capture_output=True, text=True, timeout=900).stdout
+    seconds, gib = map(float, out.split())
+    assert seconds < 180
+    assert gib < 4
