@@ -22,6 +22,15 @@ from effnet_quant.errors import UserError
 from effnet_quant.models.registry import CROP_MARGIN
 
 Predict = Callable[[Tensor], Tensor]
+# what says how weights become a model; an engine is one already
+_OF_WEIGHTS = {
+    "num_classes": "--num-classes",
+    "trt": "--trt",
+    "ema": "--ema",
+    "precision": "--precision",
+    "quant_spec": "--quant-spec",
+    "quant_override": "--quant-override",
+}
 
 
 def job(arguments: Sequence[str]) -> int:
@@ -32,7 +41,11 @@ def job(arguments: Sequence[str]) -> int:
     parser.add_argument(
         "--image", required=True, nargs="+", metavar="IMAGE", help="files, folders, URLs, or - for standard input"
     )
-    parser.add_argument("--image-size", type=int, help="image size in pixels (default: the weights', else the model's)")
+    parser.add_argument(
+        "--image-size",
+        type=int,
+        help="image size in pixels (default: the weights', else the model's); of engines, for those that take any",
+    )
     parser.add_argument("--precision", choices=("AMP", "FP32"), default="FP32", help="arithmetic of PyTorch weights")
     add_engine_arguments(parser)
     parser.add_argument("-b", "--batch-size", type=int, default=32, help="images computed together")
@@ -52,17 +65,19 @@ def job(arguments: Sequence[str]) -> int:
     transform = evaluation_transform(preprocessing)
     unreadable = 0
     for start in range(0, len(names), parsed.batch_size):
-        images: dict[str, Tensor] = {}
+        read: list[str] = []
+        images: list[Tensor] = []
         for name in names[start : start + parsed.batch_size]:
             try:
-                images[name] = transform(ready[name] if name in ready else read_named(name))
+                images.append(transform(ready[name] if name in ready else read_named(name)))
+                read.append(name)
             except UserError as error:
                 print(error, file=sys.stderr)
                 unreadable += 1
         if images:
             with torch.no_grad():
-                probabilities = predict(torch.stack(list(images.values()))).softmax(1)
-            for name, row in zip(images, probabilities, strict=True):
+                probabilities = predict(torch.stack(images)).softmax(1)
+            for name, row in zip(read, probabilities, strict=True):
                 _print_top(name, row, metadata.get("classes"), parsed.topk, as_json=parsed.json)
     return 2 if unreadable else 0
 
@@ -70,8 +85,19 @@ def job(arguments: Sequence[str]) -> int:
 def _classifier(parsed: argparse.Namespace) -> tuple[Predict, dict[str, Any], Preprocessing]:
     """What maps uint8 images (N, 3, H, W) to logits, what its weights say of themselves, and how images are prepared."""
     if is_engine(parsed.pretrained_from_file or ""):
+        given = sorted(_OF_WEIGHTS.keys() & parsed.explicit)
+        if given:
+            flags = ", ".join(_OF_WEIGHTS[name] for name in given)
+            raise UserError(f"{flags}: an engine is what it was exported as; give weights, or leave this out.")
         engine = chosen_engine(parsed.pretrained_from_file, parsed)
         preprocessing = _preprocessing(engine.metadata)
+        if parsed.image_size is not None:
+            if None not in engine.input.shape:
+                raise UserError(
+                    f"{engine.path} takes images of {preprocessing.image_size} px; leave --image-size out, or export it "
+                    "with --dynamic-size."
+                )
+            preprocessing = preprocessing.resized(parsed.image_size)
         return (lambda pixels: run_engine(engine, pixels, preprocessing)), engine.metadata, preprocessing
     if parsed.backend not in (None, "torch"):
         raise UserError(f"{parsed.backend} takes no weights; export them with model2onnx.py, or leave --backend out.")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.metadata
 import json
+import re
 from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
@@ -12,8 +13,9 @@ from typing import Any
 from effnet_quant.cli.arguments import Parser
 from effnet_quant.cli.engines import usual_backend
 from effnet_quant.cli.process import run
+from effnet_quant.deploy.backends import get_backend
 from effnet_quant.deploy.cpu import NOTABLE, cpu_flags
-from effnet_quant.deploy.engine import Engine, load_engine
+from effnet_quant.deploy.engine import BACKENDS, Engine, load_engine
 from effnet_quant.deploy.latency import Latency, measure_engines
 from effnet_quant.errors import UserError
 from effnet_quant.files import check_writable, replace_file
@@ -21,6 +23,8 @@ from effnet_quant.training.machine import describe_machine
 
 BATCH_SIZES = (1, 2, 4, 8, 16, 32, 64, 128, 256)  # as in NVIDIA's tables
 _RUNTIMES = ("torch", "onnxruntime", "openvino", "tensorrt")
+# a file's name may have an @ of its own
+_ENGINE = re.compile(rf"(.*?)(?:@({'|'.join(BACKENDS)})(?:@(\w+))?)?", re.DOTALL)
 _TITLES = ("engine", "backend", "precision", "batch", "img/s", "avg ms", "50 % ms", "95 % ms", "99 % ms", "speed")
 
 
@@ -35,8 +39,8 @@ def job(arguments: Sequence[str]) -> int:
         help="FILE, FILE@BACKEND or FILE@BACKEND@PRECISION, e.g. int8.onnx@openvino@bf16; weights run in torch",
     )
     add("-b", "--batch-sizes", type=int, nargs="+", default=BATCH_SIZES, metavar="N", help="images a batch")
-    add("--device", choices=("cpu", "cuda"), help="where they run (default: each backend's usual one)")
-    add("--threads", type=int, help="of the CPU (default: each runtime's own choice)")
+    add("--device", choices=("cpu", "cuda"), help="where those run that can choose (default: each backend's usual one)")
+    add("--threads", type=int, help="for engines on the CPU (default: each runtime's own choice)")
     add("--image-size", type=int, help="in pixels, for engines that take any")
     add("--seconds", type=float, default=5, help="time for each engine at each batch size, about")
     add("--json", metavar="FILE", help="write the figures there too, in seconds")
@@ -85,10 +89,15 @@ def machine_line(machine: dict[str, Any]) -> str:
 
 
 def _load(text: str, device: str | None, threads: int | None) -> Engine:
-    path, _, rest = text.partition("@")
-    backend, _, precision = rest.partition("@")
+    path, backend, precision = _ENGINE.fullmatch(text).groups()  # type: ignore[union-attr]  # any text matches
+    if backend is None and "@" in path and not Path(path).is_file():
+        raise UserError(f"there is no file {path}; a backend after the @ is one of: {', '.join(BACKENDS)}.")
     backend = backend or usual_backend(path)
-    return load_engine(path, backend, device=device, precision=precision or None, threads=threads)
+    devices = get_backend(backend).DEVICES
+    if len(devices) == 1:
+        device = None
+    on_cpu = (device or devices[0]) == "cpu"
+    return load_engine(path, backend, device=device, precision=precision, threads=threads if on_cpu else None)
 
 
 def _version(package: str) -> str | None:

@@ -11,6 +11,7 @@ from effnet_quant.cli.process import run
 from effnet_quant.deploy.tensorrt.inspector import format_layers, summarize
 from effnet_quant.deploy.tensorrt.options import HARDWARE_COMPATIBILITY, BuildOptions
 from effnet_quant.deploy.tensorrt.plans import compile_engine
+from effnet_quant.errors import UserError
 
 _USUAL = BuildOptions()
 
@@ -20,7 +21,7 @@ def job(arguments: Sequence[str]) -> int:
     parser = Parser("Build a TensorRT plan from an ONNX file; the precisions are those in the file.")
     add = parser.add_argument
     add("onnx", metavar="ONNX", help="a file that model2onnx.py wrote with --target tensorrt")
-    add("--output", metavar="FILE", help="the plan (default: the ONNX file's name with .plan)")
+    add("--output", metavar="FILE.plan", help="the plan (default: the ONNX file's name with .plan)")
     add("--min-batch", type=int, default=_USUAL.smallest_batch, help="fewest images a run")
     add("-b", "--batch-size", type=int, help="images a run that it is tuned for (default: 32, or what is nearest)")
     add("--max-batch", type=int, default=_USUAL.largest_batch, help="most images a run")
@@ -40,16 +41,21 @@ def job(arguments: Sequence[str]) -> int:
     )
     add("--layers", action="store_true", help="print the precision of every layer, not only how many there are")
     parsed = parser.parse(arguments)
+    output = Path(parsed.output or Path(parsed.onnx).with_suffix(".plan"))
+    if output.suffix != ".plan":
+        raise UserError(f"the other scripts know a plan by its name; call it {output.with_suffix('.plan')}.")
+    usual = parsed.batch_size
+    if usual is None:
+        usual = min(max(_USUAL.usual_batch, parsed.min_batch), parsed.max_batch)
     options = BuildOptions(
         parsed.min_batch,
-        parsed.batch_size or min(max(_USUAL.usual_batch, parsed.min_batch), parsed.max_batch),
+        usual,
         parsed.max_batch,
         parsed.image_size,
         parsed.workspace,
         parsed.version_compatible,
         parsed.hardware_compatible,
     )
-    output = parsed.output or Path(parsed.onnx).with_suffix(".plan")
     print("building the plan; unless it is kept from before, that takes minutes", file=sys.stderr, flush=True)
     plan = compile_engine(parsed.onnx, output, options, timing_cache=parsed.timing_cache)
     print(format_layers(plan.layers) if parsed.layers else summarize(plan.layers))

@@ -7,9 +7,7 @@ from collections.abc import Sequence
 from effnet_quant.cli.arguments import Parser
 from effnet_quant.cli.engines import usual_backend
 from effnet_quant.cli.process import run
-from effnet_quant.deploy.triton_repository import FILE_NAMES, Serving, write_model
-
-_USUAL = Serving("onnxruntime")
+from effnet_quant.deploy.triton_repository import FILE_NAMES, MAX_BATCH, QUEUE_DELAY_US, Serving, write_model
 
 
 def job(arguments: Sequence[str]) -> int:
@@ -22,14 +20,17 @@ def job(arguments: Sequence[str]) -> int:
     add("--device", choices=("cpu", "cuda"), help="default: cuda for tensorrt, else cpu")
     add("--name", help="of the model (default: the file's)")
     add("--version", type=int, help="its number (default: the next)")
-    add("--instances", type=int, default=_USUAL.instances, help="copies that run beside each other")
-    add("--max-batch", type=int, help="most images Triton joins to a batch (default: 32, or what a plan was built for)")
+    add("--instances", type=int, default=1, help="copies that run beside each other")
+    add(
+        "--max-batch",
+        type=int,
+        help=f"most images Triton joins to a batch (default: {MAX_BATCH}, or what a plan was built for)",
+    )
     add(
         "--queue-delay",
         type=int,
-        default=_USUAL.queue_delay_us,
         metavar="MICROSECONDS",
-        help="how long a request may wait for others to join it",
+        help=f"how long a request may wait for others to join it (default: {QUEUE_DELAY_US})",
     )
     parsed = parser.parse(arguments)
     backend = parsed.backend or usual_backend(parsed.engine)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import http.client
 import sys
 import urllib.error
 import urllib.request
@@ -62,10 +63,15 @@ def _decoded(data: bytes, name: str) -> Tensor:
 def _download(url: str) -> bytes:
     try:
         with urllib.request.urlopen(url, timeout=_TIMEOUT_SECONDS) as response:
+            promised = response.length
             data: bytes = response.read(_LARGEST_DOWNLOAD + 1)
-    except (OSError, ValueError) as error:  # URLError is an OSError
+    except urllib.error.HTTPError as error:
+        raise UserError(f"{url}: the server answers {error.code} {error.reason}; check the address.") from error
+    except (OSError, ValueError, http.client.HTTPException) as error:  # URLError is an OSError
         reason = error.reason if isinstance(error, urllib.error.URLError) else error
         raise UserError(f"{url} can't be fetched ({reason}); check the address and the network.") from error
     if len(data) > _LARGEST_DOWNLOAD:
         raise UserError(f"{url} is larger than {_LARGEST_DOWNLOAD >> 20} MiB; download it and give the file.")
+    if promised is not None and len(data) < promised:
+        raise UserError(f"{url} ended after {len(data):,} of {promised:,} bytes; try again.")
     return data

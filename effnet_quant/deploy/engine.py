@@ -29,6 +29,7 @@ class Engine:
 
     def __init__(self, compiled: Compiled, path: Path, backend: str, settings: Settings) -> None:
         self._run = compiled.run
+        self._forget = compiled.forget
         self.input = compiled.input
         self.precision = compiled.precision
         self.metadata = compiled.metadata
@@ -67,6 +68,15 @@ class Engine:
         images = self.example_images(batch_size, image_size)
         for _ in range(runs):
             self(images)
+
+    def forget_shapes(self) -> None:
+        """Let go of what the runtime has compiled for the shapes of images that came so far.
+
+        OpenVINO compiles the first few shapes apart, which is faster, and TensorRT captures the last few; after this, the
+        next ones are the first. For other runtimes it does nothing.
+        """
+        if self._forget is not None:
+            self._forget()
 
     def example_images(self, batch_size: int, image_size: int | None = None) -> NDArray[Any]:
         """Noise that the engine takes, always the same; sizes that the file leaves open are ``image_size``, else those that

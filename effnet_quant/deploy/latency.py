@@ -78,12 +78,15 @@ def measure_engines(
     """For each batch size the latencies of the engines, in their order, measured in turns.
 
     The images are noise. Each engine is warmed up and runs for about ``seconds`` at each batch size, at least three
-    rounds however long they take.
+    rounds however long they take. What it compiled for the sizes before is let go first, so that each size runs as if it
+    were the only one.
 
     Raises:
         UserError: an engine takes images of any size, and nothing says which.
     """
     for batch_size in batch_sizes:
+        for engine in engines:
+            engine.forget_shapes()
         runs = [partial(engine, engine.example_images(batch_size, image_size)) for engine in engines]
         slowest = 0.0
         for engine, run in zip(engines, runs, strict=True):

@@ -24,6 +24,8 @@ from effnet_quant.files import replace_file
 FILE_NAMES = {"onnxruntime": "model.onnx", "openvino": "model.onnx", "tensorrt": "model.plan"}
 _TYPES = {"float32": "TYPE_FP32", "float16": "TYPE_FP16", "uint8": "TYPE_UINT8"}
 _LABELS = "labels.txt"
+MAX_BATCH = 32
+QUEUE_DELAY_US = 100
 
 
 @dataclass(frozen=True)
@@ -35,7 +37,7 @@ class Serving:
         device: "cpu" or "cuda".
         instances: copies of the model that run beside each other, on each device.
         max_batch: most images that Triton joins to one batch; None for 32, or what a plan was built for.
-        queue_delay_us: how long a request may wait for others to join it, in microseconds.
+        queue_delay_us: how long a request may wait for others to join it, in microseconds; None for 100.
 
     Raises:
         UserError: values that no server could use.
@@ -45,7 +47,7 @@ class Serving:
     device: str = "cpu"
     instances: int = 1
     max_batch: int | None = None
-    queue_delay_us: int = 100
+    queue_delay_us: int | None = None
 
     def __post_init__(self) -> None:
         if self.backend not in FILE_NAMES:
@@ -53,7 +55,7 @@ class Serving:
         needed = {"openvino": "cpu", "tensorrt": "cuda"}.get(self.backend, self.device)
         if self.device != needed:
             raise UserError(f"{self.backend} serves on the device {needed}, not on {self.device}.")
-        if self.instances < 1 or self.queue_delay_us < 0 or (self.max_batch is not None and self.max_batch < 1):
+        if self.instances < 1 or (self.queue_delay_us or 0) < 0 or (self.max_batch is not None and self.max_batch < 1):
             raise UserError("instances and the largest batch must be at least 1, and the delay must not be negative.")
 
 
@@ -96,30 +98,28 @@ def write_model(
         raise UserError(f"version {number}: Triton counts from 1.")
     if number in _versions(folder):
         raise UserError(f"{folder} has a version {number} already; leave --version out for the next one.")
+    texts = {"config.pbtxt": config}
+    if labels := model.metadata.get("classes"):
+        texts[_LABELS] = "".join(f"{' '.join(str(label).split())}\n" for label in labels)
+    started = not folder.exists()
     staged: Path | None = None
     try:
         repository.mkdir(exist_ok=True)
-        # beside the repository, not in it: a server that watches the repository would take it for a model
-        staged = Path(tempfile.mkdtemp(dir=repository.absolute().parent, prefix=f".{name}."))
+        folder.mkdir(exist_ok=True)
+        # among the versions, where Triton passes over what is no number: a rename can't leave the file system there
+        staged = Path(tempfile.mkdtemp(dir=folder, prefix=f".{number}."))
         os.chmod(staged, 0o755)
-        (staged / str(number)).mkdir()
-        replace_file(staged / str(number) / FILE_NAMES[serving.backend], path.read_bytes())
-        texts = {"config.pbtxt": config}
-        if labels := model.metadata.get("classes"):
-            texts[_LABELS] = "".join(f"{' '.join(str(label).split())}\n" for label in labels)
-        if folder.is_dir():
-            os.rename(staged / str(number), folder / str(number))
-            for file, text in texts.items():
-                replace_file(folder / file, text.encode())
-        else:
-            for file, text in texts.items():
-                replace_file(staged / file, text.encode())
-            os.rename(staged, folder)
+        replace_file(staged / FILE_NAMES[serving.backend], path.read_bytes())
+        for file, text in texts.items():
+            replace_file(folder / file, text.encode())
+        os.rename(staged, folder / str(number))
     except OSError as error:
         raise UserError(f"can't write {folder}: {error.strerror}; choose another repository.") from error
     finally:
         if staged is not None:
             shutil.rmtree(staged, ignore_errors=True)
+        if started and not _versions(folder):
+            shutil.rmtree(folder, ignore_errors=True)
     return folder / str(number)
 
 
@@ -129,15 +129,19 @@ def model_config(name: str, image_input: ImageInput, output: str, metadata: dict
     Raises:
         UserError: the file can't be served as asked.
     """
-    largest = image_input.largest_batch
-    if serving.backend == "tensorrt" and image_input.smallest_batch > 1 and largest != image_input.smallest_batch:
+    smallest, largest = image_input.smallest_batch, image_input.largest_batch
+    if serving.backend == "tensorrt" and smallest > 1 and largest != smallest:
         raise UserError("the plan takes no single images; build it with --min-batch 1 to serve it.")
-    max_batch = min(serving.max_batch or largest or 32, largest or 1 << 30)
+    # a file with a fixed batch is no batching model to Triton: its batch is one more dimension. So it is for OpenVINO
+    # always: Triton's backend would compile for the largest batch and refuse every request that does not fill it.
+    batch = [largest or -1] if serving.backend == "openvino" or largest == smallest else []
+    if batch and not (serving.max_batch is None and serving.queue_delay_us is None):
+        joins = "OpenVINO in Triton" if serving.backend == "openvino" else "a file with a fixed batch"
+        raise UserError(f"{joins} takes each request by itself; leave --max-batch and --queue-delay out.")
     classes = metadata.get("classes")
     count = metadata.get("num_classes") or (len(classes) if classes else -1)
     image = [-1 if size is None else size for size in image_input.shape]
-    # a file with a fixed batch is no batching model to Triton: its batch is one more dimension
-    batch = [largest] if largest is not None and largest == image_input.smallest_batch else []
+    max_batch = min(serving.max_batch or largest or MAX_BATCH, largest or 1 << 30)
     lines = [
         f"name: {_text(name)}",
         f"backend: {_text(serving.backend)}",
@@ -147,7 +151,8 @@ def model_config(name: str, image_input: ImageInput, output: str, metadata: dict
         *_block("output", _tensor(output, "TYPE_FP32", [*batch, count], has_labels=bool(classes))),
     ]
     if not batch:
-        lines += _block("dynamic_batching", [f"max_queue_delay_microseconds: {serving.queue_delay_us}"])
+        delay = QUEUE_DELAY_US if serving.queue_delay_us is None else serving.queue_delay_us
+        lines += _block("dynamic_batching", [f"max_queue_delay_microseconds: {delay}"])
     kind = "KIND_GPU" if serving.device == "cuda" else "KIND_CPU"
     lines += _block("instance_group", [f"count: {serving.instances}", f"kind: {kind}"])
     if "preprocessing" in metadata:  # for clients, who read the configuration from the server

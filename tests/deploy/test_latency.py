@@ -10,6 +10,7 @@ import torch
 from effnet_quant import UserError, calibrate, create_model, export_onnx, load_engine, quantize
 from effnet_quant.cli import latency as command
 from effnet_quant.deploy import latency
+from effnet_quant.deploy.backends.openvino import SHAPES_COMPILED
 from effnet_quant.deploy.latency import Latency, interleaved_seconds, measure_engines, median_seconds
 from effnet_quant.models.weights import write_weights
 from effnet_quant.training.metrics import Stopwatch
@@ -72,6 +73,18 @@ def test_engines_are_measured_at_every_batch_size(folder: Path) -> None:
     assert all(0 < row.p50 <= row.p95 <= row.p99 and row.runs >= 6 for rows in measured for row in rows)
 
 
+def test_openvino_is_compiled_for_each_of_many_batch_sizes(folder: Path) -> None:
+    engine = load_engine(folder / "float.onnx", "openvino", threads=1)
+    sizes = range(1, SHAPES_COMPILED + 3)
+    for size, _ in zip(sizes, measure_engines([engine], sizes, seconds=0.01), strict=True):
+        (shape,) = engine._run._requests
+        assert shape == (size, 3, 32, 32)
+        assert engine._run._any_shape is None
+    engine.forget_shapes()
+    assert not engine._run._requests
+    load_engine(folder / "float.onnx").forget_shapes()  # nothing to forget
+
+
 def test_the_command_prints_a_table_and_writes_json(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
     engines = ["float.onnx", "int8.onnx", "int8.onnx@openvino", "float.safetensors"]
     arguments = [*(str(folder / name) for name in engines), "-b", "1", "2", "--threads", "1", "--seconds", "0.02"]
@@ -103,9 +116,41 @@ def test_what_can_not_be_measured_is_said(folder: Path, tmp_path: Path) -> None:
     file = str(folder / "float.onnx")
     with pytest.raises(UserError, match="must be positive"):
         command.job([file, "-b", "0"])
-    with pytest.raises(UserError, match="no backend 'tpu'"):
+    with pytest.raises(
+        UserError, match=r"no file .*float\.onnx@tpu; a backend after the @ is one of: onnxruntime, openvino"
+    ):
         command.job([f"{file}@tpu"])
     with pytest.raises(UserError, match="does not compute in 'fp8'"):
         command.job([f"{file}@openvino@fp8"])
     with pytest.raises(UserError, match="no folder"):
         command.job([file, "--json", str(tmp_path / "missing" / "latency.json")])
+
+
+def test_a_file_may_have_an_at_in_its_name(folder: Path, tmp_path: Path) -> None:
+    odd = tmp_path / "me@openvino" / "b0@2.onnx"
+    odd.parent.mkdir()
+    odd.write_bytes((folder / "float.onnx").read_bytes())
+    for text, backend in (
+        (f"{odd}", "onnxruntime"),
+        (f"{odd}@openvino", "openvino"),
+        (f"{odd}@openvino@fp32", "openvino"),
+    ):
+        engine = command._load(text, None, None)
+        assert (engine.path, engine.backend) == (odd, backend)
+
+
+def test_threads_and_device_go_to_the_engines_that_have_them(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    asked = []
+    monkeypatch.setattr(command, "load_engine", lambda path, backend, **settings: asked.append((backend, settings)))
+    for text in ("a.onnx", "a.onnx@openvino", "a.plan"):
+        command._load(text, "cuda", 2)
+        command._load(text, None, 2)
+    on_card, on_cpu = ({"device": "cuda", "threads": None}, {"device": None, "threads": 2})
+    assert [(backend, {name: settings[name] for name in on_cpu}) for backend, settings in asked] == [
+        ("onnxruntime", on_card),
+        ("onnxruntime", on_cpu),
+        ("openvino", on_cpu),  # has no other device
+        ("openvino", on_cpu),
+        ("tensorrt", {"device": None, "threads": None}),
+        ("tensorrt", {"device": None, "threads": None}),
+    ]

@@ -1,8 +1,10 @@
 """Model repositories for Triton, read with Triton's own schema."""
 
+import errno
 import hashlib
 import importlib.util
 import json
+import os
 from pathlib import Path
 from types import ModuleType
 
@@ -13,6 +15,7 @@ from google.protobuf import text_format
 from effnet_quant import UserError, create_model, export_onnx
 from effnet_quant.cli import triton_repository as command
 from effnet_quant.deploy.backends.compiled import ImageInput
+from effnet_quant.deploy.backends.openvino import shared_core
 from effnet_quant.deploy.tensorrt.options import BuildOptions, Machine
 from effnet_quant.deploy.tensorrt.plans import Plan, write_plan
 from effnet_quant.deploy.triton_repository import Serving, model_config, write_model
@@ -75,7 +78,50 @@ def test_a_second_version_stands_beside_the_first(path: Path, tmp_path: Path) ->
     assert files(tmp_path / "models" / "net")[:3] == ["1/model.onnx", "2/model.onnx", "7/model.onnx"]
     with pytest.raises(UserError, match="has a version 2 already"):
         write_model(path, tmp_path / "models", serving, name="net", version=2)
-    assert [entry.name for entry in tmp_path.iterdir()] == ["models"]
+    assert files(tmp_path) == [f"models/net/{file}" for file in files(tmp_path / "models" / "net")]
+    assert len(files(tmp_path)) == 5
+
+
+def test_a_version_that_can_not_be_written_leaves_the_others(
+    path: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    models, serving = tmp_path / "models", Serving("onnxruntime")
+    write_model(path, models, serving)
+    before = files(models)
+    places = []
+
+    def rename(source: Path, target: Path) -> None:
+        places.append((Path(source).parent, Path(target).parent))
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(os, "rename", rename)
+    for name in ("digits", "new"):
+        with pytest.raises(UserError, match="No space left"):
+            write_model(path, models, serving, name=name)
+        # within one folder, so that a repository may be a file system of its own (a container's volume)
+        assert places.pop() == (models / name, models / name)
+    assert files(tmp_path) == [f"models/{file}" for file in before]
+    assert [entry.name for entry in models.iterdir()] == ["digits"]
+
+
+def test_each_backend_is_configured_as_it_batches(path: Path, schema: ModuleType, tmp_path: Path) -> None:
+    """ONNX Runtime joins requests. Triton's OpenVINO backend takes only full batches of max_batch_size, unless that is 0."""
+    configs = {}
+    for backend in ("onnxruntime", "openvino"):
+        folder = write_model(path, tmp_path / backend, Serving(backend)).parent
+        configs[backend] = text_format.Parse((folder / "config.pbtxt").read_text("utf-8"), schema.ModelConfig())
+    joining, alone = configs["onnxruntime"], configs["openvino"]
+    assert (joining.max_batch_size, joining.dynamic_batching.max_queue_delay_microseconds) == (32, 100)
+    assert (list(joining.input[0].dims), list(joining.output[0].dims)) == ([3, 32, 32], [10])
+    assert (alone.max_batch_size, alone.HasField("dynamic_batching")) == (0, False)
+    assert (list(alone.input[0].dims), list(alone.output[0].dims)) == ([-1, 3, 32, 32], [-1, 10])
+    # Triton sets another max_batch_size than 0 where the file's layout names a batch
+    layouts = pytest.importorskip("openvino").layout_helpers
+    model = shared_core().read_model(tmp_path / "openvino" / "digits" / "1" / "model.onnx")
+    assert not any(layouts.has_batch(layouts.get_layout(port)) for port in (*model.inputs, *model.outputs))
+    for flag in ("--max-batch", "--queue-delay"):
+        with pytest.raises(UserError, match=f"OpenVINO in Triton takes each request by itself; leave .*{flag}"):
+            command.job([str(path), str(tmp_path / "other"), "--backend", "openvino", flag, "8"])
 
 
 def test_a_plan_is_served_on_the_card_in_its_own_batches(schema: ModuleType, tmp_path: Path) -> None:
@@ -106,6 +152,8 @@ def test_a_fixed_batch_is_a_dimension_to_triton(schema: ModuleType) -> None:
     assert list(config.input[0].dims) == [4, 3, -1, -1]
     assert list(config.output[0].dims) == [4, -1]
     assert config.output[0].label_filename == ""
+    with pytest.raises(UserError, match="a file with a fixed batch takes each request by itself"):
+        model_config("fixed", image, "logits", {}, Serving("onnxruntime", max_batch=4))
 
 
 def test_what_can_not_be_served_is_said_and_leaves_nothing(path: Path, tmp_path: Path) -> None:

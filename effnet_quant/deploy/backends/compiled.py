@@ -48,12 +48,14 @@ class Compiled:
         input: what it takes.
         precision: what it computes in: "fp32", "fp16" …, with "int8 + " in front where some of it is quantized.
         metadata: what the file says of itself.
+        forget: lets go of what was compiled for the shapes of images that came so far; None if nothing is.
     """
 
     run: Runner
     input: ImageInput
     precision: str
     metadata: dict[str, Any] = field(default_factory=dict)
+    forget: Callable[[], None] | None = None
 
 
 def run_in_batches(run: Runner, images: NDArray[Any], smallest: int, largest: int | None) -> NDArray[np.float32]:

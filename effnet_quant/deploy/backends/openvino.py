@@ -41,7 +41,7 @@ def compile_file(path: Path, settings: Settings) -> Compiled:
         properties["INFERENCE_NUM_THREADS"] = settings.threads
     core = shared_core()
     run = OpenvinoRunner(core, core.read_model(path), properties)
-    return Compiled(run, file.input, file.precision(settings.precision), file.metadata)
+    return Compiled(run, file.input, file.precision(settings.precision), file.metadata, run.forget)
 
 
 @cache
@@ -71,6 +71,11 @@ class OpenvinoRunner:
         if request is None:
             request = self._request_for(images.shape)
         return np.array(request.infer({0: images}, share_inputs=True)[0])
+
+    def forget(self) -> None:
+        """Start again: the next shapes are the first."""
+        self._requests.clear()
+        self._any_shape = None
 
     def _request_for(self, shape: tuple[int, ...]) -> Any:
         if len(self._requests) < SHAPES_COMPILED:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import OrderedDict
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +13,7 @@ from numpy.typing import NDArray
 
 from effnet_quant.deploy.backends.compiled import Compiled, ImageInput, Settings
 from effnet_quant.deploy.tensorrt import library
+from effnet_quant.deploy.tensorrt.library import LoadedPlan
 from effnet_quant.deploy.tensorrt.plans import compile_engine, find_plan
 from effnet_quant.errors import UserError
 
@@ -33,75 +35,90 @@ def compile_file(path: Path, settings: Settings) -> Compiled:
     library.this_machine(trt)
     plan = compile_engine(path) if path.suffix == ".onnx" else find_plan(path)
     content = plan.path.read_bytes() if plan is not None else path.read_bytes()
-    engine = library.load_plan(trt, content, plan is not None and plan.options.version_compatible)
-    if engine is None:
+    try:
+        loaded = library.load_plan(trt, content, plan is not None and plan.options.version_compatible)
+    except UserError as error:
         raise UserError(
-            f"{path} is no TensorRT plan for this card and TensorRT {trt.__version__}; build it here with model2trt.py."
-        )
-    image_input = plan.input if plan is not None else _input_of(trt, engine)
-    run = _Run(engine, image_input.name, _output_name(trt, engine))
+            f"{path} is no TensorRT plan for this card and TensorRT {trt.__version__}; build it here with model2trt.py. "
+            f"TensorRT says: {error}"
+        ) from error
+    image_input = plan.input if plan is not None else _input_of(trt, loaded.engine)
+    run = _Run(trt, loaded, image_input.name, _output_name(trt, loaded.engine))
     types = {layer.computes_in for layer in plan.layers} if plan is not None else set()
     precision = " + ".join(name for name in _COMPUTED if name in types)
-    return Compiled(run, image_input, precision or "unknown", plan.metadata if plan is not None else {})
+    metadata = plan.metadata if plan is not None else {}
+    return Compiled(run, image_input, precision or "unknown", metadata, run.forget)
+
+
+@dataclass(frozen=True)
+class _Graph:
+    """One batch size: its buffers and its captured work, with what the work uses.
+
+    The context is its own because a captured graph must find it as it was when it was captured.
+    """
+
+    images: torch.Tensor
+    logits: torch.Tensor
+    captured: torch.cuda.CUDAGraph
+    context: Any
+    memory: torch.Tensor
 
 
 class _Run:
     """Runs a plan on NumPy images; a batch size that comes up again is replayed as a CUDA graph."""
 
-    def __init__(self, engine: Any, input_name: str, output_name: str) -> None:
-        self._engine = engine
+    def __init__(self, trt: Any, plan: LoadedPlan, input_name: str, output_name: str) -> None:
+        self._trt = trt
+        self._plan = plan
         self._input_name = input_name
         self._output_name = output_name
         self._stream = torch.cuda.Stream()
+        self.forget()
+
+    def forget(self) -> None:
+        """Let go of all graphs and their memory."""
         self._graphs: OrderedDict[int, _Graph] = OrderedDict()
+        self._memory = torch.empty(0, dtype=torch.uint8, device="cuda")
 
     def __call__(self, images: NDArray[Any]) -> NDArray[np.float32]:
-        graph = self._graphs.pop(len(images), None)
-        if graph is None:
-            graph = _Graph(self._engine, self._input_name, self._output_name, images.shape, self._stream)
-        self._graphs[len(images)] = graph  # the last used are kept
-        if len(self._graphs) > GRAPHS_KEPT:
-            self._graphs.popitem(last=False)
         with torch.cuda.stream(self._stream):
+            graph = self._graphs.pop(len(images), None) or self._capture(images.shape)
+            self._graphs[len(images)] = graph  # the last used are kept
+            if len(self._graphs) > GRAPHS_KEPT:
+                self._graphs.popitem(last=False)
             graph.images.copy_(torch.from_numpy(images))
-            graph.replay()
+            graph.captured.replay()
             return np.asarray(graph.logits.float().cpu())
 
-
-class _Graph:
-    """One batch size: buffers, an execution context of its own, and its captured work.
-
-    A context of its own because a captured graph must find the context as it was when it was captured.
-    """
-
-    def __init__(
-        self, engine: Any, input_name: str, output_name: str, shape: tuple[int, ...], stream: torch.cuda.Stream
-    ) -> None:
-        context = engine.create_execution_context()
-        if not context.set_input_shape(input_name, tuple(shape)):
+    def _capture(self, shape: tuple[int, ...]) -> _Graph:
+        context = library.create_context(self._trt, self._plan)
+        if not context.set_input_shape(self._input_name, tuple(shape)):
             raise UserError(f"the plan takes no images of shape {shape}; build it for such batches with model2trt.py.")
-        self._context = context
-        self.images = torch.empty(shape, dtype=_DTYPES[engine.get_tensor_dtype(input_name).name], device="cuda")
-        self.logits = torch.empty(
-            tuple(context.get_tensor_shape(output_name)),
-            dtype=_DTYPES[engine.get_tensor_dtype(output_name).name],
-            device="cuda",
-        )
-        context.set_tensor_address(input_name, self.images.data_ptr())
-        context.set_tensor_address(output_name, self.logits.data_ptr())
+        # Graphs run one after another, so they share the memory for activations. Where it is too small for this one, those
+        # that were captured with it keep it: they know its address.
+        needed = context.update_device_memory_size_for_shapes()
+        if needed > len(self._memory):
+            self._memory = torch.empty(needed, dtype=torch.uint8, device="cuda")
+        library.set_memory(context, self._memory.data_ptr(), len(self._memory))
+        images = self._buffer(self._input_name, shape)
+        logits = self._buffer(self._output_name, tuple(context.get_tensor_shape(self._output_name)))
+        context.set_tensor_address(self._input_name, images.data_ptr())
+        context.set_tensor_address(self._output_name, logits.data_ptr())
         # once before the capture: the first run after a new shape sets up what must not be captured
-        self._enqueue(stream)
-        stream.synchronize()
-        self._captured = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(self._captured, stream=stream):
-            self._enqueue(stream)
+        self._enqueue(context)
+        self._stream.synchronize()
+        captured = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(captured, stream=self._stream):
+            self._enqueue(context)
+        return _Graph(images, logits, captured, context, self._memory)
 
-    def replay(self) -> None:
-        self._captured.replay()
+    def _buffer(self, name: str, shape: tuple[int, ...]) -> torch.Tensor:
+        engine = self._plan.engine
+        return torch.empty(shape, dtype=_DTYPES[engine.get_tensor_dtype(name).name], device="cuda")
 
-    def _enqueue(self, stream: torch.cuda.Stream) -> None:
-        if not self._context.execute_async_v3(stream.cuda_stream):
-            raise RuntimeError("TensorRT could not run the plan")
+    def _enqueue(self, context: Any) -> None:
+        if not context.execute_async_v3(self._stream.cuda_stream):
+            raise UserError(f"TensorRT can't run the plan: {library.first_line(self._plan.logger.errors)}")
 
 
 def _names(trt: Any, engine: Any, mode: Any) -> list[str]:

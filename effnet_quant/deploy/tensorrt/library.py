@@ -6,6 +6,7 @@ Written against their Python API (docs.nvidia.com/deeplearning/tensorrt).
 from __future__ import annotations
 
 import sys
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -82,13 +83,13 @@ def build_plan(
         UserError: TensorRT refuses the model or can't build it.
     """
     logger = make_logger(trt)
-    builder = trt.Builder(logger)
+    builder = _created(trt.Builder, logger)
     # in TensorRT 11 every network is strongly typed, and the flag is accepted without effect
     network = builder.create_network(1 << int(trt.NetworkDefinitionCreationFlag.STRONGLY_TYPED))
     parser = trt.OnnxParser(network, logger)
     if not parser.parse(model):
         reasons = [parser.get_error(index).desc() for index in range(parser.num_errors)]
-        raise UserError(f"TensorRT can't read the ONNX file: {_first(reasons + logger.errors)}")
+        raise UserError(f"TensorRT can't read the ONNX file: {first_line(reasons + logger.errors)}")
     config = builder.create_builder_config()
     config.profiling_verbosity = trt.ProfilingVerbosity.DETAILED
     if options.workspace_mib is not None:
@@ -101,14 +102,15 @@ def build_plan(
         profile = builder.create_optimization_profile()
         profile.set_shape(image_input.name, smallest, usual, largest)
         config.add_optimization_profile(profile)
-    cache = config.create_timing_cache(timings)
-    if not config.set_timing_cache(cache, False):  # another card's, or another version's
-        cache = config.create_timing_cache(b"")
-        config.set_timing_cache(cache, False)
+    for known in (timings, b""):  # a cache of another card or version, or a damaged one, is refused
+        cache = config.create_timing_cache(known)
+        if cache is not None and config.set_timing_cache(cache, False):
+            break
     plan = builder.build_serialized_network(network, config)
     if plan is None:
-        raise UserError(f"TensorRT can't build the plan: {_first(logger.errors)}")
-    return bytes(memoryview(plan)), bytes(memoryview(config.get_timing_cache().serialize()))
+        raise UserError(f"TensorRT can't build the plan: {first_line(logger.errors)}")
+    measured = config.get_timing_cache()
+    return bytes(memoryview(plan)), b"" if measured is None else bytes(memoryview(measured.serialize()))
 
 
 def _hardware_compatibility(trt: Any, options: BuildOptions) -> Any:
@@ -142,26 +144,83 @@ def profile_shapes(image_input: ImageInput, options: BuildOptions) -> tuple[Shap
     return smallest, usual, largest  # type: ignore[return-value]
 
 
-def load_plan(trt: Any, plan: bytes, version_compatible: bool) -> Any:
-    """The ICudaEngine of a plan; None if this card or this TensorRT can't take it.
+@dataclass(frozen=True)
+class LoadedPlan:
+    """A plan that is ready to run.
+
+    Attributes:
+        engine: its ICudaEngine.
+        logger: collects what TensorRT says of it in ``errors``.
+    """
+
+    engine: Any
+    logger: Any
+
+
+def load_plan(trt: Any, plan: bytes, version_compatible: bool) -> LoadedPlan:
+    """Load a plan.
 
     Only a version-compatible plan brings code that the CPU runs, and only then is that allowed.
+
+    Raises:
+        UserError: this card or this TensorRT can't take it; the sentence is TensorRT's reason.
     """
-    runtime = trt.Runtime(make_logger(trt))
+    logger = make_logger(trt)
+    runtime = _created(trt.Runtime, logger)
     runtime.engine_host_code_allowed = version_compatible
-    return runtime.deserialize_cuda_engine(plan)
+    engine = runtime.deserialize_cuda_engine(plan)
+    if engine is None:
+        raise UserError(first_line(logger.errors))
+    return LoadedPlan(engine, logger)
 
 
-def inspect(trt: Any, engine: Any, image_input: ImageInput, options: BuildOptions) -> str:
+def create_context(trt: Any, plan: LoadedPlan) -> Any:
+    """An IExecutionContext without memory for activations; ``set_memory`` gives it some.
+
+    By itself TensorRT gives each context as much as the plan's largest batch takes.
+
+    Raises:
+        UserError: TensorRT can't create it, e.g. because the card's memory is full.
+    """
+    return _context(plan, trt.ExecutionContextAllocationStrategy.USER_MANAGED)
+
+
+def set_memory(context: Any, address: int, size: int) -> None:
+    """Give a context ``size`` bytes of the card's memory, aligned to 256, for its activations."""
+    if hasattr(context, "set_device_memory"):
+        context.set_device_memory(address, size)
+    else:  # TensorRT 10.0
+        context.device_memory = address
+
+
+def inspect(trt: Any, plan: LoadedPlan, image_input: ImageInput, options: BuildOptions) -> str:
     """What the engine inspector says of every layer, at the usual batch, as JSON text."""
-    context = engine.create_execution_context()
+    context = _context(plan, trt.ExecutionContextAllocationStrategy.STATIC)
     _, usual, _ = profile_shapes(image_input, options)
     if usual is not None:
         context.set_input_shape(image_input.name, usual)
+    engine = plan.engine
     inspector = engine.create_engine_inspector()
     inspector.execution_context = context
     return str(inspector.get_engine_information(trt.LayerInformationFormat.JSON))
 
 
-def _first(reasons: list[str]) -> str:
+def _context(plan: LoadedPlan, strategy: Any) -> Any:
+    engine = plan.engine
+    context = engine.create_execution_context(strategy)
+    if context is None:
+        raise UserError(f"TensorRT can't run the plan: {first_line(plan.logger.errors)}")
+    return context
+
+
+def first_line(reasons: list[str]) -> str:
+    """Of TensorRT's messages, which come one after another from the inside out, the first."""
     return next((line for reason in reasons for line in reason.strip().splitlines()), "it gives no reason.")
+
+
+def _created(kind: Any, logger: Any) -> Any:
+    """A Builder or Runtime; the bindings have a TypeError of their own where the library makes none."""
+    try:
+        return kind(logger)
+    except TypeError as error:
+        raise UserError(f"TensorRT does not start: {first_line(logger.errors)}") from error

@@ -69,6 +69,12 @@ def compile_engine(
     file = read_onnx(onnx_path)
     if None in file.input.shape and options.image_size is None:
         options = replace(options, image_size=file.metadata.get("image_size"))  # what the network was made for
+    made_for = file.metadata.get("target", "tensorrt")
+    if file.quantized and made_for != "tensorrt":
+        raise UserError(
+            f"{onnx_path} is quantized for {made_for}, in numbers that TensorRT does not compute with; export it with "
+            "--target tensorrt."
+        )
     if output is not None:
         check_writable(Path(output))
     trt = library.import_tensorrt()
@@ -83,10 +89,11 @@ def compile_engine(
         measured = timings.read_bytes() if timings.is_file() else b""
         content, measured = library.build_plan(trt, model, file.input, options, measured)
         replace_file(timings, measured)
-        engine = library.load_plan(trt, content, options.version_compatible)
-        if engine is None:
-            raise UserError(f"TensorRT {machine.tensorrt} built a plan from {onnx_path} that it can't load again.")
-        layers = read_layers(library.inspect(trt, engine, file.input, options))
+        try:
+            loaded = library.load_plan(trt, content, options.version_compatible)
+        except UserError as error:
+            raise UserError(f"TensorRT {machine.tensorrt} can't load the plan that it built: {error}") from error
+        layers = read_layers(library.inspect(trt, loaded, file.input, options))
         takes = with_profile(file.input, options)
         plan = Plan(
             kept, hashlib.sha256(content).hexdigest(), machine, options, takes, file.output, file.metadata, layers
