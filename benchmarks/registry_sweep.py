@@ -111,7 +111,7 @@ def _quantized(model: nn.Module, images: Tensor, folder: Path) -> Quantized:
         if target == "onnxruntime":
             agreement = float((computed.argmax(1) == expected.argmax(1)).float().mean())
     simulate_target(model, "onnxruntime")
-    worst = min(row.by_itself for row in compare_layers(paths["onnxruntime"], model, images[:4]))
+    worst = min(row.by_itself for row in compare_layers(load_engine(paths["onnxruntime"]), model, images[:4]))
     return Quantized(
         seconds,
         paths["onnxruntime"].stat().st_size / 1e6,
