@@ -1,7 +1,7 @@
 """Exports every registered network for every target, float and quantized, and runs it in ONNX Runtime and OpenVINO.
 
-    python benchmarks/registry_sweep.py                               all of ``list_models()``
-    python benchmarks/registry_sweep.py efficientnet-quant-b7@600 …   only these, two images of this size
+    python benchmarks/registry_sweep.py                         all of ``list_models()``
+    python benchmarks/registry_sweep.py efficientnet-quant-b7 … only these
 
 Prints the table of docs/models.md. Weights and BatchNorm's statistics are random, the images are noise: this is about
 mechanics, not accuracy. tests/deploy/test_registered.py checks the rows.
@@ -15,7 +15,6 @@ import time
 from dataclasses import dataclass
 from pathlib import Path
 
-import numpy as np
 import torch
 from model_sweep import moved_by_biases, relative_error
 from torch import Tensor, nn
@@ -65,12 +64,12 @@ class Row:
 
 
 @torch.no_grad()
-def examine(name: str, image_size: int, count: int = IMAGES) -> Row:
-    """Take one registered network through its exports, and compare each with PyTorch on ``count`` images."""
+def examine(name: str, image_size: int) -> Row:
+    """Take one registered network through its exports, and compare each with PyTorch on IMAGES images."""
     torch.manual_seed(0)
     entry = get_entry(name)
     model = with_statistics(create_model(name, num_classes=100, quantized=False)).eval()
-    images = torch.randn(count, 3, image_size, image_size, generator=torch.Generator().manual_seed(1))
+    images = torch.randn(IMAGES, 3, image_size, image_size, generator=torch.Generator().manual_seed(1))
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder, "float.onnx")
         seconds = _export(model, path, image_size, "onnxruntime")
@@ -131,9 +130,7 @@ def _export(model: nn.Module, path: Path, image_size: int, target: str) -> float
 
 def _run(path: Path, runtime: str, images: Tensor) -> Tensor:
     engine = load_engine(path, runtime, threads=1)
-    # a large network's images one at a time: this is not about memory
-    parts = [engine(part.numpy()) for part in images.split(2)]
-    return torch.from_numpy(np.concatenate(parts))
+    return torch.from_numpy(engine(images.numpy()))
 
 
 def table(rows: list[Row]) -> str:
@@ -166,9 +163,9 @@ def default_size(name: str) -> int:
 def main() -> None:
     """Entry point."""
     rows = []
-    for asked in sys.argv[1:] or list_models():
-        name, _, size = asked.partition("@")
-        rows.append(examine(name, int(size), 2) if size else examine(name, default_size(name)))
+    print(table(rows))
+    for name in sys.argv[1:] or list_models():
+        rows.append(examine(name, default_size(name)))
         print(table(rows[-1:]).splitlines()[-1], flush=True)
         for line in rows[-1].quantized.findings if rows[-1].quantized else ():
             print(f"    {line}", flush=True)

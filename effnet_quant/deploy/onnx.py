@@ -61,7 +61,7 @@ def export_onnx(
         image_size: height and width of the images, in pixels.
         target: "onnxruntime", "openvino" or "tensorrt", or rules of one that were changed (``Target.leaving_in_float``).
         metadata: JSON values to store in the file; an ``Engine`` returns them, with what the file says of itself: target,
-            image_size, opset, and name, type and layout of input and output.
+            image_size, and name, type and layout of input and output.
         options: the form of the file.
 
     Raises:

@@ -13,6 +13,7 @@ from torch import nn
 
 from effnet_quant import UserError, calibrate, create_model, export_onnx, load_engine, quantize
 from effnet_quant.deploy.onnx import build_onnx
+from effnet_quant.deploy.options import ExportOptions
 from effnet_quant.quantization.insertion import simulate_target
 from reference import fill_model, reference_images
 
@@ -94,6 +95,30 @@ def test_quantized_graph_computes_the_simulation(
     images = reference_images(batch)
     simulated = simulate_target(quantized_model, target)(images)
     assert relative_error(run(folder / f"{target}.onnx", images), simulated) < 2e-2
+
+
+@pytest.mark.parametrize("backend", ["onnxruntime", "openvino"])
+@torch.no_grad()
+def test_the_compiled_engine_computes_the_simulation_at_any_batch(
+    folder: Path, quantized_model: nn.Module, backend: str
+) -> None:
+    engine = load_engine(folder / f"{backend}.onnx", backend)
+    simulation = simulate_target(quantized_model, backend)
+    for batch in (1, 2, 7):
+        images = reference_images(batch)
+        assert relative_error(torch.from_numpy(engine(images.numpy())), simulation(images)) < 2e-2
+
+
+@torch.no_grad()
+def test_a_quantized_float16_file_runs_right_in_onnxruntime_too(quantized_model: nn.Module, tmp_path: Path) -> None:
+    export_onnx(quantized_model, tmp_path / "half.onnx", SIZE, target="tensorrt", options=ExportOptions(fp16=True))
+    images = reference_images()
+    expected = simulate_target(quantized_model, "tensorrt")(images)
+    engine = load_engine(tmp_path / "half.onnx")
+    assert engine.precision == "int8 + fp16"
+    assert relative_error(torch.from_numpy(engine(images.numpy())), expected) < 3e-2
+    # what ONNX Runtime's optimizer makes of it, whence its absence; once this fails it may be let in again
+    assert relative_error(run(tmp_path / "half.onnx", images, tmp_path / "optimized.onnx"), expected) > 0.5
 
 
 def test_onnxruntime_runs_every_convolution_as_an_integer_kernel(folder: Path, tmp_path: Path) -> None:
