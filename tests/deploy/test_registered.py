@@ -10,10 +10,10 @@ from registry_sweep import default_size, examine
 
 from effnet_quant import list_models
 
-QUICK = "cifar-resnet20"
 
-
-def check(name: str) -> None:
+@pytest.mark.slow
+@pytest.mark.parametrize("name", list_models())
+def test_every_registered_network(name: str) -> None:
     row = examine(name, default_size(name))
     assert max(row.errors.values()) < 1e-5
     quantized = row.quantized
@@ -25,16 +25,6 @@ def check(name: str) -> None:
     # the engine rounds biases to its integers, which moves the logits as much as the simulation says
     assert max(quantized.errors.values()) < max(2e-2, 2 * quantized.rounding_error)
     assert quantized.size < 0.32 * row.size
-
-
-def test_a_registered_network_exports_and_computes_its_simulation() -> None:
-    check(QUICK)
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("name", [name for name in list_models() if name != QUICK])
-def test_every_registered_network(name: str) -> None:
-    check(name)
 
 
 EXPORT = """
