@@ -3,21 +3,23 @@
 Exports each network (random weights) once as float ONNX. From that file ONNX Runtime's and NNCF's tools make INT8 models;
 from the same weights and the same calibration images (noise) effnet-quant makes its own, one for each runtime. All run in
 turns in one process, with the same number of threads. The table gives the median of ONNX Runtime FP32 in milliseconds and
-the speed of the others over it (above 1 is faster).
+the speed of the others over it (above 1 is faster); at the end our fastest engine, over ONNX Runtime FP32 and over the
+fastest float engine of its own runtime (FP32 or bfloat16).
 
-    python benchmarks/engine_latency.py                             224 px, batches of 1 and 32; minutes
-    python benchmarks/engine_latency.py --networks timm:resnet50 --image-size 64 --batch-sizes 1 4
+    python benchmarks/engine_latency.py                             224 px, batches of 1 and 32; 5 to 8 minutes
+    python benchmarks/engine_latency.py --networks timm:resnet50    one network: 2 to 3 minutes
 
 The peers run with their runtimes' default settings (on CPUs with AMX, OpenVINO then computes floats in bfloat16), ours as
 load_engine runs them; in OpenVINO all are compiled for the shape they run in. On CPUs without VNNI, ONNX Runtime's default
-kernels saturate and ours do not (docs/deployment.md), so compare on CPUs that have it. NNCF is needed for its columns:
-pip install nncf.
+kernels saturate and ours do not (docs/deployment.md), so compare on CPUs that have it. Where there is none, w7a8 joins ours:
+its weights have 7 bits, and the fast kernels compute it exactly. NNCF is needed for its columns: pip install nncf.
 """
 
 from __future__ import annotations
 
 import argparse
 import contextlib
+import copy
 import logging
 import os
 import statistics
@@ -40,7 +42,7 @@ from effnet_quant import calibrate, create_model, export_onnx, load_engine, quan
 from effnet_quant.cli.latency import describe_engines_machine, machine_line
 from effnet_quant.deploy.backends.openvino import OpenvinoRunner, shared_core
 from effnet_quant.deploy.cpu import cpu_has_bf16, cpu_has_exact_int8
-from effnet_quant.deploy.latency import interleaved_seconds
+from effnet_quant.deploy.latency import interleaved_seconds, rounds_for
 
 try:
     import nncf
@@ -51,10 +53,9 @@ Images = NDArray[np.float32]
 Run = Callable[[Images], Any]
 NETWORKS = ("timm:efficientnet_b0", "timm:resnet50", "timm:mobilenetv2_100")
 BASE = "ORT FP32 (ms)"
+OWN_FLOATS = {"ORT": (BASE,), "OpenVINO": ("OpenVINO FP32", "OpenVINO bf16")}
 CALIBRATION_IMAGES = 8
-# (rounds, timed runs in each) by batch size: what a column's 2 % need, in a few minutes altogether
-SCHEDULE = {1: (12, 8)}
-LARGE_BATCH_SCHEDULE = (3, 2)
+SECONDS = 30  # for all engines of a network at one batch size, about
 
 
 def main() -> None:
@@ -83,8 +84,8 @@ def main() -> None:
                 medians = _medians(list(engines.values()), batch_size, arguments.image_size)
                 if not titles:
                     titles = list(engines)
-                    print(f"| network, batch | {' | '.join(titles)} | best of ours |")
-                    print("| --- " * (len(titles) + 2) + "|")
+                    print(f"| network, batch | {' | '.join(titles)} | best of ours | over its runtime's float |")
+                    print("| --- " * (len(titles) + 3) + "|")
                 print(_row(network, batch_size, dict(zip(engines, medians, strict=True))), flush=True)
         print(f"<!-- {network}: {prepared:.0f} s to prepare, {time.monotonic() - start:.0f} s in all -->", flush=True)
 
@@ -92,8 +93,11 @@ def main() -> None:
 def _row(network: str, batch_size: int, medians: dict[str, float]) -> str:
     base = medians[BASE]
     cells = [f"{1e3 * base:.1f}", *(f"{base / seconds:.2f}x" for name, seconds in medians.items() if name != BASE)]
-    best = max(base / seconds for name, seconds in medians.items() if name.startswith("ours"))
-    return f"| {network.removeprefix('timm:')}, {batch_size} | {' | '.join(cells)} | {best:.2f}x |"
+    best = min((name for name in medians if name.startswith("ours")), key=medians.__getitem__)
+    runtime = best.rpartition(", ")[2]
+    own_float = min(medians[name] for name in OWN_FLOATS[runtime] if name in medians)
+    cells += [f"{base / medians[best]:.2f}x ({runtime})", f"{own_float / medians[best]:.2f}x"]
+    return f"| {network.removeprefix('timm:')}, {batch_size} | {' | '.join(cells)} |"
 
 
 def _medians(runs: Sequence[Run], batch_size: int, image_size: int) -> list[float]:
@@ -101,15 +105,17 @@ def _medians(runs: Sequence[Run], batch_size: int, image_size: int) -> list[floa
     functions = [lambda run=run: run(images) for run in runs]
     for function in functions:  # what runtimes put off until the first run of a shape
         function()
-    schedule = SCHEDULE.get(batch_size, LARGE_BATCH_SCHEDULE)
-    return [statistics.median(seconds) for seconds in interleaved_seconds(functions, *schedule)]
+    start = time.perf_counter()
+    for function in functions:
+        function()
+    average = (time.perf_counter() - start) / len(functions)
+    rounds, runs_a_turn = rounds_for(SECONDS / len(functions), average)
+    return [statistics.median(seconds) for seconds in interleaved_seconds(functions, rounds, runs_a_turn)]
 
 
 def _engines(network: str, image_size: int, threads: int, folder: Path) -> dict[str, Run]:
     """Every column's engine, ONNX Runtime's float one first."""
-    torch.manual_seed(0)
-    model = create_model(network).eval()
-    images = torch.randn(CALIBRATION_IMAGES, 3, image_size, image_size)
+    model, images = model_and_images(network, image_size)
     float_path = folder / "float.onnx"
     export_onnx(model, float_path, image_size)
     engines: dict[str, Run] = {
@@ -118,24 +124,42 @@ def _engines(network: str, image_size: int, threads: int, folder: Path) -> dict[
     }
     if cpu_has_bf16():
         engines["OpenVINO bf16"] = load_engine(float_path, "openvino", precision="bf16", threads=threads)
-    engines |= _ours(model, images, image_size, threads, folder)
-    engines |= _onnxruntime_tool(float_path, images, threads, folder)
+    if not cpu_has_exact_int8():
+        exact = write_ours(copy.deepcopy(model), images, folder / "w7a8", "w7a8")
+        engines["ours w7a8, ORT"] = load_engine(exact["onnxruntime"], threads=threads)
+        engines["ours w7a8, OpenVINO"] = load_engine(exact["openvino"], "openvino", threads=threads)
+    engines |= _ours(write_ours(model, images, folder), threads)
+    engines |= _onnxruntime_tool(write_tools(float_path, images, folder), threads)
     if nncf is not None:
         engines |= _nncf(float_path, images, threads)
     return engines
 
 
-def _ours(model: torch.nn.Module, images: torch.Tensor, image_size: int, threads: int, folder: Path) -> dict[str, Run]:
-    quantize(model)
+def model_and_images(network: str, image_size: int) -> tuple[torch.nn.Module, torch.Tensor]:
+    """The float network with random weights, and noise to calibrate with, the same in every run."""
+    torch.manual_seed(0)
+    model = create_model(network).eval()
+    return model, torch.randn(CALIBRATION_IMAGES, 3, image_size, image_size)
+
+
+def write_ours(model: torch.nn.Module, images: torch.Tensor, folder: Path, preset: str = "w8a8") -> dict[str, Path]:
+    """Quantize the model, which becomes that, and export it for each runtime; the files by target."""
+    folder.mkdir(exist_ok=True)
+    quantize(model, preset)
     calibrate(model, images.split(8), method="max")
-    for target in ("onnxruntime", "openvino"):
-        export_onnx(model, folder / f"{target}.onnx", image_size, target=target)
+    paths = {target: folder / f"{target}.onnx" for target in ("onnxruntime", "openvino")}
+    for target, path in paths.items():
+        export_onnx(model, path, images.shape[-1], target=target)
+    return paths
+
+
+def _ours(paths: dict[str, Path], threads: int) -> dict[str, Run]:
     engines: dict[str, Run] = {
-        "ours INT8, ORT": load_engine(folder / "onnxruntime.onnx", threads=threads),
-        "ours INT8, OpenVINO": load_engine(folder / "openvino.onnx", "openvino", threads=threads),
+        "ours INT8, ORT": load_engine(paths["onnxruntime"], threads=threads),
+        "ours INT8, OpenVINO": load_engine(paths["openvino"], "openvino", threads=threads),
     }
     if cpu_has_bf16():
-        in_bf16 = load_engine(folder / "openvino.onnx", "openvino", precision="bf16", threads=threads)
+        in_bf16 = load_engine(paths["openvino"], "openvino", precision="bf16", threads=threads)
         engines["ours INT8 + bf16, OpenVINO"] = in_bf16
     return engines
 
@@ -151,14 +175,16 @@ class _Reader(tool.CalibrationDataReader):
         return None if image is None else {"input": image.numpy()}
 
 
-def _onnxruntime_tool(float_path: Path, images: torch.Tensor, threads: int, folder: Path) -> dict[str, Run]:
+def write_tools(float_path: Path, images: torch.Tensor, folder: Path) -> dict[str, Path]:
+    """Files of ONNX Runtime's tool: "u8" with unsigned activations, its default, and "s8" symmetric, as for TensorRT."""
     prepared = folder / "prepared.onnx"
     quant_pre_process(str(float_path), str(prepared), skip_symbolic_shape=True)
     symmetric = {"ActivationSymmetric": True, "WeightSymmetric": True}
+    paths = {name: folder / f"{name}.onnx" for name in ("u8", "s8")}
     for name, activations, options in (("u8", tool.QuantType.QUInt8, {}), ("s8", tool.QuantType.QInt8, symmetric)):
         tool.quantize_static(
             prepared,
-            folder / f"{name}.onnx",
+            paths[name],
             _Reader(images),
             quant_format=tool.QuantFormat.QDQ,
             per_channel=True,
@@ -166,10 +192,14 @@ def _onnxruntime_tool(float_path: Path, images: torch.Tensor, threads: int, fold
             weight_type=tool.QuantType.QInt8,
             extra_options=options,
         )
+    return paths
+
+
+def _onnxruntime_tool(paths: dict[str, Path], threads: int) -> dict[str, Run]:
     return {
-        "ORT's tool u8": _onnxruntime(folder / "u8.onnx", threads),
-        "ORT's tool s8": _onnxruntime(folder / "s8.onnx", threads),
-        "ORT's tool s8, OpenVINO": _openvino(shared_core().read_model(folder / "s8.onnx"), threads),
+        "ORT's tool u8": _onnxruntime(paths["u8"], threads),
+        "ORT's tool s8": _onnxruntime(paths["s8"], threads),
+        "ORT's tool s8, OpenVINO": _openvino(shared_core().read_model(paths["s8"]), threads),
     }
 
 

@@ -50,6 +50,8 @@ def job(arguments: Sequence[str]) -> int:
     if parsed.json:
         check_writable(Path(parsed.json))
     engines = [_load(text, parsed.device, parsed.threads) for text in parsed.engines]
+    if parsed.image_size is not None and not any(None in engine.input.shape for engine in engines):
+        raise UserError("these engines take images of one size; leave --image-size out.")
     machine = describe_engines_machine(parsed.threads)
     print(f"{machine_line(machine)}\n")
     names = [engine.path.name for engine in engines]

@@ -94,13 +94,16 @@ def measure_engines(
             start = time.perf_counter()
             run()
             slowest = max(slowest, time.perf_counter() - start)
-        times = interleaved_seconds(runs, *_rounds(seconds, slowest))
+        times = interleaved_seconds(runs, *rounds_for(seconds, slowest))
         yield [Latency.of(batch_size, own_times) for own_times in times]
 
 
-def _rounds(seconds: float, slowest: float) -> tuple[int, int]:
-    """Rounds, and timed runs in each, that take an engine about ``seconds``."""
-    turn = (1 + RUNS_A_TURN) * slowest
+def rounds_for(seconds: float, run_seconds: float) -> tuple[int, int]:
+    """``rounds`` and ``runs_a_turn`` of ``interleaved_seconds`` so that a function takes about ``seconds``.
+
+    ``run_seconds`` is what one run of it takes.
+    """
+    turn = (1 + RUNS_A_TURN) * run_seconds
     if FEWEST_ROUNDS * turn <= seconds:
         return min(int(seconds / turn), MOST_ROUNDS), RUNS_A_TURN
     return FEWEST_ROUNDS, 2

@@ -9,9 +9,8 @@ import torch
 
 from effnet_quant import UserError, calibrate, create_model, export_onnx, load_engine, quantize
 from effnet_quant.cli import latency as command
-from effnet_quant.deploy import latency
 from effnet_quant.deploy.backends.openvino import SHAPES_COMPILED
-from effnet_quant.deploy.latency import Latency, interleaved_seconds, measure_engines, median_seconds
+from effnet_quant.deploy.latency import Latency, interleaved_seconds, measure_engines, median_seconds, rounds_for
 from effnet_quant.models.weights import write_weights
 from effnet_quant.training.metrics import Stopwatch
 
@@ -63,7 +62,7 @@ def test_functions_take_turns_and_each_turn_starts_untimed() -> None:
     [(6, 0.125, (8, 5)), (6, 1.0, (3, 2)), (5, 1e-5, (100, 5)), (2.25, 0.125, (3, 5))],
 )
 def test_slow_engines_run_less_often(seconds: float, slowest: float, expected: tuple[int, int]) -> None:
-    assert latency._rounds(seconds, slowest) == expected
+    assert rounds_for(seconds, slowest) == expected
 
 
 def test_engines_are_measured_at_every_batch_size(folder: Path) -> None:
@@ -122,6 +121,8 @@ def test_what_can_not_be_measured_is_said(folder: Path, tmp_path: Path) -> None:
         command.job([f"{file}@tpu"])
     with pytest.raises(UserError, match="does not compute in 'fp8'"):
         command.job([f"{file}@openvino@fp8"])
+    with pytest.raises(UserError, match="images of one size; leave --image-size out"):
+        command.job([file, "--image-size", "64"])
     with pytest.raises(UserError, match="no folder"):
         command.job([file, "--json", str(tmp_path / "missing" / "latency.json")])
 

@@ -1,6 +1,5 @@
-"""What is asked of TensorRT, and what is done with its answers, against fake_tensorrt.py."""
+"""What is asked of TensorRT, and what is done with its answers, against reference/fake_tensorrt.py."""
 
-import importlib.util
 from pathlib import Path
 from typing import Any
 
@@ -14,10 +13,7 @@ from effnet_quant.deploy.backends.onnx_file import read_onnx
 from effnet_quant.deploy.tensorrt import library
 from effnet_quant.deploy.tensorrt.options import BuildOptions
 from effnet_quant.deploy.tensorrt.plans import compile_engine
-
-_spec = importlib.util.spec_from_file_location("fake_tensorrt", Path(__file__).with_name("fake_tensorrt.py"))
-fake = importlib.util.module_from_spec(_spec)
-_spec.loader.exec_module(fake)
+from reference import fake_tensorrt as fake
 
 VERSIONS = ("10.0.1", "11.4.0.106")
 OPTIONS = BuildOptions(1, 4, 12)

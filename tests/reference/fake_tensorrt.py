@@ -1,6 +1,6 @@
 """A stand-in for TensorRT and for the card that it runs on, where neither can be had.
 
-It has the names that NVIDIA's published bindings of a version have (tests/reference/tensorrt_api.json) and no others, and
+It has the names that NVIDIA's published bindings of a version have (tensorrt_api.json) and no others, and
 the documented behaviour: None, False and a message to the logger where something fails, a TypeError where the library makes
 no object. A plan is the ONNX model with what it was built for; ONNX Runtime computes, at the addresses that it is given.
 """
@@ -21,7 +21,7 @@ import onnx
 import onnxruntime
 import torch
 
-REFERENCE = Path(__file__).parents[1] / "reference" / "tensorrt_api.json"
+REFERENCE = Path(__file__).with_name("tensorrt_api.json")
 ACTIVATIONS = 1024  # bytes an image
 LAYERS = [{"Name": "conv", "LayerType": "CaskConvolution", "Weights": {"Type": "Int8", "Count": 9}}]
 
