@@ -114,15 +114,16 @@ def examine(name: str, image_size: int) -> Row:
         calibrate(model, images.split(16), method="max")
         simulated = model(images)
         export_onnx(model, int8_path, image_size)
-        computed = torch.from_numpy(load_engine(int8_path)(images.numpy()))
-        layers = compare_layers(int8_path, model, images[:8])
+        engine = load_engine(int8_path)
+        computed = torch.from_numpy(engine(images.numpy()))
+        layers = compare_layers(engine, model, images[:8])
         worst = min(layers, key=lambda row: row.by_itself)
         options = onnxruntime.SessionOptions()
         options.optimized_model_filepath = str(compiled)
         options.log_severity_level = 3
         onnxruntime.InferenceSession(str(int8_path), options, providers=["CPUExecutionProvider"])
         nodes = Counter(node.op_type for node in onnx.load(compiled).graph.node)
-        rounding_error = _moved_by_biases(model, images, simulated)
+        rounding_error = moved_by_biases(model, images, simulated)
         openvino_path = Path(folder) / "openvino.onnx"
         export_onnx(model, openvino_path, image_size, target="openvino")
         in_openvino = torch.from_numpy(load_engine(openvino_path, "openvino")(images.numpy()))
@@ -161,7 +162,7 @@ def wake(model: nn.Module) -> nn.Module:
     return model
 
 
-def _moved_by_biases(model: nn.Module, images: Tensor, simulated: Tensor) -> float:
+def moved_by_biases(model: nn.Module, images: Tensor, simulated: Tensor) -> float:
     """How far the logits move if every bias is off by up to half of the engine's step, s_input * s_weight."""
     generator = torch.Generator().manual_seed(3)
 

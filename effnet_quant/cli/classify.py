@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from effnet_quant.cli.arguments import Parser, add_model_arguments
-from effnet_quant.cli.engines import add_engine_arguments, chosen_engine, is_engine
+from effnet_quant.cli.engines import add_engine_arguments, chosen_engine, is_engine, refuse_unused
 from effnet_quant.cli.inference import load_model, run_engine
 from effnet_quant.cli.process import run
 from effnet_quant.cli.quantization import add_spec_arguments
@@ -85,10 +85,7 @@ def job(arguments: Sequence[str]) -> int:
 def _classifier(parsed: argparse.Namespace) -> tuple[Predict, dict[str, Any], Preprocessing]:
     """What maps uint8 images (N, 3, H, W) to logits, what its weights say of themselves, and how images are prepared."""
     if is_engine(parsed.pretrained_from_file or ""):
-        given = sorted(_OF_WEIGHTS.keys() & parsed.explicit)
-        if given:
-            flags = ", ".join(_OF_WEIGHTS[name] for name in given)
-            raise UserError(f"{flags}: an engine is what it was exported as; give weights, or leave this out.")
+        refuse_unused(parsed, _OF_WEIGHTS, "an engine is what it was exported as; give weights, or leave this out.")
         engine = chosen_engine(parsed.pretrained_from_file, parsed)
         preprocessing = _preprocessing(engine.metadata)
         if parsed.image_size is not None:
@@ -99,6 +96,8 @@ def _classifier(parsed: argparse.Namespace) -> tuple[Predict, dict[str, Any], Pr
                 )
             preprocessing = preprocessing.resized(parsed.image_size)
         return (lambda pixels: run_engine(engine, pixels, preprocessing)), engine.metadata, preprocessing
+    of_engines = {"engine_precision": "--engine-precision", "threads": "--threads"}
+    refuse_unused(parsed, of_engines, "PyTorch weights are no engine; take --precision, or leave this out.")
     if parsed.backend not in (None, "torch"):
         raise UserError(f"{parsed.backend} takes no weights; export them with model2onnx.py, or leave --backend out.")
     if parsed.device == "cuda" and not torch.cuda.is_available():

@@ -16,16 +16,18 @@ import torch
 from torch import nn
 
 from effnet_quant.cli.arguments import Parser, add_model_arguments
+from effnet_quant.cli.engines import refuse_unused
 from effnet_quant.cli.inference import load_model, run_engine
 from effnet_quant.cli.process import run
 from effnet_quant.cli.quantization import add_spec_arguments
-from effnet_quant.cli.verify import add_verify_arguments, verify_engine
+from effnet_quant.cli.verify import add_verify_arguments, refuse_comparison, verify_engine
 from effnet_quant.data.backends import open_loader
 from effnet_quant.data.opening import open_validation
 from effnet_quant.data.transforms import Preprocessing, evaluation_transform
-from effnet_quant.deploy.engine import load_engine
+from effnet_quant.deploy.engine import load_engine, usable_precisions
 from effnet_quant.deploy.onnx import export_onnx
 from effnet_quant.deploy.options import OPSETS, ExportOptions, Normalisation
+from effnet_quant.deploy.tensorrt.plans import compile_engine, discard_plan
 from effnet_quant.deploy.tuning import Tuning, format_tuning, tune
 from effnet_quant.errors import UserError
 from effnet_quant.files import check_writable
@@ -57,6 +59,7 @@ def job(arguments: Sequence[str]) -> int:
     )
     add_verify_arguments(parser)
     parsed = parser.parse(arguments)
+    _refuse_idle_flags(parsed)
     if (parsed.data or parsed.tune) and parsed.target == "tensorrt" and importlib.util.find_spec("tensorrt") is None:
         raise UserError(
             "--verify and --tune run the engine, and TensorRT is not installed; check the graph with "
@@ -76,6 +79,9 @@ def job(arguments: Sequence[str]) -> int:
     )
     tuning = _tune(model, metadata, options, parsed) if parsed.tune else None
     rules = tuning.target if tuning else get_target(parsed.target)
+    precision = tuning.precision if tuning else None
+    if tuning:
+        metadata["tuned_precision"] = precision
     export_onnx(model, output, preprocessing["image_size"], target=rules, metadata=metadata, options=options)
     print(f"{output}: {os.path.getsize(output):,} bytes, for {parsed.target}, any batch size")
     status = 0
@@ -86,7 +92,9 @@ def job(arguments: Sequence[str]) -> int:
             file=sys.stderr,
         )
         status = 1
-    if parsed.data and not verify_engine(model, metadata, load_engine(output, parsed.target), parsed):
+    if parsed.data and not verify_engine(
+        model, metadata, load_engine(output, parsed.target, precision=precision), parsed
+    ):
         status = 1
     return status
 
@@ -103,20 +111,41 @@ def _tune(model: nn.Module, metadata: dict[str, Any], options: ExportOptions, pa
     start = time.monotonic()
     with tempfile.TemporaryDirectory() as folder:
 
-        def compile_for(rules: Target) -> Callable[[], Any]:
+        def compile_for(rules: Target, precision: str) -> Callable[[], Any]:
             path = Path(folder, "candidate.onnx")
             export_onnx(model, path, preprocessing.image_size, target=rules, options=options)
-            engine = load_engine(path, parsed.target)
+            engine = load_engine(path, parsed.target, precision=precision)
+            if parsed.target == "tensorrt":
+                discard_plan(compile_engine(path))  # the cache would keep every candidate's
             return lambda: run_engine(engine, pixels, preprocessing)
 
         tuning = tune(
-            model, get_target(parsed.target), compile_for, lambda line: print(line, file=sys.stderr, flush=True)
+            model,
+            get_target(parsed.target),
+            compile_for,
+            lambda line: print(line, file=sys.stderr, flush=True),
+            usable_precisions(parsed.target),
         )
     print(format_tuning(tuning))
+    if tuning.precision != usable_precisions(parsed.target)[0]:
+        print(
+            f"It computes in {tuning.precision} what is not integer: run it with --engine-precision {tuning.precision} "
+            f'(load_engine: precision="{tuning.precision}").'
+        )
     print(
         f"{len(pixels)} images of {preprocessing.image_size} px a batch, {time.monotonic() - start:.0f} s of measuring"
     )
     return tuning
+
+
+def _refuse_idle_flags(parsed: argparse.Namespace) -> None:
+    """Flags that would do nothing; NVIDIA's command line has -b, so that gets a note."""
+    if not parsed.tune:
+        refuse_unused(parsed, {"allow_slower": "--allow-slower"}, "nothing is measured without --tune.")
+    if not parsed.data:
+        refuse_comparison(parsed)
+        if parsed.batch_size is not None and not parsed.tune:
+            print("note: -b is of --verify and --tune; the exported file takes any batch size.")
 
 
 def _add_form_arguments(parser: argparse.ArgumentParser) -> None:

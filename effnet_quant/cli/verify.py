@@ -8,10 +8,10 @@ from typing import Any
 
 import onnx
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from effnet_quant.cli.arguments import Parser, add_model_arguments
-from effnet_quant.cli.engines import add_engine_arguments, chosen_engine
+from effnet_quant.cli.engines import add_engine_arguments, chosen_engine, refuse_unused
 from effnet_quant.cli.inference import load_model, run_engine
 from effnet_quant.cli.process import run
 from effnet_quant.data.backends import open_loader
@@ -19,7 +19,7 @@ from effnet_quant.data.opening import open_validation
 from effnet_quant.data.transforms import Preprocessing, evaluation_transform, normalize
 from effnet_quant.deploy.backends.onnx_file import read_onnx
 from effnet_quant.deploy.engine import Engine
-from effnet_quant.deploy.layers import compare_layers, format_layers
+from effnet_quant.deploy.layers import compare_layers, format_layers, shows_layers
 from effnet_quant.deploy.lint import lint_tensorrt
 from effnet_quant.deploy.onnx import FLOAT_OPERATIONS
 from effnet_quant.deploy.verify import Comparison, compare
@@ -29,8 +29,22 @@ from effnet_quant.quantization.targets import get_target
 
 # of images on which engine and simulation give the same class, in percent
 AGREEMENT = 99.5
+IMAGES = 1000
 BATCH = 32
 LAYER_IMAGES = 8
+_OF_COMPARISON = {
+    "workers": "--workers",
+    "min_agreement": "--min-agreement",
+    "min_images": "--min-images",
+    "layers": "--layers",
+}
+_OF_RUNNING = {
+    "batch_size": "--batch-size",
+    "backend": "--backend",
+    "device": "--device",
+    "engine_precision": "--engine-precision",
+    "threads": "--threads",
+}
 
 
 def job(arguments: Sequence[str]) -> int:
@@ -41,13 +55,16 @@ def job(arguments: Sequence[str]) -> int:
     parser.add_argument("--model", metavar="FILE", dest="pretrained_from_file", help="same as --pretrained-from-file")
     parser.add_argument("--engine", required=True, metavar="FILE", help="the ONNX file, or a TensorRT plan")
     add_engine_arguments(parser)
-    parser.add_argument("--image-size", type=int, help=argparse.SUPPRESS)
     parser.add_argument("-b", "--batch-size", type=int, help=f"images a batch (default: {BATCH})")
     add_verify_arguments(parser)
     parser.add_argument("--lint", choices=("tensorrt",), help="check the graph against a runtime's placement rules")
     parsed = parser.parse(arguments)
-    if parsed.lint is None and not parsed.data:
-        raise UserError("on which images? Give DATA, or --lint tensorrt to check the graph alone.")
+    if not parsed.data:
+        if parsed.lint is None:
+            raise UserError("on which images? Give DATA, or --lint tensorrt to check the graph alone.")
+        refuse_unused(
+            parsed, {**_OF_COMPARISON, **_OF_RUNNING}, "nothing is run without DATA; give it, or leave this out."
+        )
     passed = True
     if parsed.lint is not None:
         passed = _lint(parsed.engine)
@@ -69,6 +86,7 @@ def _verify(parsed: argparse.Namespace) -> bool:
     engine = chosen_engine(parsed.engine, parsed)
     if not parsed.arch:
         parsed.arch = engine.metadata.get("arch")
+    parsed.image_size = None  # the file's
     model, metadata = load_model(parsed)
     return verify_engine(model, metadata, engine, parsed)
 
@@ -77,7 +95,17 @@ def add_verify_arguments(parser: argparse.ArgumentParser) -> None:
     """How engine and simulation are compared."""
     parser.add_argument("-j", "--workers", type=int, default=0, help="data loading processes")
     parser.add_argument("--min-agreement", type=float, default=AGREEMENT, help="percent of images with the same class")
+    parser.add_argument("--min-images", type=int, default=IMAGES, help="fewer images are no verdict, and fail")
     parser.add_argument("--layers", action="store_true", help="print the table of layers even if the engine passes")
+
+
+def refuse_comparison(parsed: argparse.Namespace) -> None:
+    """Refuse the flags of ``add_verify_arguments`` where nothing is compared.
+
+    Raises:
+        UserError: one was given.
+    """
+    refuse_unused(parsed, _OF_COMPARISON, "nothing is compared without --verify; give it, or leave this out.")
 
 
 def verify_engine(model: nn.Module, metadata: dict[str, Any], engine: Engine, parsed: argparse.Namespace) -> bool:
@@ -109,17 +137,32 @@ def verify_engine(model: nn.Module, metadata: dict[str, Any], engine: Engine, pa
         lambda pixels: model(normalize(pixels, preprocessing)),
         loader.epoch(),
     )
-    passed = comparison.agreement >= parsed.min_agreement
-    _print(comparison, parsed.min_agreement, passed)
-    has_layers = engine.path.suffix == ".onnx" and any(True for _ in quantizers(model))
-    if (parsed.layers or not passed) and has_layers:
-        pixels = next(iter(loader.epoch()))[0][:LAYER_IMAGES]
-        print(format_layers(compare_layers(engine.path, model, normalize(pixels, preprocessing), pixels)))
-    return passed
+    _print(comparison, engine, parsed)
+    agrees = comparison.agreement >= parsed.min_agreement
+    if parsed.layers or not agrees:
+        _print_layers(model, engine, next(iter(loader.epoch()))[0][:LAYER_IMAGES], preprocessing, asked=parsed.layers)
+    return agrees and comparison.images >= parsed.min_images
 
 
-def _print(comparison: Comparison, gate: float, passed: bool) -> None:
+def _print_layers(
+    model: nn.Module, engine: Engine, pixels: Tensor, preprocessing: Preprocessing, *, asked: bool
+) -> None:
+    """The table of layers, or, if it was asked for, why there is none."""
+    if not any(True for _ in quantizers(model)):
+        reason = "the model is not quantized"
+    elif not shows_layers(engine):
+        reason = f"{engine.backend} shows no values in between; verify the ONNX file in ONNX Runtime or OpenVINO"
+    else:
+        print(format_layers(compare_layers(engine, model, normalize(pixels, preprocessing), pixels)))
+        return
+    if asked:
+        print(f"note: there is no table of layers: {reason}.")
+
+
+def _print(comparison: Comparison, engine: Engine, parsed: argparse.Namespace) -> None:
+    gate = parsed.min_agreement
     rows: dict[str, Any] = {
+        "engine": f"{engine.backend}, {engine.precision}",
         "images": f"{comparison.images}",
         "top-1, simulation": f"{comparison.simulation_top1:.2f} %",
         "top-1, engine": f"{comparison.engine_top1:.2f} %",
@@ -130,9 +173,15 @@ def _print(comparison: Comparison, gate: float, passed: bool) -> None:
     }
     for title, text in rows.items():
         print(f"{title:<26} {text}")
-    if comparison.images < 1000:
-        print(f"note: {comparison.images} images are few for a verdict; 1000 or more tell.")
-    print("the engine does what the simulation says" if passed else "the engine departs from the simulation")
+    if comparison.agreement < gate:
+        print("the engine departs from the simulation")
+    elif comparison.images < parsed.min_images:
+        print(
+            f"{comparison.images} images are too few for a verdict, which takes {parsed.min_images}; give more, or lower "
+            "--min-images."
+        )
+    else:
+        print("the engine does what the simulation says")
 
 
 def main() -> None:

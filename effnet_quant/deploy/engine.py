@@ -10,6 +10,7 @@ from numpy.typing import NDArray
 
 from effnet_quant.deploy.backends import BACKENDS, get_backend
 from effnet_quant.deploy.backends.compiled import Compiled, Settings, run_in_batches
+from effnet_quant.deploy.cpu import cpu_has_bf16
 from effnet_quant.errors import UserError
 
 __all__ = ["BACKENDS", "Engine", "load_engine"]
@@ -136,6 +137,11 @@ def load_engine(
         reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
         raise UserError(f"{backend} can't compile {path}: {reason}; export it again for this backend.") from error
     return Engine(compiled, path, backend, settings)
+
+
+def usable_precisions(backend: str) -> tuple[str, ...]:
+    """In what a backend computes on this machine what a file leaves in floating point, its usual way first."""
+    return tuple(name for name in get_backend(backend).PRECISIONS if name != "bf16" or cpu_has_bf16())
 
 
 def _choice(backend: str, what: str, wanted: str | None, own: tuple[str, ...]) -> str:

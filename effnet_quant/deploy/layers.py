@@ -7,12 +7,18 @@ import re
 from collections import defaultdict
 from collections.abc import Mapping
 from dataclasses import dataclass
-from pathlib import Path
+from typing import Any
 
+import numpy as np
 import onnx
 import torch
+from numpy.typing import NDArray
 from torch import Tensor, nn
 
+from effnet_quant.deploy.backends.onnx_file import read_onnx
+from effnet_quant.deploy.backends.onnxruntime import session_options
+from effnet_quant.deploy.backends.openvino import compile_properties, shared_core
+from effnet_quant.deploy.engine import Engine
 from effnet_quant.errors import UserError
 from effnet_quant.quantization.insertion import quantizers
 from effnet_quant.quantization.qat import float_teacher
@@ -43,21 +49,21 @@ class LayerRow:
 
 @torch.no_grad()
 def compare_layers(
-    path: str | Path, simulation: nn.Module, images: Tensor, pixels: Tensor | None = None
+    engine: Engine, simulation: nn.Module, images: Tensor, pixels: Tensor | None = None
 ) -> list[LayerRow]:
-    """The values behind every activation quantizer that the file has, in the file's order, and the logits; ``images`` is
-    (N, C, H, W), normalised, and ``pixels`` the same as uint8, for a file that normalises them itself.
+    """The values behind every activation quantizer that the engine's file has, in the file's order, and the logits;
+    ``images`` is (N, C, H, W), normalised, and ``pixels`` the same as uint8, for a file that normalises them itself.
 
-    ONNX Runtime computes the file with these values as further outputs; the simulation must be the one it was exported
-    from, in eval mode on the CPU.
+    The engine's runtime computes the file with these values as further outputs, in the engine's precision. It can't fuse
+    operations across a value that it has to show, so a fault of such a fusion may hide. The simulation must be the one the
+    file was exported from, in eval mode on the CPU.
 
     Raises:
-        UserError: ONNX Runtime is missing, or the file has no such values.
+        UserError: the runtime can't show values in between, or the file has none of this model.
     """
-    try:
-        import onnxruntime
-    except ImportError as error:
-        raise UserError("the table of layers needs ONNX Runtime; pip install onnxruntime.") from error
+    path = engine.path
+    if not shows_layers(engine):
+        raise UserError(f"{engine.backend} shows no values in between; compare {path} in ONNX Runtime or OpenVINO.")
     proto = onnx.load(path)
     known = dict(quantizers(simulation))
     uses: dict[str, list[tuple[int, str]]] = defaultdict(list)
@@ -70,38 +76,54 @@ def compare_layers(
         raise UserError(f"{path} has no quantized layers of this model to compare; was it exported from another one?")
     for name in wanted:
         proto.graph.output.append(onnx.ValueInfoProto(name=name))
-    options = onnxruntime.SessionOptions()
-    options.log_severity_level = 3
-    options.add_session_config_entry("session.x64quantprecision", "1")
-    if any(entry.data_type == onnx.TensorProto.FLOAT16 for entry in proto.graph.initializer):
-        # ONNX Runtime 1.31's optimizer changes what quantized graphs in float16 compute
-        options.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_DISABLE_ALL
-    session = onnxruntime.InferenceSession(proto.SerializeToString(), options, providers=["CPUExecutionProvider"])
-    entry = session.get_inputs()[0]
-    fed = pixels if pixels is not None and entry.type == "tensor(uint8)" else images
-    wanted.append(session.get_outputs()[0].name)
-    computed = session.run(wanted, {entry.name: fed.numpy()})
+    fed = pixels if pixels is not None and engine.input.dtype == "uint8" else images
+    compute = _in_openvino if engine.backend == "openvino" else _in_onnxruntime
+    computed = compute(proto, engine, fed.numpy())
+    wanted = [proto.graph.output[0].name, *wanted]
     values = {name: torch.from_numpy(value).float() for name, value in zip(wanted, computed, strict=True)}
     simulated = _behind_quantizers(simulation, images)
     in_float = _behind_quantizers(float_teacher(simulation), images)
-    engine = {name: [values[output] for _, output in sorted(uses[name])] for name in uses}
-    engine[_LOGITS] = [values[wanted[-1]]]
+    seen = {name: [values[output] for _, output in sorted(uses[name])] for name in uses}
+    seen[_LOGITS] = [values[wanted[0]]]
     # a value that two quantizers with one range round is written once in the file: which use is which, it does not say
-    engine = {name: own for name, own in engine.items() if len(own) == len(simulated[name])}
-    for name, own in engine.items():
+    seen = {name: own for name, own in seen.items() if len(own) == len(simulated[name])}
+    for name, own in seen.items():
         if [value.shape for value in own] != [value.shape for value in simulated[name]]:
             raise UserError(f"{path} has another shape than the model at {name}; was it exported from another one?")
-    continued = _behind_quantizers(simulation, images, engine)
+    continued = _behind_quantizers(simulation, images, seen)
     return [
         LayerRow(
-            name if len(engine[name]) == 1 else f"{name} (use {use + 1})",
+            name if len(seen[name]) == 1 else f"{name} (use {use + 1})",
             _ratio(continued[name][use], value),
             _ratio(simulated[name][use], value),
             _ratio(in_float[name][use], simulated[name][use]),
         )
-        for name in engine
-        for use, value in enumerate(engine[name])
+        for name in seen
+        for use, value in enumerate(seen[name])
     ]
+
+
+def shows_layers(engine: Engine) -> bool:
+    """Whether the engine's runtime can be asked for values in between."""
+    return engine.backend in ("onnxruntime", "openvino")
+
+
+def _in_onnxruntime(proto: onnx.ModelProto, engine: Engine, images: NDArray[Any]) -> list[NDArray[Any]]:
+    """All outputs of ``proto``, which is the engine's file with more of them."""
+    import onnxruntime
+
+    options = session_options(read_onnx(engine.path), engine.settings)
+    session = onnxruntime.InferenceSession(proto.SerializeToString(), options, providers=["CPUExecutionProvider"])
+    return session.run(None, {engine.input.name: images})
+
+
+def _in_openvino(proto: onnx.ModelProto, engine: Engine, images: NDArray[Any]) -> list[NDArray[Any]]:
+    """All outputs of ``proto``, which is the engine's file with more of them."""
+    core = shared_core()
+    properties = compile_properties(read_onnx(engine.path), engine.settings)
+    compiled = core.compile_model(core.read_model(proto.SerializeToString()), "CPU", properties)
+    results = compiled([images])
+    return [np.array(results[index]) for index in range(len(proto.graph.output))]
 
 
 def format_layers(rows: list[LayerRow]) -> str:

@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 import onnx
 from numpy.typing import NDArray
-from onnx import numpy_helper
+from onnx import TensorProto, numpy_helper
 
 _LAYERS = ("Conv", "ConvTranspose", "Gemm", "MatMul")
 _FUSED = ("Relu", "Clip", "Sigmoid", "HardSigmoid", "HardSwish", "LeakyRelu", "Tanh")
@@ -29,6 +29,9 @@ class _Linter:
         self._constants: dict[str, NDArray[Any]] = {
             entry.name: numpy_helper.to_array(entry) for entry in model.graph.initializer
         }
+        for node in self._nodes:
+            if node.op_type == "Constant" and node.attribute[0].name == "value":
+                self._constants[node.output[0]] = numpy_helper.to_array(node.attribute[0].t)
         self._producers = {name: node for node in self._nodes for name in node.output}
         self._consumers: dict[str, list[onnx.NodeProto]] = {}
         for node in self._nodes:
@@ -47,17 +50,28 @@ class _Linter:
                 found += self._operands(node)
             if node.op_type == "Add":
                 found += self._addition(node)
+            if node.op_type == "Concat":
+                found += self._concatenation(node)
         return found
 
     def _encoding(self, node: onnx.NodeProto) -> list[str]:
         found = []
         scale = self._constants.get(node.input[1])
-        zero_point = self._constants.get(node.input[2]) if len(node.input) > 2 else None
+        given = len(node.input) > 2 and node.input[2]
+        zero_point = self._constants.get(node.input[2]) if given else None
         producer = self._producers.get(node.input[0])
         stored = {node.input[0], *(producer.input[:1] if producer and producer.op_type == "QuantizeLinear" else ())}
         weights = any(name in self._constants for name in stored)
         if scale is None:
             return [f"{node.name}: the scale is computed, but must be a constant"]
+        if given and zero_point is None:
+            return [f"{node.name}: the zero point is computed, but must be a constant"]
+        if (
+            not given
+            and node.op_type == "QuantizeLinear"
+            and self._attribute(node, "output_dtype", 0) != TensorProto.INT8
+        ):
+            found.append(f"{node.name}: without a zero point it gives uint8 values, but only int8 is taken")
         if not bool((scale > 0).all()):
             found.append(f"{node.name}: a scale is not positive")
         if zero_point is not None and zero_point.dtype != np.int8:
@@ -67,8 +81,10 @@ class _Linter:
         if not weights and scale.size != 1:
             found.append(f"{node.name}: activations have a scale per channel, but must have one per tensor")
         if weights and scale.size > 1:
-            axis = next((attribute.i for attribute in node.attribute if attribute.name == "axis"), 1)
             channels = self._output_axis(node)
+            axis = self._attribute(node, "axis", 1)
+            if axis < 0:
+                axis += next(self._constants[name] for name in stored if name in self._constants).ndim
             if axis != channels:
                 found.append(
                     f"{node.name}: weights have a scale per index of axis {axis}, not per output channel ({channels})"
@@ -76,11 +92,15 @@ class _Linter:
         return found
 
     def _output_axis(self, node: onnx.NodeProto) -> int:
-        """The axis of a layer's weights that is its output channels: the last of a MatMul's, the first of the others'."""
+        """The axis of a layer's weights that is its output channels: the last of a MatMul's matrix, the second of a
+        transposed convolution's (with groups too), the first of the others'."""
         users = self._consumers.get(node.output[0], [])
         while users and users[0].op_type == "DequantizeLinear":
             users = self._consumers.get(users[0].output[0], [])
-        return 1 if users and users[0].op_type == "MatMul" else 0
+        return 1 if users and users[0].op_type in ("MatMul", "ConvTranspose") else 0
+
+    def _attribute(self, node: onnx.NodeProto, name: str, default: int) -> int:
+        return next((attribute.i for attribute in node.attribute if attribute.name == name), default)
 
     def _pair(self, node: onnx.NodeProto) -> list[str]:
         consumers = self._consumers.get(node.output[0], [])
@@ -91,8 +111,9 @@ class _Linter:
         return []
 
     def _between_layer_and_activation(self, node: onnx.NodeProto) -> list[str]:
+        """A convolution, and the addition behind it, take the activation in."""
         producer = self._producers.get(node.input[0])
-        if producer is None or producer.op_type not in _LAYERS:
+        if producer is None or not (producer.op_type in _LAYERS or self._fuses_with_a_layer(producer)):
             return []
         behind = [
             user
@@ -112,14 +133,35 @@ class _Linter:
         return []
 
     def _addition(self, node: onnx.NodeProto) -> list[str]:
-        """A residual addition fuses with the convolution of one operand where the other operand is quantized."""
+        """A residual addition fuses with the convolution of one operand where the other operand is quantized, and the
+        convolution's own output is not."""
         operands = [self._producers.get(name) for name in node.input[:2]]
         if any(operand is None for operand in operands):
             return []
         integer = [operand for operand in operands if operand is not None and self._is_integer_layer(operand)]
-        if integer and not any(operand is not None and operand.op_type == "DequantizeLinear" for operand in operands):
+        quantized = [self._dequantized(name) for name in node.input[:2]]
+        if integer and not any(quantized):
             return [f"{node.name}: the operand beside {integer[0].name} is not quantized, so they do not fuse"]
+        if all(quantized):
+            for operand in operands:
+                pair = self._producers.get(operand.input[0])  # type: ignore[union-attr]
+                layer = self._producers.get(pair.input[0]) if pair else None
+                if pair and layer and self._is_integer_layer(layer) and len(self._consumers[layer.output[0]]) == 1:
+                    return [f"{pair.name}: sits between {layer.name} and {node.name}, which would fuse"]
         return []
+
+    def _concatenation(self, node: onnx.NodeProto) -> list[str]:
+        """Integers are joined as they are, so they must be of one grid."""
+        pairs = [self._producers[name] for name in node.input if self._dequantized(name)]
+        scales = [self._constants[pair.input[1]] for pair in pairs if pair.input[1] in self._constants]
+        if any(not np.array_equal(scale, scales[0]) for scale in scales[1:]):
+            return [f"{node.name}: its inputs are quantized with different scales, so it runs in float"]
+        return []
+
+    def _fuses_with_a_layer(self, node: onnx.NodeProto) -> bool:
+        """Whether this is a residual addition that a convolution takes in."""
+        producers = [self._producers.get(name) for name in node.input]
+        return node.op_type == "Add" and any(layer is not None and self._is_integer_layer(layer) for layer in producers)
 
     def _is_integer_layer(self, node: onnx.NodeProto) -> bool:
         return node.op_type in _LAYERS and all(self._dequantized(name) for name in node.input[:2])

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 
-from effnet_quant.deploy.operation import Operation, rank, shape_of
+from effnet_quant.deploy.operation import Operation, rank
 
 
 def layer_norm(op: Operation) -> str:
@@ -18,12 +18,12 @@ def layer_norm(op: Operation) -> str:
 def group_norm(op: Operation) -> str:
     """Each group becomes one channel of an InstanceNormalization; weight and bias are per channel and come after it."""
     groups, dims = op["num_groups"], rank(op.node.args[0])
-    channels = int(shape_of(op.node)[1])
+    channels, *inner = op.sizes(op.node, *range(1, dims))
     ones = op.writer.constant(f"{op.path}.ones", np.ones(groups, np.float32))
     zeros = op.writer.constant(f"{op.path}.zeros", np.zeros(groups, np.float32))
     grouped = op.emit("Reshape", op.x, op.integers("groups", [0, groups, -1]))
     normalised = op.emit("InstanceNormalization", grouped, ones, zeros, epsilon=op["eps"])
-    out = op.emit("Reshape", normalised, op.integers("shape", [-1, *[int(size) for size in shape_of(op.node)[1:]]]))
+    out = op.emit("Reshape", normalised, op.integers("shape", [-1, channels, *inner]))
     per_channel = op.integers("per_channel", [channels] + [1] * (dims - 2))
     for op_type, name in (("Mul", "weight"), ("Add", "bias")):
         if op[name] is not None:

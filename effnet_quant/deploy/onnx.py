@@ -61,7 +61,7 @@ def export_onnx(
         image_size: height and width of the images, in pixels.
         target: "onnxruntime", "openvino" or "tensorrt", or rules of one that were changed (``Target.leaving_in_float``).
         metadata: JSON values to store in the file; an ``Engine`` returns them, with what the file says of itself: target,
-            image_size, opset, and name, type and layout of input and output.
+            image_size, and name, type and layout of input and output.
         options: the form of the file.
 
     Raises:
@@ -161,6 +161,11 @@ class _Exporter:
             return self.writer.constant("number", np.array(value, np.float32))
         if value not in self.names and value in self.traced.constants:
             self.names[value] = self.writer.constant(value.name, self.traced.constants[value].numpy())
+        if value not in self.names:
+            raise UserError(
+                f"{module_path(value) or 'the model'}: computes with the images' size, which can't be exported; leave "
+                "their size fixed."
+            )
         return self.names[value]
 
     def _quantized_activation(self, node: fx.Node) -> str:
@@ -278,7 +283,8 @@ def _spatial_padding(node: fx.Node) -> tuple[fx.Node, list[int]]:
         pad = Operation(None, source, str, "")  # type: ignore[arg-type]
         amounts = list(pad["pad"])
         constant = source.target is aten.constant_pad_nd.default or pad["mode"] == "constant"
-        if constant and not pad["value"] and len(amounts) == 2 * dims and min(amounts) >= 0:
+        numbers = all(isinstance(amount, int) for amount in amounts)
+        if constant and not pad["value"] and len(amounts) == 2 * dims and numbers and min(amounts) >= 0:
             for index in range(dims):  # PyTorch lists the last dimension first
                 begins[dims - 1 - index] += amounts[2 * index]
                 ends[dims - 1 - index] += amounts[2 * index + 1]

@@ -52,6 +52,18 @@ class Operation:
         """Write a node and return its output's name."""
         return self.writer.node(op_type, list(inputs), self.path, **attributes)
 
+    def sizes(self, value: Any, *axes: int) -> list[int]:
+        """Sizes of a traced value along ``axes`` (default: all) that the graph will hold as numbers.
+
+        Raises:
+            UserError: one of them varies with the images.
+        """
+        shape = shape_of(value)
+        chosen = [shape[axis] for axis in axes] if axes else shape
+        if not all(isinstance(size, int) for size in chosen):
+            raise self.refuse("needs sizes that are known when the file is written; export it without a dynamic size")
+        return [int(size) for size in chosen]
+
     def refuse(self, why: str) -> UserError:
         """The error for an operation in a form that ONNX has no words for."""
         return UserError(f"{self.path or 'the model'}: {self.node.target} {why}.")

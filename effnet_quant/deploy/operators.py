@@ -8,7 +8,7 @@ import numpy as np
 import torch
 
 from effnet_quant.deploy import normalisations, shapes
-from effnet_quant.deploy.operation import Emit, Operation, pair, rank, shape_of
+from effnet_quant.deploy.operation import Emit, Operation, pair, rank
 
 aten = torch.ops.aten
 
@@ -92,12 +92,12 @@ def _pool(op_type: str) -> Emit:
 def _adaptive_average_pool(op: Operation) -> str:
     """Equal windows are an AveragePool; unequal ones are a product with a constant matrix for each dimension."""
     x = op.x
-    size = [int(length) for length in shape_of(op.node.args[0])[-2:]]
+    if pair(op["output_size"]) == [1, 1]:
+        return op.emit("GlobalAveragePool", x)
+    size = op.sizes(op.node.args[0], -2, -1)
     wanted = [length if wish is None else wish for wish, length in zip(pair(op["output_size"]), size, strict=True)]
     if wanted == size:
         return x
-    if wanted == [1, 1]:
-        return op.emit("GlobalAveragePool", x)
     if not any(length % wish for length, wish in zip(size, wanted, strict=True)):
         kernel = [length // wish for length, wish in zip(size, wanted, strict=True)]
         return op.emit("AveragePool", x, kernel_shape=kernel, strides=kernel)
@@ -117,10 +117,10 @@ def _averages(length: int, wanted: int) -> np.ndarray:
 
 
 def _adaptive_max_pool(op: Operation) -> list[str]:
-    size = [int(length) for length in shape_of(op.node.args[0])[-2:]]
     wanted = pair(op["output_size"])
     if wanted == [1, 1]:
         return [op.emit("GlobalMaxPool", op.x)]
+    size = op.sizes(op.node.args[0], -2, -1)
     if any(length % wish for length, wish in zip(size, wanted, strict=True)):
         raise op.refuse(
             f"from {size} to {wanted} has windows of unequal size and can't be exported; change the image size"
@@ -159,13 +159,15 @@ def _euclidean_norm(op: Operation) -> str:
 
 def _variance(op: Operation) -> str:
     axes = _axes(op)
-    count = int(np.prod([int(shape_of(op.node.args[0])[axis]) for axis in axes]))
     correction = op["correction"] if op.node.target is aten.var.correction else int(op["unbiased"])
     correction = 1 if correction is None else correction
     centred = op.emit("Sub", op.x, op.writer.reduce("ReduceMean", op.x, axes, op.path, keepdims=True))
     squares = op.emit("Mul", centred, centred)
     variance = op.writer.reduce("ReduceMean", squares, axes, op.path, keepdims=op["keepdim"])
-    return op.emit("Mul", variance, op.tensor(count / (count - correction))) if correction else variance
+    if not correction:
+        return variance
+    count = int(np.prod(op.sizes(op.node.args[0], *axes)))
+    return op.emit("Mul", variance, op.tensor(count / (count - correction)))
 
 
 def _attention(op: Operation) -> str:
@@ -173,7 +175,8 @@ def _attention(op: Operation) -> str:
     if op["is_causal"] or op["enable_gqa"]:
         raise op.refuse("with a causal mask or grouped queries can't be exported")
     query, key, value = (op.tensor(op[name]) for name in ("query", "key", "value"))
-    dims, length = rank(op["query"]), int(shape_of(op["query"])[-1])
+    dims = rank(op["query"])
+    (length,) = op.sizes(op["query"], -1)
     scale = length**-0.5 if op["scale"] is None else op["scale"]
     order = [*range(dims - 2), dims - 1, dims - 2]
     scores = op.emit("MatMul", op.emit("Mul", query, op.tensor(scale)), op.emit("Transpose", key, perm=order))

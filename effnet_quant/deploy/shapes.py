@@ -18,6 +18,8 @@ def pad(op: Operation) -> str:
     modes = {"constant": "constant", "reflect": "reflect", "replicate": "edge"}
     if mode not in modes:
         raise op.refuse(f"with mode {mode} can't be exported")
+    if not all(isinstance(amount, int) for amount in amounts):
+        raise op.refuse("by amounts that depend on the images' size can't be exported; leave their size fixed")
     dims = rank(op.node.args[0])
     begins, ends = [0] * dims, [0] * dims
     for index in range(len(amounts) // 2):  # PyTorch lists the last dimension first
@@ -65,16 +67,18 @@ def _sizes(op: Operation) -> str:
     """The sizes that ``expand`` asks for, the batch read off the tensor that it comes from."""
     if op.node.target is aten.expand_as.default:
         return op.emit("Shape", op.tensor(op["other"]))
-    parts = []
-    for asked, size in zip(op["size"], shape_of(op.node), strict=True):
-        if isinstance(size, int):
-            parts.append(op.integers("size", [size]))
-        elif isinstance(asked, fx.Node) and asked.target is aten.sym_size.int:
-            source, axis = asked.args
-            parts.append(op.emit("Shape", op.tensor(source), start=axis, end=axis + 1))  # type: ignore[operator]
-        else:
-            raise op.refuse("to a computed size can't be exported")
+    parts = [_size(op, *entry) for entry in zip(op["size"], shape_of(op.node), strict=True)]
     return op.emit("Concat", *parts, axis=0)
+
+
+def _size(op: Operation, asked: object, size: int | torch.SymInt) -> str:
+    """One size that an operation asks for, as a constant or read off the tensor that it comes from."""
+    if isinstance(size, int):
+        return op.integers("size", [size])
+    if isinstance(asked, fx.Node) and asked.target is aten.sym_size.int:
+        source, axis = asked.args
+        return op.emit("Shape", op.tensor(source), start=axis, end=axis + 1)  # type: ignore[operator]
+    raise op.refuse("to a computed size can't be exported")
 
 
 def repeat(op: Operation) -> str:
@@ -141,6 +145,7 @@ def split(op: Operation) -> list[str]:
     """chunk and split: one Split node; the parts are taken by ``getitem``."""
     parts = [value.shape for value in op.node.meta["val"]]
     axis = op["dim"] % rank(op.node.args[0])
+    op.sizes(op.node.args[0], axis)
     sizes = op.integers("split", [int(shape[axis]) for shape in parts])
     return op.writer.node_with_outputs("Split", [op.x, sizes], op.path, len(parts), axis=axis)
 
@@ -173,7 +178,7 @@ def roll(op: Operation) -> str:
     """Shift along dimensions, what leaves at the end comes back at the beginning."""
     x = op.x
     for shift, axis in zip(op["shifts"], op["dims"], strict=True):
-        length = int(shape_of(op.node)[axis])
+        (length,) = op.sizes(op.node, axis)
         if shift % length:
             cut = length - shift % length
             ends = [_part(op, x, axis, cut, length), _part(op, x, axis, 0, cut)]
@@ -194,24 +199,30 @@ def pixel_shuffle(op: Operation) -> str:
 def pixel_unshuffle(op: Operation) -> str:
     """Pixels to channels: (C, H * r, W * r) -> (C * r * r, H, W). SpaceToDepth lists the channels in another order."""
     factor = op["downscale_factor"]
-    channels, height, width = (int(size) for size in shape_of(op.node.args[0])[1:])
+    channels, height, width = op.sizes(op.node.args[0], 1, 2, 3)
     blocks = op.integers("blocks", [-1, channels, height // factor, factor, width // factor, factor])
     moved = op.emit("Transpose", op.emit("Reshape", op.x, blocks), perm=[0, 1, 3, 5, 2, 4])
-    return op.emit("Reshape", moved, op.integers("shape", [-1, *(int(size) for size in shape_of(op.node)[1:])]))
+    return op.emit("Reshape", moved, op.integers("shape", [-1, *op.sizes(op.node, 1, 2, 3)]))
 
 
 def resize(mode: str) -> Emit:
-    """Nearest or bilinear interpolation to the traced size."""
+    """Nearest or bilinear interpolation."""
 
     def emit(op: Operation) -> str:
-        given, wanted = shape_of(op.node.args[0])[-2:], shape_of(op.node)[-2:]
-        factors = [int(new) / int(old) for old, new in zip(given, wanted, strict=True)]
-        scales = op.writer.constant(f"{op.path}.scales", np.array([1.0, 1.0, *factors], np.float32))
         if mode == "nearest":
             settings = {"coordinate_transformation_mode": "asymmetric", "nearest_mode": "floor"}
         else:
             corners = "align_corners" if op["align_corners"] else "half_pixel"
             settings = {"coordinate_transformation_mode": corners}
-        return op.emit("Resize", op.x, "", scales, mode=mode, **settings)
+        factors = op["scale_factors"]
+        if factors is not None and all(float(factor).is_integer() for factor in factors):
+            # always float32, also in a graph of float16 numbers
+            scales = op.writer.constant(f"{op.path}.scales", np.array([1, 1, *factors], np.float32), half=False)
+            return op.emit("Resize", op.x, "", scales, mode=mode, **settings)
+        # sizes, not their ratio: as a float32 that may end one pixel short
+        kept = op.emit("Shape", op.x, start=0, end=2)
+        wanted = op["output_size"] or (None, None)
+        sizes = [_size(op, *entry) for entry in zip(wanted, shape_of(op.node)[-2:], strict=True)]
+        return op.emit("Resize", op.x, "", "", op.emit("Concat", kept, *sizes, axis=0), mode=mode, **settings)
 
     return emit

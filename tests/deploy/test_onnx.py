@@ -12,7 +12,7 @@ from onnx import numpy_helper
 from torch import nn
 
 from effnet_quant import UserError, calibrate, create_model, export_onnx, load_engine, quantize
-from effnet_quant.deploy.onnx import build_onnx
+from effnet_quant.deploy.options import ExportOptions
 from effnet_quant.quantization.insertion import simulate_target
 from reference import fill_model, reference_images
 
@@ -96,6 +96,30 @@ def test_quantized_graph_computes_the_simulation(
     assert relative_error(run(folder / f"{target}.onnx", images), simulated) < 2e-2
 
 
+@pytest.mark.parametrize("backend", ["onnxruntime", "openvino"])
+@torch.no_grad()
+def test_the_compiled_engine_computes_the_simulation_at_any_batch(
+    folder: Path, quantized_model: nn.Module, backend: str
+) -> None:
+    engine = load_engine(folder / f"{backend}.onnx", backend)
+    simulation = simulate_target(quantized_model, backend)
+    for batch in (1, 2, 7):
+        images = reference_images(batch)
+        assert relative_error(torch.from_numpy(engine(images.numpy())), simulation(images)) < 2e-2
+
+
+@torch.no_grad()
+def test_a_quantized_float16_file_runs_right_in_onnxruntime_too(quantized_model: nn.Module, tmp_path: Path) -> None:
+    export_onnx(quantized_model, tmp_path / "half.onnx", SIZE, target="tensorrt", options=ExportOptions(fp16=True))
+    images = reference_images()
+    expected = simulate_target(quantized_model, "tensorrt")(images)
+    engine = load_engine(tmp_path / "half.onnx")
+    assert engine.precision == "int8 + fp16"
+    assert relative_error(torch.from_numpy(engine(images.numpy())), expected) < 3e-2
+    # what ONNX Runtime's optimizer makes of it, whence its absence; once this fails it may be let in again
+    assert relative_error(run(tmp_path / "half.onnx", images, tmp_path / "optimized.onnx"), expected) > 0.5
+
+
 def test_onnxruntime_runs_every_convolution_as_an_integer_kernel(folder: Path, tmp_path: Path) -> None:
     optimized = tmp_path / "optimized.onnx"
     run(folder / "onnxruntime.onnx", reference_images(), optimized)
@@ -112,6 +136,7 @@ def test_compiling_does_not_change_what_the_graph_says(folder: Path, tmp_path: P
     assert relative_error(torch.from_numpy(engine(images.numpy())), as_written) < 1e-2
 
 
+@pytest.mark.slow
 @torch.no_grad()
 def test_public_calls_make_integer_kernels_of_a_float_models_convolutions(tmp_path: Path) -> None:
     model = quantize(fill_model(create_model("efficientnet-b0")).eval())
@@ -123,16 +148,6 @@ def test_public_calls_make_integer_kernels_of_a_float_models_convolutions(tmp_pa
     assert relative_error(logits, model(images)) < 2e-2
     assert operations(optimized)["QLinearConv"] == 49
     assert operations(optimized)["QGemm"] == 33
-
-
-@torch.no_grad()
-def test_openvino_computes_the_simulation(folder: Path, quantized_model: nn.Module) -> None:
-    images = reference_images()
-    engine = load_engine(folder / "openvino.onnx", "openvino")
-    assert (
-        relative_error(torch.from_numpy(engine(images.numpy())), simulate_target(quantized_model, "openvino")(images))
-        < 2e-2
-    )
 
 
 @torch.no_grad()
@@ -176,11 +191,6 @@ def test_only_onnxruntime_gets_integer_biases(folder: Path) -> None:
         assert {value.dtype for name, value in constants.items() if name.endswith(".bias")} == {np.dtype(dtype)}
 
 
-def test_the_same_weights_give_the_same_bytes(quantized_model: nn.Module, folder: Path) -> None:
-    again = build_onnx(quantized_model, SIZE, target="tensorrt", metadata={"classes": ["a", "b"]})
-    assert again.SerializeToString(deterministic=True) == (folder / "tensorrt.onnx").read_bytes()
-
-
 def test_engine_returns_the_metadata_and_checks_its_input(folder: Path) -> None:
     engine = load_engine(folder / "tensorrt.onnx")
     assert engine.metadata == {
@@ -210,12 +220,12 @@ def test_what_is_wrong_with_a_file_or_a_model_is_said(folder: Path, tmp_path: Pa
         load_engine(tmp_path / "missing.onnx")
     with pytest.raises(UserError, match="no backend 'tpu'"):
         load_engine(folder / "float.onnx", "tpu")
-    with pytest.raises(UserError, match="222 quantizers have no range"):
-        export_onnx(create_model("efficientnet-quant-b0"), tmp_path / "uncalibrated.onnx", SIZE)
+    with pytest.raises(UserError, match="50 quantizers have no range"):
+        export_onnx(quantize(create_model("cifar-resnet20")), tmp_path / "uncalibrated.onnx", 32)
     with pytest.raises(UserError, match="no target 'tpu'"):
-        export_onnx(create_model("efficientnet-b0"), tmp_path / "model.onnx", SIZE, target="tpu")
+        export_onnx(create_model("cifar-resnet20"), tmp_path / "model.onnx", 32, target="tpu")
     with pytest.raises(UserError, match="folder"):
-        export_onnx(create_model("efficientnet-b0"), tmp_path / "missing" / "model.onnx", SIZE)
+        export_onnx(create_model("cifar-resnet20"), tmp_path / "missing" / "model.onnx", 32)
     assert list(tmp_path.iterdir()) == [damaged]
 
 

@@ -64,6 +64,10 @@ OPERATIONS: dict[str, Callable[..., Tensor] | nn.Module] = {
     "nearest to an odd size": lambda x: F.interpolate(x, size=(5, 13), mode="nearest"),
     "bilinear": lambda x: F.interpolate(x, size=(12, 16), mode="bilinear"),
     "bilinear, aligned corners": lambda x: F.interpolate(x, size=(13, 5), mode="bilinear", align_corners=True),
+    # 26 * float32(53 / 26) is less than 53
+    "to a size that no float32 factor gives": lambda x: F.interpolate(
+        F.interpolate(x, size=26), size=(53, 53), mode="bilinear"
+    ),
     "global maximum": lambda x: F.adaptive_max_pool2d(x, 1),
     "maxima of equal windows": lambda x: F.adaptive_max_pool2d(x, (2, 4)),
     "addcmul": lambda x: torch.addcmul(x, x, x.sigmoid(), value=0.5),

@@ -1,6 +1,7 @@
 """Tuning keeps what pays. The engines here are waits of a known length, so that the answer is known."""
 
 import time
+import weakref
 from collections.abc import Callable
 
 import pytest
@@ -21,20 +22,40 @@ def model() -> nn.Module:
     return quantize(nn.Sequential(nn.Conv2d(3, 8, 3), unit, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(8, 2)))
 
 
-def waits(milliseconds: dict[str, float], in_float: float) -> Callable[[Target], Callable[[], None]]:
-    """An engine takes 40 ms, plus ``milliseconds`` for each of these operations that is left in float."""
+class Engine:
+    """Waits so many milliseconds."""
 
-    def compile_for(rules: Target) -> Callable[[], None]:
+    def __init__(self, length: float) -> None:
+        self.length = length
+
+    def __call__(self) -> None:
+        time.sleep(self.length / 1e3)
+
+
+def waits(
+    milliseconds: dict[str, float], in_float: float, bf16: float = 0, alive: list[int] | None = None
+) -> Callable[[Target, str], Callable[[], None]]:
+    """An engine takes 40 ms, plus ``milliseconds`` for each of these operations that is left in float, or ``in_float``; and
+    ``bf16`` more in that precision. ``alive`` gets how many engines there are when one more is made."""
+    engines: weakref.WeakSet[Engine] = weakref.WeakSet()
+
+    def compile_for(rules: Target, precision: str) -> Callable[[], None]:
         left = RULES.quantized - rules.quantized
         length = in_float if not rules.quantized else 40 + sum(milliseconds.get(name, 0) for name in left)
-        return lambda: time.sleep(length / 1e3)
+        engine = Engine(length + bf16 * (precision == "bf16"))
+        engines.add(engine)
+        if alive is not None:
+            alive.append(len(engines))
+        return engine
 
     return compile_for
 
 
 def test_what_pays_is_left_in_float_alone_and_together(model: nn.Module) -> None:
     said: list[str] = []
-    tuning = tune(model, RULES, waits({"depthwise": -12, "silu": -9, "pool": 10}, 80), said.append)
+    alive: list[int] = []
+    tuning = tune(model, RULES, waits({"depthwise": -12, "silu": -9, "pool": 10}, 80, alive=alive), said.append)
+    assert max(alive) <= 4  # the finalists; a large network's candidates would not all fit into memory
     assert RULES.quantized - tuning.target.quantized == {"depthwise", "silu"}
     assert tuning.chosen == "depthwise in float + silu in float"
     assert 2 < tuning.speedup < 5  # 80 over 19
@@ -47,6 +68,14 @@ def test_what_does_not_pay_stays_integer(model: nn.Module) -> None:
     assert tuning.target == RULES
     assert tuning.chosen == "target's own"
     assert tuning.speedup < 1
+
+
+def test_the_precision_is_chosen_first_and_float_gets_its_best(model: nn.Module) -> None:
+    others = dict.fromkeys(("stem", "depthwise", "linear", "pool"), 20.0)  # far from what a busy machine adds
+    tuning = tune(model, RULES, waits({"silu": -15, **others}, 45, bf16=-10), print, ("fp32", "bf16"))
+    assert (tuning.chosen, tuning.precision) == ("silu in float, bf16", "bf16")
+    assert 1.8 < tuning.speedup < 2.8  # 35, float in bf16, over 15
+    assert {"target's own", "target's own, bf16", "float", "float, bf16"} < set(tuning.seconds)
 
 
 def test_a_float_network_has_nothing_to_tune() -> None:

@@ -26,6 +26,9 @@ def test_classify_says_which_files_a_backend_takes(run_script, repository, tmp_p
     result = run_script("classify.py", *weights, "--backend", "openvino")
     assert (result.code, len(result.error_lines)) == (2, 1)
     assert "openvino takes no weights" in result.err
+    result = run_script("classify.py", *weights, "--threads", 2, "--engine-precision", "bf16")
+    assert (result.code, len(result.error_lines)) == (2, 1)
+    assert "--engine-precision, --threads: PyTorch weights are no engine" in result.err
     (tmp_path / "model.plan").write_bytes(b"no plan")
     result = run_script("classify.py", "--pretrained-from-file", tmp_path / "model.plan", "--image", image)
     assert (result.code, len(result.error_lines)) == (2, 1)

@@ -278,7 +278,7 @@ def test_classify_names_what_it_could_not_read_and_goes_on(run_script, image_fol
 @pytest.mark.parametrize("runtime", ["onnxruntime", "openvino"])
 def test_verify_compares_engine_and_simulation(image_folder, tuned, exported, runtime, capsys):
     arguments = ["--model", str(tuned / "model_best.pth.tar"), "--engine", str(exported[runtime]), "--backend", runtime]
-    gate = ["--min-agreement", "90", "--layers", str(image_folder)]
+    gate = ["--min-agreement", "90", "--min-images", "18", "--layers", str(image_folder)]
     assert verify.job([*arguments, *gate]) == 0
     out = capsys.readouterr().out
     assert "images                     18" in out
@@ -286,6 +286,8 @@ def test_verify_compares_engine_and_simulation(image_folder, tuned, exported, ru
     assert "layers.6.block0.proj.conv._input_quantizer" in out
     assert verify.job([*arguments, "--min-agreement", "100.1", str(image_folder)]) == 1
     assert "the engine departs from the simulation" in capsys.readouterr().out
+    assert verify.job([*arguments, "--min-agreement", "90", str(image_folder)]) == 1
+    assert "18 images are too few for a verdict, which takes 1000" in capsys.readouterr().out
 
 
 def test_verify_says_what_does_not_fit(weights, tuned, exported, image_folder, tmp_path):
@@ -308,7 +310,7 @@ def test_verify_lints_graphs_for_tensorrt(exported, capsys):
 
 def test_export_verifies_what_it_wrote(run_script, image_folder, tuned, tmp_path):
     model = ["--arch", "efficientnet-quant-b0", "--pretrained-from-file", tuned / "model_best.pth.tar"]
-    output = ["--output", tmp_path / "model.onnx", "--verify", image_folder, "--min-agreement", 90]
+    output = ["--output", tmp_path / "model.onnx", "--verify", image_folder, "--min-agreement", 90, "--min-images", 18]
     assert "same class" in succeeded(run_script("model2onnx.py", *model, *output)).out
     refused = run_script("model2onnx.py", *model, *output, "--target", "tensorrt")
     assert refused.code == 2

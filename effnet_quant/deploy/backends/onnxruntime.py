@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 from effnet_quant.deploy.backends.compiled import Compiled, Settings
-from effnet_quant.deploy.backends.onnx_file import read_onnx
+from effnet_quant.deploy.backends.onnx_file import OnnxFile, read_onnx
 from effnet_quant.errors import UserError
 
 DEVICES = ("cpu", "cuda")
@@ -31,13 +32,7 @@ def compile_file(path: Path, settings: Settings) -> Compiled:
         import torch  # noqa: F401  # brings the CUDA libraries that ONNX Runtime wants loaded
 
         providers = [_CUDA, *providers]
-    options = onnxruntime.SessionOptions()
-    options.log_severity_level = 3
-    if settings.threads is not None:
-        options.intra_op_num_threads = settings.threads
-    # On CPUs without VNNI the fast uint8 x int8 kernels saturate at 16 bits; with this entry ONNX Runtime uses kernels
-    # that compute what the graph says (it has no effect where VNNI is present).
-    options.add_session_config_entry("session.x64quantprecision", "1")
+    options = session_options(file, settings)
     session = onnxruntime.InferenceSession(str(path), options, providers=providers)
     if settings.device == "cuda" and _CUDA not in session.get_providers():
         raise UserError("ONNX Runtime found no CUDA card that it can use; take the device cpu.")
@@ -45,3 +40,20 @@ def compile_file(path: Path, settings: Settings) -> Compiled:
     return Compiled(
         lambda images: session.run(None, {name: images})[0], file.input, file.precision("fp32"), file.metadata
     )
+
+
+def session_options(file: OnnxFile, settings: Settings) -> Any:
+    """The onnxruntime.SessionOptions with which a session computes what a file says."""
+    import onnxruntime
+
+    options = onnxruntime.SessionOptions()
+    options.log_severity_level = 3
+    if settings.threads is not None:
+        options.intra_op_num_threads = settings.threads
+    # On CPUs without VNNI the fast uint8 x int8 kernels saturate at 16 bits; with this entry ONNX Runtime uses kernels
+    # that compute what the graph says (it has no effect where VNNI is present).
+    options.add_session_config_entry("session.x64quantprecision", "1")
+    if file.quantized and file.half:
+        # ONNX Runtime 1.31's optimizer changes what quantized graphs in float16 compute
+        options.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_DISABLE_ALL
+    return options

@@ -10,7 +10,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from effnet_quant.deploy.backends.compiled import Compiled, Settings
-from effnet_quant.deploy.backends.onnx_file import read_onnx
+from effnet_quant.deploy.backends.onnx_file import OnnxFile, read_onnx
 from effnet_quant.deploy.cpu import cpu_has_bf16, cpu_has_exact_int8
 from effnet_quant.errors import UserError
 
@@ -33,15 +33,20 @@ def compile_file(path: Path, settings: Settings) -> Compiled:
         raise UserError("OpenVINO is not installed; pip install effnet-quant[openvino].") from error
     if settings.precision == "bf16" and not cpu_has_bf16():
         raise UserError("this CPU does not compute in bfloat16 (AVX512-BF16, AMX); take the precision fp32.")
+    core = shared_core()
+    run = OpenvinoRunner(core, core.read_model(path), compile_properties(file, settings))
+    return Compiled(run, file.input, file.precision(settings.precision), file.metadata, run.forget)
+
+
+def compile_properties(file: OnnxFile, settings: Settings) -> dict[str, Any]:
+    """What OpenVINO is told for a file to compute what it says."""
     # without this, what the plugin leaves in floating point would become bfloat16 on CPUs with AMX, unasked
     properties: dict[str, Any] = {"INFERENCE_PRECISION_HINT": "bf16" if settings.precision == "bf16" else "f32"}
     if not (cpu_has_exact_int8() or file.fits_16_bits):
         properties["LP_TRANSFORMS_MODE"] = "NO"
     if settings.threads is not None:
         properties["INFERENCE_NUM_THREADS"] = settings.threads
-    core = shared_core()
-    run = OpenvinoRunner(core, core.read_model(path), properties)
-    return Compiled(run, file.input, file.precision(settings.precision), file.metadata, run.forget)
+    return properties
 
 
 @cache

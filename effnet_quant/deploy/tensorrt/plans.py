@@ -154,6 +154,12 @@ def find_plan(path: Path) -> Plan | None:
     return plan if hashlib.sha256(path.read_bytes()).hexdigest() == plan.sha256 else None
 
 
+def discard_plan(plan: Plan) -> None:
+    """Remove a plan and its description."""
+    for path in (plan.path, _description(plan.path)):
+        path.unlink(missing_ok=True)
+
+
 def timings_name(machine: Machine) -> str:
     """The timing cache's file name: timings hold for one card and one version."""
     return re.sub(r"[^\w.]+", "-", f"{machine.card}-{machine.tensorrt}") + ".timings"
