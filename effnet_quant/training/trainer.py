@@ -145,6 +145,7 @@ class Trainer:
         model = (self.model if model is None else model).eval()
         accuracy = Accuracy(self.config.topk, self.device)
         total = self._batches_of(loader)
+        most = self._world.any(total)
         stopwatch = self._stopwatch(total)
         done = 0
         for images, labels in progress(islice(loader.epoch(), total), total, title, self.config.print_freq):
@@ -158,7 +159,7 @@ class Trainer:
             self._synchronize()
             stopwatch.batch_done(len(labels))
             self._stop_if_signalled()
-        for _ in range(self._world.any(total) - done):  # other processes have a batch more
+        for _ in range(most - done):  # other processes have more batches, and ask for signals after each
             self._stop_if_signalled()
         return accuracy.metrics(prefix, self._world) | self._speeds(stopwatch, prefix)
 

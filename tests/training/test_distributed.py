@@ -52,6 +52,16 @@ def test_losses_weights_and_validation_are_those_of_one_process_with_the_doubled
             assert round(ours[name] * 1.01) == pytest.approx(ours[name] * 1.01, abs=1e-9)  # a share of 101
 
 
+def test_validation_counts_each_image_once_where_processes_have_different_numbers_of_batches(
+    results, tiny_network, make_trainer, make_loaders, tmp_path
+):
+    both = json.loads((results / "uneven/metrics.json").read_text())
+    for metrics, (count, batch_size) in zip(both, ((101, 50), (1, 4)), strict=True):
+        expected = make_trainer(tiny_network(), tmp_path).evaluate(make_loaders(batch_size, val_count=count)[1])
+        assert metrics["val.loss"] == pytest.approx(expected["val.loss"], abs=1e-5)
+        assert metrics["val.top1"] == pytest.approx(expected["val.top1"], abs=1e-9)
+
+
 def test_a_signal_to_one_process_stops_all_after_the_same_step(results):
     position = json.loads((results / "interrupted/position.json").read_text())
     assert position == {"signals": [signal.SIGUSR1] * 2, "epoch": 0, "batch": 2}

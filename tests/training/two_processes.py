@@ -72,9 +72,20 @@ def interrupted(world):
         (workspace / "position.json").write_text(json.dumps(position))
 
 
+def uneven_validation(world):
+    """Batches of 50 cut 51 and 50 images into two and one; of a single image, one process has none."""
+    metrics = []
+    for count, batch_size in ((101, 50), (1, 4)):
+        trainer = _make_trainer(_tiny_network(), folder("uneven"), None, world, batch_size=batch_size)
+        _, val = _make_loaders(batch_size, val_count=count, world=world)
+        metrics.append(trainer.evaluate(val))
+    if world.is_main:
+        (folder("uneven") / "metrics.json").write_text(json.dumps(metrics))
+
+
 def main():
     with joined_world() as world:
-        for training in (doubled_batch, straight, interrupted):
+        for training in (uneven_validation, doubled_batch, straight, interrupted):
             training(world)
             world.wait()
 
