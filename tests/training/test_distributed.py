@@ -80,5 +80,5 @@ def test_resuming_within_an_epoch_is_bit_exact_in_two_processes(results):
 def test_resuming_within_an_epoch_needs_as_many_processes(results, tiny_network, make_trainer, tmp_path):
     state = load_checkpoint(results / "straight" / CHECKPOINT)
     state["batch"] = 1
-    with pytest.raises(UserError, match="batches of 4, in 2 processes; resume it with -b 4, in 2 processes"):
+    with pytest.raises(UserError, match="middle of an epoch; resume it with 2 processes"):
         make_trainer(tiny_network(), tmp_path).resume(state, CHECKPOINT)
