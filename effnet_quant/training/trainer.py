@@ -19,7 +19,6 @@ from effnet_quant.data.loaders import Loader
 from effnet_quant.data.mixing import mixed
 from effnet_quant.data.seeding import mix
 from effnet_quant.data.transforms import Preprocessing, normalize
-from effnet_quant.errors import UserError
 from effnet_quant.models.weights import Weights, load_weights
 from effnet_quant.training.callback import Callback
 from effnet_quant.training.checkpoint import save_checkpoint
@@ -30,7 +29,7 @@ from effnet_quant.training.ema import WeightAverage
 from effnet_quant.training.loss import Loss, cross_entropy
 from effnet_quant.training.metrics import Accuracy, LossMeter, Recorder, Stopwatch, describe
 from effnet_quant.training.optimizers import build_optimizer, learned_ranges, load_optimizer_state
-from effnet_quant.training.position import Position, random_states, restore_random_state
+from effnet_quant.training.position import Position, check_same_batches, random_states, restore_random_state
 from effnet_quant.training.precision import choose_precision
 from effnet_quant.training.progress import progress
 from effnet_quant.training.schedules import learning_rate
@@ -106,7 +105,7 @@ class Trainer:
             UserError: an image can't be read, a checkpoint can't be written, or the loss is not finite.
         """
         config, position = self.config, self._position
-        self._check_same_position()
+        position.check_agreement(self._world)
         if 0 < config.epochs <= position.epoch:
             print(f"nothing left to train: {position.epoch} of {config.epochs} epochs are done", flush=True)
         if position.step == 0:  # NVIDIA's checkpoints don't count steps, on which the weight of an average depends
@@ -180,7 +179,7 @@ class Trainer:
         """
         position = Position.of(checkpoint, source)
         if position.batch > 0:
-            self._check_same_batches(checkpoint, source)
+            check_same_batches(checkpoint, source, self.config, self._world.size)
         has_ranges = load_weights(self.model, Weights(checkpoint["state_dict"], source=source))
         if self.config.use_ema is not None:
             self._average = WeightAverage(self.model, self.config.use_ema)
@@ -222,6 +221,7 @@ class Trainer:
                 **states,
                 "config": dataclasses.asdict(self.config),
                 "processes": self._world.size,
+                "job": self._world.job,
                 "metadata": self._metadata,
             },
             self._workspace,
@@ -392,32 +392,6 @@ class Trainer:
             if save:
                 self.save()
             raise Interrupted(number)
-
-    def _check_same_batches(self, checkpoint: dict[str, Any], source: str) -> None:
-        was, processes = checkpoint.get("config") or {}, checkpoint.get("processes", 1)
-        needed = [
-            f"{flag} {was[name]}"
-            for flag, name in _CUTTING.items()
-            if name in was and was[name] != getattr(self.config, name)
-        ]
-        if processes != self._world.size:
-            needed.append(f"{processes} processes")
-        if needed:
-            raise UserError(f"{source} stands in the middle of an epoch; resume it with {', '.join(needed)}.")
-
-    def _check_same_position(self) -> None:
-        """Each process reads a checkpoint of its own accord, which on machines without a common disk may be another."""
-        position = self._position
-        mine = torch.tensor([position.epoch, position.batch, position.step])
-        if not all(torch.equal(mine, other) for other in self._world.gather(mine)):
-            raise UserError(
-                "the processes of this job stand at different places of the training, because some machines have another "
-                "checkpoint than others, or none; give all the same file with --resume."
-            )
-
-
-# what decides which images a batch of an epoch holds, and which batches make a step
-_CUTTING = {"-b": "batch_size", "--optimizer-batch-size": "optimizer_batch_size", "--seed": "seed"}
 
 
 def _on_cpu(model: nn.Module) -> dict[str, Tensor]:
