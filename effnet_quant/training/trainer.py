@@ -113,8 +113,8 @@ class Trainer:
         last = config.epochs
         if config.run_epochs >= 0:
             last = min(last, position.epoch + config.run_epochs)
-        if config.use_ema is not None and self._average is None:
-            self._average = WeightAverage(self.model, config.use_ema)
+        if self._average is None:
+            self._average = self._new_average()
         network = self._network()
         with self._signals:
             while position.epoch < last and not self._stopped_early():
@@ -181,10 +181,9 @@ class Trainer:
         if position.batch > 0:
             check_same_batches(checkpoint, source, self.config, self._world.size)
         has_ranges = load_weights(self.model, Weights(checkpoint["state_dict"], source=source))
-        if self.config.use_ema is not None:
-            self._average = WeightAverage(self.model, self.config.use_ema)
-            if "state_dict_ema" in checkpoint:
-                load_weights(self._average.model, Weights(checkpoint["state_dict_ema"], source=source))
+        self._average = self._new_average()
+        if self._average is not None and "state_dict_ema" in checkpoint:
+            load_weights(self._average.model, Weights(checkpoint["state_dict_ema"], source=source))
         load_optimizer_state(self.optimizer, self._scaler, checkpoint, source)
         self._position = position
         if position.batch > 0 and self._world.is_main:
@@ -232,6 +231,14 @@ class Trainer:
 
     def _stopped_early(self) -> bool:
         return 0 < self.config.early_stopping_patience <= self._position.epochs_since_best
+
+    def _new_average(self) -> WeightAverage | None:
+        if self.config.use_ema is None:
+            return None
+        average = WeightAverage(self.model, self.config.use_ema)
+        if self.config.compile:  # a copy of a compiled network is none
+            average.model.compile()
+        return average
 
     def _network(self) -> nn.Module:
         """The model as training calls it: gradients averaged over the processes, buffers those of process 0."""

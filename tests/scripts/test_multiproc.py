@@ -254,7 +254,8 @@ def test_processes_start_again_as_often_as_allowed(run_process, script, tmp_path
         sys.exit(0 if count == "1" else 5)
         """
     )
-    result = run_process("multiproc.py", *TOGETHER, "--max_restarts", 1, path, cwd=tmp_path)
+    meet = ["--rdzv_backend", "c10d", "--rdzv_endpoint", "localhost:0", "--rdzv_id", "again"]
+    result = run_process("multiproc.py", *TOGETHER, *meet, "--max_restarts", 1, path, cwd=tmp_path)
     assert (result.code, result.out) == (0, "start 0\nstart 1\n")
 
 

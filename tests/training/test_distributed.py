@@ -11,6 +11,7 @@ import torch
 
 from effnet_quant.errors import UserError
 from effnet_quant.training.checkpoint import load_checkpoint
+from effnet_quant.training.distributed import World
 from effnet_quant.training.metrics import Recorder
 
 CHECKPOINT = "checkpoint.pth.tar"
@@ -60,6 +61,21 @@ def test_validation_counts_each_image_once_where_processes_have_different_number
         expected = make_trainer(tiny_network(), tmp_path).evaluate(make_loaders(batch_size, val_count=count)[1])
         assert metrics["val.loss"] == pytest.approx(expected["val.loss"], abs=1e-5)
         assert metrics["val.top1"] == pytest.approx(expected["val.top1"], abs=1e-9)
+
+
+def test_the_process_whose_loss_is_no_number_names_its_images(results, make_loaders):
+    (kind, sentence), (other, _) = (json.loads((results / "diverging" / f"{r}.json").read_text()) for r in (1, 0))
+    assert (kind, other) == ("UserError", "PeerLost")
+    train, _ = make_loaders(4, count=49, world=World(rank=1, size=2))
+    assert "epoch 1, batch 2" in sentence
+    assert f"to blame: {', '.join(train.names(0, 1))};" in sentence
+
+
+def test_processes_that_stand_at_different_places_do_not_start(results):
+    for rank in range(2):
+        kind, sentence = json.loads((results / "apart" / f"{rank}.json").read_text())
+        assert kind == "UserError"
+        assert "different places of the training" in sentence
 
 
 def test_a_signal_to_one_process_stops_all_after_the_same_step(results):

@@ -7,9 +7,11 @@ import json
 import os
 import signal
 import time
+from functools import partialmethod
 
 import pytest
 import torch
+from torch import nn
 from torch.nn import functional as F
 
 from effnet_quant.data.transforms import normalize
@@ -266,6 +268,16 @@ def test_training_only_validates_nothing(tiny_network, make_trainer, make_loader
     validation = watch(val)
     make_trainer(tiny_network(), tmp_path, training_only=True).fit(train, validation)
     assert validation.count == 0
+    assert sorted(path.name for path in tmp_path.iterdir()) == [CHECKPOINT]
+    trainer = make_trainer(tiny_network(), tmp_path, training_only=True, epochs=3)
+    trainer.resume(load_checkpoint(tmp_path / CHECKPOINT), CHECKPOINT)
+    trainer.fit(train, validation)
+    assert (validation.count, load_checkpoint(tmp_path / CHECKPOINT)["epoch"]) == (0, 3)
+
+
+def test_a_checkpoint_before_the_first_epoch_is_no_epochs(tiny_network, make_trainer, tmp_path):
+    """As quant_main.py writes it after calibration."""
+    make_trainer(tiny_network(), tmp_path, gather_checkpoints=-1).save()
     assert sorted(path.name for path in tmp_path.iterdir()) == [CHECKPOINT]
 
 
@@ -539,8 +551,9 @@ def test_the_first_tenth_of_a_profiled_epoch_does_not_count(tiny_network, make_t
     assert json.loads(raport.read_text())["data"]["train.data_time"] < 0.05
 
 
-@pytest.mark.slow
-def test_compiled_training_is_the_eager_one(tiny_network, make_trainer, make_loaders, tmp_path):
+@pytest.mark.parametrize("backend", ["eager", pytest.param("inductor", marks=pytest.mark.slow)])
+def test_compiled_training_is_the_eager_one(tiny_network, make_trainer, make_loaders, tmp_path, monkeypatch, backend):
+    monkeypatch.setattr(nn.Module, "compile", partialmethod(nn.Module.compile, backend=backend))
     models = [tiny_network(dropout=0.0) for _ in range(2)]
     for model, compiled in zip(models, (False, True), strict=True):
         make_trainer(model, tmp_path, compile=compiled, use_ema=0.9, optimizer_batch_size=8).fit(*make_loaders())
