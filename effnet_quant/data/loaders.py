@@ -7,6 +7,7 @@ import multiprocessing
 import os
 import signal
 import threading
+from collections import deque
 from collections.abc import Iterator
 from typing import Any
 
@@ -119,7 +120,7 @@ class Loader:
             for index, sentence in bad.items():
                 self.bad_images.add(index, sentence)
             if len(images):
-                yield images, labels
+                yield own(images), labels
             elif self.shuffle:
                 raise UserError(f"no image of a batch can be read; the last: {sentence}")
 
@@ -127,7 +128,7 @@ class Loader:
         # by worker: its process id and the index of the image that it is at
         self._at = torch.full((self._workers, 2), -1, dtype=torch.int64).share_memory_()
         return in_workers(
-            _Batches(self.source, self._transform, self._at, refill=self.shuffle),
+            _Batches(self.source, self._transform, self._at, BatchMemory(self._prefetch), refill=self.shuffle),
             self._workers,
             self._prefetch,
             sampler=self._keys,
@@ -165,10 +166,13 @@ class _Keys(Sampler[_Key]):
 class _Batches(Dataset[_Item]):
     """Transformed batches by their keys."""
 
-    def __init__(self, source: ImageSource, transform: Transform, at: Tensor, *, refill: bool) -> None:
+    def __init__(
+        self, source: ImageSource, transform: Transform, at: Tensor, memory: BatchMemory, *, refill: bool
+    ) -> None:
         self._source = source
         self._transform = transform
         self._at = at
+        self._memory = memory
         self._refill = refill
 
     def __getitem__(self, key: _Key) -> _Item:
@@ -191,7 +195,7 @@ class _Batches(Dataset[_Item]):
             for position in range(len(bad)):
                 images.append(images[position % len(good)])
                 good.append(good[position % len(good)])
-        return stack(images, shared=worker is not None), self._source.labels[good], bad
+        return self._memory.stack(images), self._source.labels[good], bad
 
     def _transformed(self, index: int) -> Tensor:
         if not isinstance(self._source, EncodedSource):
@@ -203,20 +207,47 @@ class _Batches(Dataset[_Item]):
             raise unreadable(self._source.name(index), error) from error
 
 
-def stack(images: list[Tensor], *, shared: bool) -> Tensor:
-    """Images (3, H, W) as one tensor (N, 3, H, W) in the memory layout that they have, shared between processes if asked."""
-    if not images:
-        return torch.empty(0, 3, 0, 0, dtype=torch.uint8)
-    if images[0].is_contiguous():
-        batch = torch.empty(len(images), *images[0].shape, dtype=images[0].dtype)
-    else:  # decoders write (H, W, 3)
+class BatchMemory:
+    """Where a worker puts its batches for the main process: the same few blocks of shared memory in turns.
+
+    New shared memory comes page by page as it is written to, which takes several times as long as the copying itself. A
+    block is written anew when the worker's batch after the next ``prefetch`` ones is due. The main process has then taken
+    the block's batch and copied it: see ``own``. In the main process itself every batch gets memory of its own.
+
+    Args:
+        prefetch: batches that a worker prepares ahead.
+    """
+
+    def __init__(self, prefetch: int) -> None:
+        self._blocks: deque[Tensor] = deque()
+        self._count = prefetch + 1
+
+    def stack(self, images: list[Tensor]) -> Tensor:
+        """Images (3, H, W) as one tensor (N, 3, H, W) in the memory layout that they have."""
+        if not images:
+            return torch.empty(0, 3, 0, 0, dtype=torch.uint8)
+        size = len(images) * images[0].numel()
+        block = torch.empty(size, dtype=torch.uint8) if get_worker_info() is None else self._next_block(size)
         channels, height, width = images[0].shape
-        batch = torch.empty(len(images), height, width, channels, dtype=images[0].dtype).permute(0, 3, 1, 2)
-    if shared:
-        batch.share_memory_()
-    for place, image in zip(batch, images, strict=True):
-        place.copy_(image)
-    return batch
+        if images[0].is_contiguous():
+            batch = block[:size].view(len(images), channels, height, width)
+        else:  # decoders write (H, W, 3)
+            batch = block[:size].view(len(images), height, width, channels).permute(0, 3, 1, 2)
+        for place, image in zip(batch, images, strict=True):
+            place.copy_(image)
+        return batch
+
+    def _next_block(self, size: int) -> Tensor:
+        block = self._blocks.popleft() if len(self._blocks) == self._count else None
+        if block is None or len(block) < size:
+            block = torch.empty(size, dtype=torch.uint8).share_memory_()
+        self._blocks.append(block)
+        return block
+
+
+def own(images: Tensor) -> Tensor:
+    """A batch that the worker which made it will not write over."""
+    return images.clone() if images.is_shared() else images  # in pinned memory it is a copy already
 
 
 def in_workers(dataset: Dataset[Any], workers: int, prefetch: int = 2, **options: Any) -> DataLoader[Any]:

@@ -13,7 +13,7 @@ from torch import Tensor
 from torch.utils.data import IterableDataset, get_worker_info
 
 from effnet_quant.data.decoding import DecodeError
-from effnet_quant.data.loaders import Loader, in_workers, stack
+from effnet_quant.data.loaders import BatchMemory, Loader, in_workers, own
 from effnet_quant.data.seeding import mix, seeded
 from effnet_quant.data.shards import ShardSource
 from effnet_quant.data.sources import unreadable
@@ -85,6 +85,7 @@ class ShardLoader(Loader):
             urls[self._rank :: self._ranks],
             self._transform,
             self.batch_size,
+            BatchMemory(self._prefetch),
             mix(self._seed, epoch, -2) if self.shuffle else None,
         )
         workers = min(self._workers, len(stream.urls)) if self.shuffle else min(self._workers, 1)
@@ -101,9 +102,9 @@ class ShardLoader(Loader):
             for name, sentence in bad.items():
                 self.bad_images.add(self._bad.setdefault(name, len(self._bad)), sentence)
             if len(images) == self.batch_size:
-                yield images, labels
+                yield own(images), labels
             elif len(images):
-                rest.append((images, labels))
+                rest.append((own(images), labels))
         if rest:
             images, labels = (torch.cat(column) for column in zip(*rest, strict=True))
             for start in range(0, len(images), self.batch_size):
@@ -114,12 +115,19 @@ class _Stream(IterableDataset[_Part | UserError]):
     """A worker's part of the shards, in batches."""
 
     def __init__(
-        self, source: ShardSource, urls: list[str], transform: Transform, batch_size: int, seed: int | None
+        self,
+        source: ShardSource,
+        urls: list[str],
+        transform: Transform,
+        batch_size: int,
+        memory: BatchMemory,
+        seed: int | None,
     ) -> None:
         self._source = source
         self.urls = urls
         self._transform = transform
         self._batch_size = batch_size
+        self._memory = memory
         self._seed = seed
 
     def __iter__(self) -> Iterator[_Part | UserError]:
@@ -135,11 +143,11 @@ class _Stream(IterableDataset[_Part | UserError]):
                 if not (batch := list(islice(samples, self._batch_size))):
                     return
                 with seeded(mix(self._seed or 0, number, place)):
-                    yield self._transformed(batch, shared=worker is not None)
+                    yield self._transformed(batch)
         except UserError as error:  # which crosses process borders intact
             yield error
 
-    def _transformed(self, batch: list[tuple[str, Any, int]], *, shared: bool) -> _Part:
+    def _transformed(self, batch: list[tuple[str, Any, int]]) -> _Part:
         images, labels, bad = [], [], {}
         for name, image, label in batch:
             try:
@@ -153,4 +161,4 @@ class _Stream(IterableDataset[_Part | UserError]):
             for place in range(len(bad)):  # as Loader does
                 images.append(images[place])
                 labels.append(labels[place])
-        return stack(images, shared=shared), torch.tensor(labels, dtype=torch.int64), bad
+        return self._memory.stack(images), torch.tensor(labels, dtype=torch.int64), bad

@@ -166,3 +166,13 @@ def test_sources_in_memory_use_no_workers():
 def test_evaluation_transform_makes_one_size_of_all(image_folder):
     batches = list(Loader(FolderSource(image_folder / "val"), evaluation_transform(Preprocessing(16, 20)), 7).epoch())
     assert [tuple(images.shape) for images, _ in batches] == [(7, 3, 16, 16), (7, 3, 16, 16), (4, 3, 16, 16)]
+
+
+def test_workers_write_to_the_same_memory_in_turns_and_batches_stay_as_they_were():
+    sizes = [images.flatten(1) for images, _ in Loader(Numbers(11), unchanged, 4, workers=1, prefetch=1).epoch()]
+    assert torch.cat(sizes).tolist() == [[index] * 12 for index in range(11)]
+    loader = Loader(Numbers(64), unchanged, 4, shuffle=True, workers=1, prefetch=2)
+    for epoch in range(2):
+        batches = list(loader.epoch(epoch))  # 16, more than a worker has blocks
+        assert all(images[:, 0, 0, 0].tolist() == labels.tolist() for images, labels in batches)
+        assert not any(images.is_shared() for images, _ in batches)
