@@ -79,7 +79,7 @@ def two_machines(run_script, start_process, tmp_path_factory):
     calibrate += ["--calibration-method", "moving-average", "--calibration-images", 21]
     calibrated = ["--pretrained-from-file", root / "one" / "calibration" / "checkpoint.pth.tar"]
     trainings = {"float": ["main.py", *SMALL], "quantized": ["quant_main.py", *SMALL, *calibrated]}
-    learned = ["quant_main.py", *SMALL, *start, "--quant-spec", "w8a8-lsq", "--gradual-start", 3, "--prof", 1]
+    learned = ["quant_main.py", *SMALL, *start, "--quant-spec", "w8a8-lsq", "--gradual-start", 3, "--prof", 2]
     alone = [[*calibrate, "--workspace", root / "one" / "calibration"]]
     together = [
         [*calibrate, "--workspace", root / "two" / "calibration"],
