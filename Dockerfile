@@ -12,13 +12,15 @@ RUN pip install --no-cache-dir \
     "onnx>=1.17" \
     "onnxruntime>=1.20" \
     "pillow>=10" \
+    "pyyaml>=6" \
     "safetensors>=0.4.5" \
     "scikit-learn>=1.4" \
+    "simplejpeg>=1.8" \
     "tqdm>=4.66" \
     "openvino>=2025.0" \
     "matplotlib>=3.8"
 
 COPY setup.py pyproject.toml README.md LICENSE ./
 COPY effnet_quant effnet_quant
-COPY main.py quant_main.py checkpoint2model.py model2onnx.py model2trt.py classify.py ./
+COPY main.py quant_main.py launch.py multiproc.py checkpoint2model.py model2onnx.py model2trt.py classify.py ./
 RUN pip install --no-cache-dir --no-deps --editable .

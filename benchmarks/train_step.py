@@ -2,7 +2,7 @@
 
 Trains efficientnet-b0 with SGD on images in memory, in turns:
 
-    bare loop     forward, cross entropy, backward, step
+    bare loop     forward, cross entropy, backward, step of the trainer's optimizer, which is fused
     trainer       Trainer.fit: normalisation, accumulation, meters, signal and divergence checks, progress
     timm          what timm's train.py does in a step: its optimizer, its scheduler's update, its meter of the loss
     torchvision   what torchvision's reference does: top-1 and top-5 of every batch, three numbers fetched
@@ -36,6 +36,7 @@ from effnet_quant.data.transforms import Preprocessing, normalize
 from effnet_quant.training.config import TrainConfig
 from effnet_quant.training.machine import describe_machine
 from effnet_quant.training.metrics import Recorder
+from effnet_quant.training.optimizers import build_optimizer
 from effnet_quant.training.trainer import Trainer
 
 LR, MOMENTUM, WEIGHT_DECAY = 1e-3, 0.9, 1e-4
@@ -116,7 +117,7 @@ def main() -> None:
 
 
 def _bare_loop(model: nn.Module, batches: Batches) -> Callable[[], object]:
-    optimizer = torch.optim.SGD(model.parameters(), lr=LR, momentum=MOMENTUM, weight_decay=WEIGHT_DECAY)
+    optimizer = build_optimizer(model, TrainConfig(lr=LR, momentum=MOMENTUM, weight_decay=WEIGHT_DECAY))
 
     def run() -> None:
         for images, labels in batches:

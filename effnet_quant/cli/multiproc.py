@@ -5,10 +5,13 @@ from __future__ import annotations
 import argparse
 import logging
 import os
+import signal
 import sys
 import uuid
 from collections.abc import Sequence
 from pathlib import Path
+from types import FrameType
+from typing import NoReturn
 
 from torch.distributed.elastic.multiprocessing import DefaultLogsSpecs, SignalException, Std
 from torch.distributed.elastic.multiprocessing.errors import ChildFailedError, ProcessFailure
@@ -17,7 +20,7 @@ from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 from effnet_quant.cli.process import LOST_PEER_STATUS, run
 from effnet_quant.errors import UserError
 
-SIGNALS = "SIGTERM,SIGINT,SIGHUP,SIGQUIT,SIGUSR1"
+_CHECKPOINT_SECONDS = 600  # from a signal to the kill; the engine's 30 are too few for a long step and a slow disk
 _LINES_SHOWN = 20
 
 
@@ -32,6 +35,8 @@ def job(arguments: Sequence[str]) -> int:
     logging.getLogger("torch.distributed.elastic").setLevel(logging.CRITICAL)
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     os.environ.setdefault("OMP_NUM_THREADS", str(max(1, cores // parsed.nproc_per_node)))
+    os.environ.setdefault("TORCH_ELASTIC_SHUTDOWN_TIMEOUT", str(_CHECKPOINT_SECONDS))  # later versions than 2.8 read it
+    signal.signal(signal.SIGUSR1, _stop)  # the one signal that the engine leaves alone
     config = _launch_config(parsed)
     command = [sys.executable, "-u", parsed.training_script, *parsed.training_script_args]
     try:
@@ -84,7 +89,7 @@ def _launch_config(parsed: argparse.Namespace) -> LaunchConfig:
     # machine 0 shows its first process; what happens on others is seen there
     shown = {0: Std.NONE} if parsed.node_rank == 0 else {}
     redirects = {rank: shown.get(rank, Std.ALL) for rank in range(parsed.nproc_per_node)}
-    config = LaunchConfig(
+    return LaunchConfig(
         min_nodes=nodes[0],
         max_nodes=nodes[1],
         nproc_per_node=parsed.nproc_per_node,
@@ -94,8 +99,11 @@ def _launch_config(parsed: argparse.Namespace) -> LaunchConfig:
         logs_specs=DefaultLogsSpecs(log_dir=parsed.log_dir, redirects=redirects),
         **meeting,
     )
-    config.signals_to_handle = SIGNALS
-    return config
+
+
+def _stop(number: int, frame: FrameType | None) -> NoReturn:
+    """The engine passes the signal of this exception on to the processes and waits for their end."""
+    raise SignalException(f"got signal {number}", signal.Signals(number))
 
 
 def _report(failures: dict[int, ProcessFailure], log_dir: Path, run_id: str) -> int:

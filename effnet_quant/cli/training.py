@@ -87,11 +87,11 @@ def prepared(arguments: argparse.Namespace, *, quantized: bool) -> Iterator[Job]
 
 def _prepare(arguments: argparse.Namespace, world: World, *, quantized: bool) -> Job:
     entry = get_entry(arguments.arch)
-    _go_on_if_started_again(arguments)
+    _go_on_if_started_again(arguments, world)
     if "num_classes" not in arguments.explicit:
         arguments.num_classes = entry.num_classes
     checkpoint = load_checkpoint(arguments.resume) if arguments.resume else None
-    config = _config(arguments, checkpoint, world)
+    config = train_config(arguments, checkpoint, world)
     preprocessing = _preprocessing(arguments, entry)
     with world.main_first() if fills_cache(arguments.data) else nullcontext():
         train_source, val_source = _open_sources(arguments, preprocessing)
@@ -101,6 +101,7 @@ def _prepare(arguments: argparse.Namespace, world: World, *, quantized: bool) ->
             f"{arguments.data} has {len(classes)} classes, but the model has {arguments.num_classes}; "
             f"pass --num-classes {len(classes)}."
         )
+    device = _device(arguments, config, world)  # before there is memory that would lie at the wrong cores
     torch.manual_seed(config.seed)
     if checkpoint is not None and (arguments.pretrained_from_file or arguments.pretrained):
         raise UserError("--resume and --pretrained-from-file (or --pretrained) both bring weights; give one of them.")
@@ -122,7 +123,6 @@ def _prepare(arguments: argparse.Namespace, world: World, *, quantized: bool) ->
     world.wait()
     if "data_backend" not in arguments.explicit:
         print(f"data backend: {DEFAULT_BACKEND}", flush=True)
-    device = _device(arguments, config, world)
     if world.rank > 0:  # dropout differs between processes; process 0 draws as a process alone does
         torch.manual_seed(mix(config.seed, world.rank))
     metadata = {
@@ -211,10 +211,12 @@ def train_or_evaluate(job: Job, arguments: argparse.Namespace) -> int:
     return 0
 
 
-def _go_on_if_started_again(arguments: argparse.Namespace) -> None:
+def _go_on_if_started_again(arguments: argparse.Namespace, world: World) -> None:
     """Resume from the job's own latest checkpoint where torchrun has started its processes again."""
     latest = os.path.join(arguments.workspace, arguments.checkpoint_filename)
-    if int(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")) > 0 and os.path.isfile(latest):
+    if int(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")) == 0 or not os.path.isfile(latest):
+        return
+    if load_checkpoint(latest).get("job") == world.job:  # and not an earlier one's, which the command line passed over
         print(f"started again: going on from {latest}", flush=True)
         arguments.resume, arguments.pretrained_from_file, arguments.pretrained = latest, None, False
         arguments.ema = False  # which of the weights to start from
@@ -249,7 +251,12 @@ def _recorder(arguments: argparse.Namespace, config: TrainConfig, workspace: Pat
     return Recorder(workspace / arguments.raport_file, machine, sinks)
 
 
-def _config(arguments: argparse.Namespace, checkpoint: dict[str, Any] | None, world: World) -> TrainConfig:
+def train_config(arguments: argparse.Namespace, checkpoint: dict[str, Any] | None, world: World) -> TrainConfig:
+    """The trainer's configuration as the flags say; without ``--seed`` that of the checkpoint, or a random one.
+
+    Raises:
+        UserError: a flag has a value that means nothing, or two don't go together.
+    """
     values = {field.name: getattr(arguments, field.name) for field in fields(TrainConfig) if field.name in arguments}
     values["channels_last"] = arguments.memory_format == "nhwc"
     if arguments.jit == "script":
@@ -279,6 +286,10 @@ def _config(arguments: argparse.Namespace, checkpoint: dict[str, Any] | None, wo
             f"--optimizer-batch-size {config.optimizer_batch_size} must be a multiple of "
             f"--batch-size {config.batch_size}{by}."
         )
+    if config.amp_dtype is not None and not config.amp:
+        raise UserError(f"--amp-dtype {config.amp_dtype} says what --amp computes in; give both.")
+    if (config.static_loss_scale != 1 or config.dynamic_loss_scale) and not config.amp:
+        print("without --amp, --static-loss-scale and --dynamic-loss-scale do nothing", flush=True)
     if config.nesterov and (config.optimizer != "sgd" or config.momentum <= 0):
         raise UserError("--nesterov goes with --optimizer sgd and a momentum above 0.")
     return config
@@ -305,6 +316,7 @@ _ALLOWED = {
     "topk": _AT_LEAST_ONE,
     "workers": _NOT_NEGATIVE,
     "epochs": _NOT_NEGATIVE,
+    "run-epochs": _Allowed(lambda value: value >= -1, "-1 (all that are left) or more"),
     "warmup": _NOT_NEGATIVE,
     "lr": _NOT_NEGATIVE,
     "end-lr": _NOT_NEGATIVE,

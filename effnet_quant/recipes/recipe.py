@@ -48,12 +48,13 @@ def resolve(recipes: Recipes, *, model: str, mode: str, platform: str, precision
     """
     by_platform = _pick(recipes["models"], model, "model")
     by_precision = _pick(by_platform, platform, f"platform for {model}")
+    of_model = _pick(recipes["model_mode"], model, "model_mode", optional=True)
     return {
         **_pick(recipes["precision"], precision, "precision"),
-        **recipes["platform"].get(platform, {}),
+        **_pick(recipes["platform"], platform, "platform", optional=True),
         **_pick(by_precision, precision, f"precision for {model} on {platform}"),
         **_pick(recipes["mode"], mode, "mode"),
-        **recipes["model_mode"].get(model, {}).get(mode, {}),
+        **_pick(of_model, mode, f"model_mode of {model}", optional=True),
         "arch": model,
     }
 
@@ -64,10 +65,13 @@ def nearest(name: str, known: Iterable[str]) -> str:
     return ", ".join(difflib.get_close_matches(name, known, n=3, cutoff=0.5) or known)
 
 
-def _pick(values: dict[str, Any], name: str, what: str) -> dict[str, Any]:
-    if name not in values:
+def _pick(values: dict[str, Any], name: str, what: str, *, optional: bool = False) -> dict[str, Any]:
+    if name not in values and not optional:
         raise UserError(f"there is no {what} '{name}' in the recipes; did you mean: {nearest(name, values)}?")
-    return values[name] or {}
+    chosen = values.get(name) or {}
+    if not isinstance(chosen, dict):
+        raise UserError(f"the recipe of {what} '{name}' is {chosen!r}, not a mapping from keys to values; correct it.")
+    return chosen
 
 
 def _read(text: str, source: str) -> Recipes:
@@ -77,6 +81,9 @@ def _read(text: str, source: str) -> Recipes:
         raise UserError(f"{source} is no YAML: {' '.join(str(error).split())}; correct it.") from error
     if not isinstance(content, dict):
         raise UserError(f"{source} holds no recipes: it has none of the sections {', '.join(SECTIONS)}.")
+    for name in content:  # other names may hold what the sections refer to
+        if name not in SECTIONS and (close := difflib.get_close_matches(str(name), SECTIONS)):
+            raise UserError(f"{source} has an unknown section '{name}'; did you mean: {close[0]}?")
     sections = {section: content.get(section) or {} for section in SECTIONS}
     if not all(isinstance(section, dict) for section in sections.values()):
         raise UserError(f"{source}: each of the sections {', '.join(SECTIONS)} is a mapping from names to values.")

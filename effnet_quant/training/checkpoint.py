@@ -44,9 +44,11 @@ def save_checkpoint(
         replace_file(workspace / BEST_FILENAME, content)
     if gather != 0:
         replace_file(workspace / f"checkpoint_{state['epoch'] - 1:04d}.pth.tar", content)
-    if gather > 0:
-        for old in sorted(workspace.glob("checkpoint_[0-9]*.pth.tar"))[:-gather]:
-            old.unlink()
+    if gather > 0:  # later epochs' are of another run that used this workspace
+        for old in workspace.glob("checkpoint_[0-9]*.pth.tar"):
+            number = old.name.removeprefix("checkpoint_").removesuffix(".pth.tar")
+            if number.isdigit() and int(number) < state["epoch"] - gather:
+                old.unlink()
 
 
 def load_checkpoint(path: str | Path) -> dict[str, Any]:

@@ -28,11 +28,13 @@ class World:
         rank: number of this process, 0 … size - 1.
         size: number of processes.
         local_rank: number of this process on its machine, which is that of its GPU.
+        job: torchrun's name for the processes that were started together, restarts included; "" for a process alone.
     """
 
     rank: int = 0
     size: int = 1
     local_rank: int = 0
+    job: str = ""
 
     @property
     def is_main(self) -> bool:
@@ -100,7 +102,9 @@ def joined_world() -> Iterator[World]:
     if size == 1:
         yield ALONE
         return
-    world = World(int(os.environ["RANK"]), size, int(os.environ["LOCAL_RANK"]))
+    world = World(
+        int(os.environ["RANK"]), size, int(os.environ["LOCAL_RANK"]), os.environ.get("TORCHELASTIC_RUN_ID", "")
+    )
     if torch.cuda.is_available():
         if world.local_rank >= torch.cuda.device_count():
             raise UserError(

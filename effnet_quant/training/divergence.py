@@ -5,13 +5,37 @@ from __future__ import annotations
 from collections.abc import Callable
 from pathlib import Path
 
+import torch
+from torch import Tensor, nn
+
 from effnet_quant.data.loaders import Loader
 from effnet_quant.errors import UserError
 from effnet_quant.files import replace_file
+from effnet_quant.training.distributed import PeerLost, World
 from effnet_quant.training.metrics import LossMeter
+from effnet_quant.training.optimizers import learned_ranges
 
 FILENAME = "nonfinite_loss.txt"
 _NAMES_SHOWN = 4
+_NEVER = 2**62
+
+
+def check_weights(model: nn.Module) -> None:
+    """See whether all weights and BatchNorm's statistics are numbers; waits for the device.
+
+    Raises:
+        UserError: one is not; the sentence names the first.
+    """
+    ranges = {id(parameter) for parameter in learned_ranges(model)}  # which are NaN where nothing was calibrated
+    named: dict[str, Tensor] = {n: tensor for n, tensor in model.named_parameters() if id(tensor) not in ranges}
+    named |= {name: tensor for name, tensor in model.named_buffers() if ".running_" in f".{name}"}
+    finite = torch.stack(torch._foreach_norm([tensor.detach() for tensor in named.values()], float("inf"))).isfinite()
+    if not bool(finite.all()):
+        name = list(named)[int((~finite).nonzero()[0])]
+        raise UserError(
+            f"{name} is not finite after the last step: training has diverged; lower --lr, and resume from the last "
+            "checkpoint, which stays as it is."
+        )
 
 
 class DivergenceWatch:
@@ -22,6 +46,7 @@ class DivergenceWatch:
         loader: knows what the images are called.
         epoch: counted from 0.
         workspace: where the names of a whole batch are written.
+        world: the processes that train together; all call ``check`` after the same batch.
         scaled: whether a loss scale skips steps that overflow, so that one such loss does no harm.
         locate: from the number of a batch to the part of the network where it stops being numbers, if that is known.
     """
@@ -32,6 +57,7 @@ class DivergenceWatch:
         loader: Loader,
         epoch: int,
         workspace: Path,
+        world: World,
         *,
         scaled: bool,
         locate: Callable[[int], str | None],
@@ -40,6 +66,7 @@ class DivergenceWatch:
         self._loader = loader
         self._epoch = epoch
         self._workspace = workspace
+        self._world = world
         self._scaled = scaled
         self._locate = locate
 
@@ -48,8 +75,15 @@ class DivergenceWatch:
 
         Raises:
             UserError: one is not, and no loss scale has skipped its step.
+            PeerLost: another process met it first, and says so.
         """
-        batch = None if self._scaled else self._meter.first_bad_batch()
+        if self._scaled:
+            return
+        batch = self._meter.first_bad_batch()
+        # by the gradients it comes to all processes, of which only the first knows the images
+        urgency = 0 if batch is None else _NEVER - (batch * self._world.size + self._world.rank)
+        if self._world.any(urgency) > urgency:
+            raise PeerLost(f"process {self._world.rank} ends: the loss of another process is not finite")
         if batch is not None:
             place = self._locate(batch)
             met = f" (NaN or infinity first met in {place})" if place else ""

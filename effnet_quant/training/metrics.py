@@ -97,6 +97,13 @@ class Stopwatch:
             self._images += images
         self._mark = now
 
+    def device_done(self) -> None:
+        """What was queued for the device is done: the time since the last batch is that batch's too."""
+        now = time.perf_counter()
+        if self._compute:
+            self._compute[-1] += now - self._mark
+        self._mark = now
+
     def metrics(self, prefix: str) -> dict[str, float]:
         """Speeds and times under ``<prefix>.``; empty before the first batch that counts."""
         if not self._compute:

@@ -15,9 +15,15 @@ _RANGES = ("_quantizer._amax", "_quantizer._amin")
 _KERNELS = ("fused", "foreach")  # what a parameter group calls them
 
 
+def learned_ranges(model: nn.Module) -> list[nn.Parameter]:
+    """The ranges of quantizers that training changes, as specs such as w8a8-lsq have them."""
+    return [parameter for name, parameter in model.named_parameters() if name.endswith(_RANGES)]
+
+
 def build_optimizer(model: nn.Module, config: TrainConfig) -> torch.optim.Optimizer:
-    """SGD or RMSprop over two groups: BatchNorm's parameters, which do not decay unless asked for, and all others. Learned
-    ranges of quantizers, where there are any, are a third group, which never decays.
+    """SGD or RMSprop over two groups: BatchNorm's parameters, which do not decay unless asked for, and all others; as in
+    NVIDIA's scripts, SGD has one group of all where they do. Learned ranges of quantizers, where there are any, are a group
+    of their own, which never decays.
 
     SGD updates all parameters in one kernel ("fused"), RMSprop, for which there is none, in few ("foreach")."""
     normalisation = {
@@ -27,13 +33,14 @@ def build_optimizer(model: nn.Module, config: TrainConfig) -> torch.optim.Optimi
         for parameter in module.parameters(recurse=False)
     }
     parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
-    ranges = {id(parameter) for name, parameter in model.named_parameters() if name.endswith(_RANGES)}
-    bn_decay = config.weight_decay if config.bn_weight_decay else 0.0
+    ranges = {id(parameter) for parameter in learned_ranges(model)}
+    if config.bn_weight_decay and config.optimizer == "sgd":
+        normalisation = set()
     others = [p for p in parameters if id(p) not in normalisation and id(p) not in ranges]
-    groups = [
-        {"params": [p for p in parameters if id(p) in normalisation], "weight_decay": bn_decay},
-        {"params": others, "weight_decay": config.weight_decay},
-    ]
+    groups = [{"params": others, "weight_decay": config.weight_decay}]
+    if normalisation:
+        bn_decay = config.weight_decay if config.bn_weight_decay else 0.0
+        groups.insert(0, {"params": [p for p in parameters if id(p) in normalisation], "weight_decay": bn_decay})
     if ranges:
         groups.append({"params": [p for p in parameters if id(p) in ranges], "weight_decay": 0.0})
     if config.optimizer == "sgd":
@@ -64,14 +71,19 @@ def load_optimizer_state(
     try:
         if checkpoint.get("optimizer"):
             optimizer.load_state_dict(checkpoint["optimizer"])
+            for group in optimizer.param_groups:
+                if missing := sorted(optimizer.defaults.keys() - group.keys()):
+                    raise ValueError(f"it has no {missing[0]}")
             for parameter, state in optimizer.state.items():
                 for name, value in state.items():
                     if isinstance(value, Tensor) and value.dim() > 0:
                         state[name] = _laid_out_as(parameter, value, name)
             for group, own in zip(optimizer.param_groups, kernels, strict=True):
                 group.update(own)  # how a step is computed is this run's choice
-        if checkpoint.get("scaler"):
+        if checkpoint.get("scaler") and scaler.is_enabled():
+            growth_interval = scaler.get_growth_interval()
             scaler.load_state_dict(checkpoint["scaler"])
+            scaler.set_growth_interval(growth_interval)  # whether the scale grows, too
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise UserError(
             f"the optimizer state in {source} does not fit: {error}; resume with the --optimizer it was made with."

@@ -9,7 +9,11 @@ from typing import Any
 import torch
 
 from effnet_quant.errors import UserError
+from effnet_quant.training.config import TrainConfig
 from effnet_quant.training.distributed import World
+
+# what decides which images a batch of an epoch holds, and which batches make a step
+_CUTTING = {"-b": "batch_size", "--optimizer-batch-size": "optimizer_batch_size", "--seed": "seed"}
 
 
 @dataclass
@@ -65,6 +69,35 @@ class Position:
         self.best_top1 = max(self.best_top1, top1)
         self.epochs_since_best = 0 if is_best else self.epochs_since_best + 1
         return is_best
+
+    def check_agreement(self, world: World) -> None:
+        """See whether all processes stand here; all of them call it.
+
+        Raises:
+            UserError: one stands elsewhere, because each reads a checkpoint of its own accord, and machines may have others.
+        """
+        mine = torch.tensor([self.epoch, self.batch, self.step])
+        if not all(torch.equal(mine, other) for other in world.gather(mine)):
+            raise UserError(
+                "the processes of this job stand at different places of the training, because some machines have another "
+                "checkpoint than others, or none; give all the same file with --resume."
+            )
+
+
+def check_same_batches(checkpoint: dict[str, Any], source: str, config: TrainConfig, processes: int) -> None:
+    """See whether a run cuts an epoch into the same batches as the one that left a checkpoint in the middle of it.
+
+    Raises:
+        UserError: it does not; the sentence names the flags it takes.
+    """
+    was, were = checkpoint.get("config") or {}, checkpoint.get("processes", 1)
+    needed = [
+        f"{flag} {was[name]}" for flag, name in _CUTTING.items() if name in was and was[name] != getattr(config, name)
+    ]
+    if were != processes:
+        needed.append(f"{were} processes")
+    if needed:
+        raise UserError(f"{source} stands in the middle of an epoch; resume it with {', '.join(needed)}.")
 
 
 def random_states(world: World, device: torch.device) -> dict[str, Any]:

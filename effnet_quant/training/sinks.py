@@ -65,7 +65,9 @@ class WandB:
             raise UserError(
                 f"--wandb {project}: {error}; log in with wandb login, or set WANDB_MODE=offline."
             ) from error
+        self._run.define_metric("*", step_metric="epoch")
 
     def write(self, metrics: dict[str, float], epoch: int) -> None:
-        """Log the metrics as one step."""
-        self._run.log(metrics, step=epoch, commit=True)
+        """Log the metrics beside their epoch. W&B's own steps only go up: it would drop an epoch that comes again, as the
+        first does after a calibration."""
+        self._run.log({**metrics, "epoch": epoch})

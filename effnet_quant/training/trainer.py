@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 from contextlib import nullcontext
 from functools import partial
 from itertools import islice
@@ -19,18 +20,17 @@ from effnet_quant.data.mixing import mixed
 from effnet_quant.data.seeding import mix
 from effnet_quant.data.transforms import Preprocessing, normalize
 from effnet_quant.data.workers import explained_deaths
-from effnet_quant.errors import UserError
 from effnet_quant.models.weights import Weights, load_weights
 from effnet_quant.training.callback import Callback
 from effnet_quant.training.checkpoint import save_checkpoint
 from effnet_quant.training.config import TrainConfig
 from effnet_quant.training.distributed import ALONE, World
-from effnet_quant.training.divergence import DivergenceWatch
+from effnet_quant.training.divergence import DivergenceWatch, check_weights
 from effnet_quant.training.ema import WeightAverage
 from effnet_quant.training.loss import Loss, cross_entropy
 from effnet_quant.training.metrics import Accuracy, LossMeter, Recorder, Stopwatch, describe
-from effnet_quant.training.optimizers import build_optimizer, load_optimizer_state
-from effnet_quant.training.position import Position, random_states, restore_random_state
+from effnet_quant.training.optimizers import build_optimizer, learned_ranges, load_optimizer_state
+from effnet_quant.training.position import Position, check_same_batches, random_states, restore_random_state
 from effnet_quant.training.precision import choose_precision
 from effnet_quant.training.progress import progress
 from effnet_quant.training.schedules import learning_rate
@@ -112,14 +112,19 @@ class Trainer:
             UserError: an image can't be read, a checkpoint can't be written, or the loss is not finite.
         """
         config, position = self.config, self._position
+        position.check_agreement(self._world)
+        if 0 < config.epochs <= position.epoch:
+            print(f"nothing left to train: {position.epoch} of {config.epochs} epochs are done", flush=True)
+        if position.step == 0:  # NVIDIA's checkpoints don't count steps, on which the weight of an average depends
+            position.step = position.epoch * math.ceil(self._batches_of(train) / self._batches_per_step)
         last = config.epochs
-        if config.run_epochs > 0:
+        if config.run_epochs >= 0:
             last = min(last, position.epoch + config.run_epochs)
-        if config.use_ema is not None and self._average is None:
-            self._average = WeightAverage(self.model, config.use_ema)
+        if self._average is None:
+            self._average = self._new_average()
         network = self._network()
         with self._signals:
-            while position.epoch < last:
+            while position.epoch < last and not self._stopped_early():
                 metrics = self._train_epoch(network, train)
                 title = f"epoch {position.epoch + 1}/{config.epochs}"
                 if not config.training_only:
@@ -130,9 +135,8 @@ class Trainer:
                 position.epoch, position.batch, self._loss_sums = position.epoch + 1, 0, None
                 self.save(is_best=is_best)
                 self._stop_if_signalled(save=False)
-                if 0 < config.early_stopping_patience <= position.epochs_since_best:
-                    print(f"stopped early: {position.epochs_since_best} epochs without a better top-1", flush=True)
-                    break
+        if position.epoch < last:
+            print(f"stopped early: {position.epochs_since_best} epochs without a better top-1", flush=True)
 
     def validate(self, loader: Loader, title: str = "evaluate") -> dict[str, float]:
         """``evaluate`` under ``val.``, and of the averaged weights under ``val_ema.`` where there are any."""
@@ -153,6 +157,7 @@ class Trainer:
         model = (self.model if model is None else model).eval()
         accuracy = Accuracy(self.config.topk, self.device)
         total = self._batches_of(loader)
+        most = self._world.any(total)
         stopwatch = self._stopwatch(total)
         done = 0
         for images, labels in progress(islice(loader.epoch(), total), total, title, self.config.print_freq):
@@ -166,7 +171,8 @@ class Trainer:
             self._synchronize()
             stopwatch.batch_done(len(labels))
             self._stop_if_signalled()
-        for _ in range(self._world.any(total) - done):  # other processes have a batch more
+        self._wait_for_device(stopwatch)
+        for _ in range(most - done):  # other processes have more batches, and ask for signals after each
             self._stop_if_signalled()
         return accuracy.metrics(prefix, self._world) | self._speeds(stopwatch, prefix)
 
@@ -181,12 +187,11 @@ class Trainer:
         """
         position = Position.of(checkpoint, source)
         if position.batch > 0:
-            self._check_same_batches(checkpoint, source)
+            check_same_batches(checkpoint, source, self.config, self._world.size)
         has_ranges = load_weights(self.model, Weights(checkpoint["state_dict"], source=source))
-        if self.config.use_ema is not None:
-            self._average = WeightAverage(self.model, self.config.use_ema)
-            if "state_dict_ema" in checkpoint:
-                load_weights(self._average.model, Weights(checkpoint["state_dict_ema"], source=source))
+        self._average = self._new_average()
+        if self._average is not None and "state_dict_ema" in checkpoint:
+            load_weights(self._average.model, Weights(checkpoint["state_dict_ema"], source=source))
         load_optimizer_state(self.optimizer, self._scaler, checkpoint, source)
         self._position = position
         if position.batch > 0 and self._world.is_main:
@@ -200,8 +205,16 @@ class Trainer:
             return
         states = random_states(self._world, self.device)
         loss_sums = None if self._loss_sums is None else self._world.sum(self._loss_sums).cpu()
-        if not self._world.is_main:
-            return
+        if self._world.is_main:
+            self._write_checkpoint(states, loss_sums, is_best=is_best)
+        self._world.wait()  # or a process that ends would have the others ended while process 0 still writes
+
+    def note_signal(self, number: int) -> None:
+        """Stop after this step, as if the signal ``number`` had arrived."""
+        self._signals.note(number)
+
+    def _write_checkpoint(self, states: dict[str, Any], loss_sums: Tensor | None, *, is_best: bool) -> None:
+        check_weights(self.model)
         averaged = {} if self._average is None else {"state_dict_ema": _on_cpu(self._average.model)}
         save_checkpoint(
             {
@@ -215,24 +228,35 @@ class Trainer:
                 **states,
                 "config": dataclasses.asdict(self.config),
                 "processes": self._world.size,
+                "job": self._world.job,
                 "metadata": self._metadata,
             },
             self._workspace,
             self.config.checkpoint_filename,
             is_best=is_best,
-            gather=self.config.gather_checkpoints if self._position.batch == 0 else 0,
+            gather=self.config.gather_checkpoints if self._position.batch == 0 < self._position.epoch else 0,
         )
 
-    def note_signal(self, number: int) -> None:
-        """Stop after this step, as if the signal ``number`` had arrived."""
-        self._signals.note(number)
+    def _stopped_early(self) -> bool:
+        return 0 < self.config.early_stopping_patience <= self._position.epochs_since_best
+
+    def _new_average(self) -> WeightAverage | None:
+        if self.config.use_ema is None:
+            return None
+        average = WeightAverage(self.model, self.config.use_ema)
+        if self.config.compile:  # a copy of a compiled network is none
+            average.model.compile()
+        return average
 
     def _network(self) -> nn.Module:
         """The model as training calls it: gradients averaged over the processes, buffers those of process 0."""
         if self._world.size == 1:
             return self.model
         return DistributedDataParallel(
-            self.model, device_ids=[self.device] if self.device.type == "cuda" else None, gradient_as_bucket_view=True
+            self.model,
+            device_ids=[self.device] if self.device.type == "cuda" else None,
+            gradient_as_bucket_view=True,
+            find_unused_parameters=bool(learned_ranges(self.model)),  # of quantizers that are not switched on yet
         )
 
     def _train_epoch(self, network: nn.Module, loader: Loader) -> dict[str, float]:
@@ -256,7 +280,9 @@ class Trainer:
         self._loss_sums = meter.sums
         scaled = self._scaler.is_enabled()
         locate = partial(self._locate_divergence, loader)
-        watch = DivergenceWatch(meter, loader, position.epoch, self._workspace, scaled=scaled, locate=locate)
+        watch = DivergenceWatch(
+            meter, loader, position.epoch, self._workspace, self._world, scaled=scaled, locate=locate
+        )
         stopwatch = self._stopwatch(total - first)
         title = f"epoch {position.epoch + 1}/{config.epochs} train"
         batches = islice(loader.epoch(position.epoch, first), max(0, total - first))
@@ -278,6 +304,7 @@ class Trainer:
                     watch.check()
                     self.save()
                 self._stop_if_signalled(watch)
+        self._wait_for_device(stopwatch)
         watch.check()
         if self._world.size > 1:
             self._world.broadcast(self.model.buffers())
@@ -366,6 +393,12 @@ class Trainer:
         if self.device.type == "cuda" and self.config.prof > 0:
             torch.cuda.synchronize()
 
+    def _wait_for_device(self, stopwatch: Stopwatch) -> None:
+        """At the end of a loop: what a GPU still has to do belongs to its last batch."""
+        if self.device.type == "cuda":
+            torch.cuda.synchronize()
+            stopwatch.device_done()
+
     def _stop_if_signalled(self, watch: DivergenceWatch | None = None, *, save: bool = True) -> None:
         number = self._world.any(self._signals.noted)
         if number:
@@ -374,15 +407,6 @@ class Trainer:
             if save:
                 self.save()
             raise Interrupted(number)
-
-    def _check_same_batches(self, checkpoint: dict[str, Any], source: str) -> None:
-        size = (checkpoint.get("config") or {}).get("batch_size")
-        processes = checkpoint.get("processes", 1)
-        if (size, processes) != (self.config.batch_size, self._world.size):
-            by = f", in {processes} processes" if processes != self._world.size else ""
-            raise UserError(
-                f"{source} stands in the middle of an epoch of batches of {size}{by}; resume it with -b {size}{by}."
-            )
 
 
 def _on_cpu(model: nn.Module) -> dict[str, Tensor]:

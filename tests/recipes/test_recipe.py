@@ -111,7 +111,9 @@ def test_recipes_of_ones_own_go_over_the_built_in_ones(tmp_path, recipes):
     [
         ("a: [1", "is no YAML"),
         ("- 1", "holds no recipes"),
-        ("model: {}", "holds no recipes"),
+        ("anchors: {}", "holds no recipes"),
+        ("model: {}", "unknown section 'model'; did you mean: models"),
+        ("mode: {}\nplatforms: {}", "unknown section 'platforms'; did you mean: platform"),
         ("mode: 3", "is a mapping"),
     ],
 )
@@ -120,6 +122,25 @@ def test_files_that_hold_no_recipes_are_refused(tmp_path, text, says):
     path.write_text(text)
     with pytest.raises(UserError, match=says):
         load_recipes(path)
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "precision: {FP32: 3}",
+        "platform: {T4: 3}",
+        "models: {efficientnet-b0: {T4: {FP32: 3}}}",
+        "models: {efficientnet-b0: {T4: 3}}",
+        "model_mode: {efficientnet-b0: 3}",
+        "model_mode: {efficientnet-b0: {evaluate: 3}}",
+        "mode: {evaluate: 3}",
+    ],
+)
+def test_a_recipe_that_is_no_mapping_is_named(tmp_path, text):
+    path = tmp_path / "own.yml"
+    path.write_text(text)
+    with pytest.raises(UserError, match=r"'(FP32|T4|efficientnet-b0|evaluate)' is 3, not a mapping"):
+        resolve(load_recipes(path), model="efficientnet-b0", mode="evaluate", platform="T4", precision="FP32")
 
 
 def test_a_missing_file_is_named(tmp_path):

@@ -3,11 +3,16 @@
 from __future__ import annotations
 
 import json
+from dataclasses import fields, replace
 from pathlib import Path
 
 import pytest
 
 from effnet_quant.cli.arguments import Parser, add_model_arguments, add_training_arguments
+from effnet_quant.cli.training import train_config
+from effnet_quant.errors import UserError
+from effnet_quant.training.config import TrainConfig
+from effnet_quant.training.distributed import ALONE
 
 REFERENCE = json.loads((Path(__file__).parents[1] / "reference" / "cli_flags.json").read_text())
 FLAGS = [pytest.param(entry, id=entry["flags"][0]) for part in ("training", "model") for entry in REFERENCE[part]]
@@ -91,3 +96,70 @@ def test_help_is_printed(run_script, script):
     result = run_script(script, "--help")
     assert result.code == 0
     assert result.out.startswith(f"usage: {script}")
+
+
+# what a flag becomes in the configuration that the trainer goes by
+FIELDS = [
+    ("--epochs 7", {"epochs": 7}),
+    ("--run-epochs 3", {"run_epochs": 3}),
+    ("--early-stopping-patience 4", {"early_stopping_patience": 4}),
+    ("-b 8", {"batch_size": 8}),
+    ("--optimizer-batch-size 512", {"optimizer_batch_size": 512}),
+    ("--lr 0.3", {"lr": 0.3}),
+    ("--lr-schedule cosine", {"lr_schedule": "cosine"}),
+    ("--end-lr 0.01", {"end_lr": 0.01}),
+    ("--warmup 2", {"warmup": 2}),
+    ("--label-smoothing 0.1", {"label_smoothing": 0.1}),
+    ("--mixup 0.2", {"mixup": 0.2}),
+    ("--cutmix 0.3", {"cutmix": 0.3}),
+    ("--optimizer rmsprop", {"optimizer": "rmsprop"}),
+    ("--momentum 0.8", {"momentum": 0.8}),
+    ("--wd 0.01", {"weight_decay": 0.01}),
+    ("--bn-weight-decay", {"bn_weight_decay": True}),
+    ("--rmsprop-alpha 0.7", {"rmsprop_alpha": 0.7}),
+    ("--rmsprop-eps 0.02", {"rmsprop_eps": 0.02}),
+    ("--nesterov", {"nesterov": True}),
+    ("--use-ema 0.99", {"use_ema": 0.99}),
+    ("--seed 11", {"seed": 11}),
+    ("--amp", {"amp": True}),
+    ("--amp --amp-dtype bf16", {"amp": True, "amp_dtype": "bf16"}),
+    ("--amp --static-loss-scale 256", {"amp": True, "static_loss_scale": 256.0}),
+    ("--amp --dynamic-loss-scale", {"amp": True, "dynamic_loss_scale": True}),
+    ("--compile", {"compile": True}),
+    ("--jit script", {"compile": True}),
+    ("--memory-format nhwc", {"channels_last": True}),
+    ("--print-freq 3", {"print_freq": 3}),
+    ("--prof 20", {"prof": 20}),
+    ("--gather-checkpoints 5", {"gather_checkpoints": 5}),
+    ("--checkpoint-every-steps 6", {"checkpoint_every_steps": 6}),
+    ("--training-only", {"training_only": True}),
+    ("--no-checkpoints", {"save_checkpoints": False}),
+    ("--checkpoint-filename last.pth.tar", {"checkpoint_filename": "last.pth.tar"}),
+    ("--topk 3", {"topk": 3}),
+]
+
+
+def configured(parser, flags):
+    given = [] if "--seed" in flags else ["--seed", "0"]
+    return train_config(parser.parse(["DATA", *flags.split(), *given]), None, ALONE)
+
+
+@pytest.mark.parametrize(("flags", "expected"), FIELDS, ids=[flags for flags, _ in FIELDS])
+def test_flag_reaches_the_trainer(parser, flags, expected):
+    assert configured(parser, flags) == replace(configured(parser, ""), **expected)
+
+
+def test_no_field_of_the_trainers_configuration_is_out_of_reach():
+    assert {name for _, expected in FIELDS for name in expected} == {field.name for field in fields(TrainConfig)}
+
+
+def test_torchscript_and_a_loss_scale_without_amp_are_answered(parser, capsys):
+    configured(parser, "--jit script --static-loss-scale 128")
+    out = capsys.readouterr().out
+    assert "--jit script: TorchScript has been superseded by torch.compile, which is used" in out
+    assert "without --amp, --static-loss-scale and --dynamic-loss-scale do nothing" in out
+
+
+def test_a_type_for_amp_needs_amp(parser):
+    with pytest.raises(UserError, match="--amp-dtype bf16 says what --amp computes in; give both"):
+        configured(parser, "--amp-dtype bf16")

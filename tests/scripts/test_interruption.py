@@ -1,4 +1,4 @@
-"""SIGTERM and SIGUSR1, as a job scheduler sends them, SIGKILL, a full disk, and what comes after."""
+"""Ctrl-C, SIGUSR1 as a job scheduler sends it, SIGKILL, a full disk, and what comes after; test_multiproc.py has SIGTERM."""
 
 from __future__ import annotations
 
@@ -12,17 +12,19 @@ from pathlib import Path
 import pytest
 import torch
 
+from effnet_quant import create_model
+
 REPOSITORY = Path(__file__).parents[2]
 RUN = shlex.split(
-    "digits --arch efficientnet-b0 --num-classes 10 --image-size 32 --data-backend pytorch -b 4 -p 1 --epochs 1 "
+    "digits --arch cifar-resnet20 --num-classes 10 --image-size 32 --data-backend pytorch -b 4 -p 1 --epochs 1 "
     "--lr 0.01 --seed 3"
 )
 
 
 @pytest.fixture(scope="module")
-def terminated(start_process, tmp_path_factory):
-    """A training that got SIGTERM after three steps: its exit status, its error output and its workspace."""
-    workspace = tmp_path_factory.mktemp("terminated")
+def interrupted(start_process, tmp_path_factory):
+    """A training that got Ctrl-C after three steps: its exit status, its error output and its workspace."""
+    workspace = tmp_path_factory.mktemp("interrupted")
     with start_process("main.py", *RUN, "--workspace", workspace, cwd=workspace) as process:
         guard = threading.Timer(120, process.kill)
         guard.start()
@@ -31,31 +33,31 @@ def terminated(start_process, tmp_path_factory):
             for line in process.stderr:
                 lines.append(line)
                 if "train: 3/" in line:
-                    process.send_signal(signal.SIGTERM)
+                    process.send_signal(signal.SIGINT)
         finally:
             guard.cancel()
     return process.returncode, "".join(lines), workspace
 
 
-def test_exit_status_is_143_and_the_way_on_is_named(terminated):
-    code, err, workspace = terminated
-    assert code == 128 + signal.SIGTERM == 143
-    assert f"stopped by SIGTERM; go on with --resume {workspace / 'checkpoint.pth.tar'}" in err
+def test_exit_status_is_130_and_the_way_on_is_named(interrupted):
+    code, err, workspace = interrupted
+    assert code == 128 + signal.SIGINT == 130
+    assert f"stopped by SIGINT; go on with --resume {workspace / 'checkpoint.pth.tar'}" in err
     assert "Traceback" not in err
 
 
-def test_checkpoint_of_the_moment_is_whole(terminated):
-    _, err, workspace = terminated
+def test_checkpoint_of_the_moment_is_whole(interrupted):
+    _, err, workspace = interrupted
     state = torch.load(workspace / "checkpoint.pth.tar", weights_only=True)
     steps = err.count("train: ")
     assert state["epoch"] == 0
     assert 3 <= state["batch"] <= steps + 1  # the line of a step is printed when the next batch is asked for
-    assert int(state["state_dict"]["stem.bn.num_batches_tracked"]) == state["batch"]
+    assert int(state["state_dict"]["bn1.num_batches_tracked"]) == state["batch"]
     assert sorted(path.name for path in workspace.iterdir()) == ["checkpoint.pth.tar", "experiment_raport.json"]
 
 
-def test_resume_goes_on_from_there(run_script, terminated, tmp_path):
-    path = terminated[2] / "checkpoint.pth.tar"
+def test_resume_goes_on_from_there(run_script, interrupted, tmp_path):
+    path = interrupted[2] / "checkpoint.pth.tar"
     batch = torch.load(path, weights_only=True)["batch"]
     result = run_script("main.py", *RUN, "--resume", path, "--workspace", tmp_path, "--prof", batch + 2)
     assert result.code == 0, result.err
@@ -63,15 +65,29 @@ def test_resume_goes_on_from_there(run_script, terminated, tmp_path):
     assert "train: 3/" not in result.err
     state = torch.load(tmp_path / "checkpoint.pth.tar", weights_only=True)
     assert (state["epoch"], state["batch"]) == (1, 0)
-    assert int(state["state_dict"]["stem.bn.num_batches_tracked"]) == batch + 2
+    assert int(state["state_dict"]["bn1.num_batches_tracked"]) == batch + 2
     (line,) = (tmp_path / "experiment_raport.json").read_text().splitlines()
     assert json.loads(line)["step"] == [0]
 
 
-def test_killed_run_ends_with_the_weights_of_one_that_ran_through(start_process, run_script, tmp_path):
-    run = [*RUN, "--prof", 6, "--checkpoint-every-steps", 1, "--use-ema", 0.9, "--mixup", 0.2, "--epochs", 1]
+def test_killed_training_ends_with_the_weights_of_one_that_ran_through(start_process, run_script, tmp_path):
+    """Quantized, from float weights over a calibration; the next one is a float network with dropout."""
+    weights = tmp_path / "float.pth"
+    torch.manual_seed(0)
+    torch.save(create_model("cifar-resnet20").state_dict(), weights)
+    run = [*RUN, "--calibration-images", 8]
+    kill_and_resume(start_process, run_script, tmp_path, "quant_main.py", run, ["--pretrained-from-file", weights])
+
+
+@pytest.mark.slow
+def test_killed_float_training_ends_with_the_weights_of_one_that_ran_through(start_process, run_script, tmp_path):
+    kill_and_resume(start_process, run_script, tmp_path, "main.py", [*RUN, "--arch", "efficientnet-b0"], [])
+
+
+def kill_and_resume(start_process, run_script, tmp_path, script, run, start):
+    run = [*run, "--prof", 6, "--checkpoint-every-steps", 1, "--use-ema", 0.9, "--mixup", 0.2]
     step = random.randrange(1, 6)  # any: the test holds for all
-    with start_process("main.py", *run, "--workspace", tmp_path / "killed", cwd=tmp_path) as process:
+    with start_process(script, *run, *start, "--workspace", tmp_path / "killed", cwd=tmp_path) as process:
         guard = threading.Timer(120, process.kill)
         guard.start()
         for line in process.stderr:
@@ -81,9 +97,9 @@ def test_killed_run_ends_with_the_weights_of_one_that_ran_through(start_process,
     assert process.returncode == -signal.SIGKILL
     checkpoint = tmp_path / "killed" / "checkpoint.pth.tar"
     assert torch.load(checkpoint, weights_only=True)["batch"] in (step, step + 1)
-    resumed = run_script("main.py", *run, "--workspace", tmp_path / "killed", "--resume", checkpoint)
-    straight = run_script("main.py", *run, "--workspace", tmp_path / "straight")
-    assert (resumed.code, straight.code) == (0, 0)
+    resumed = run_script(script, *run, "--workspace", tmp_path / "killed", "--resume", checkpoint)
+    straight = run_script(script, *run, *start, "--workspace", tmp_path / "straight")
+    assert (resumed.code, straight.code) == (0, 0), resumed.err + straight.err
     states = [torch.load(tmp_path / name / "checkpoint.pth.tar", weights_only=True) for name in ("killed", "straight")]
     assert [state["epoch"] for state in states] == [1, 1]
     for part in ("state_dict", "state_dict_ema"):
@@ -93,7 +109,7 @@ def test_killed_run_ends_with_the_weights_of_one_that_ran_through(start_process,
     for one, other in zip(*(state["optimizer"]["state"].values() for state in states), strict=True):
         assert torch.equal(one["momentum_buffer"], other["momentum_buffer"]), step
     losses = [
-        json.loads((tmp_path / name / "experiment_raport.json").read_text())["data"]["train.loss"]
+        json.loads((tmp_path / name / "experiment_raport.json").read_text().splitlines()[-1])["data"]["train.loss"]
         for name in ("killed", "straight")
     ]
     assert losses[0] == losses[1]
@@ -114,14 +130,10 @@ def test_usr1_ends_with_a_status_to_requeue_on(start_process, tmp_path):
     assert f"stopped by SIGUSR1; go on with --resume {tmp_path / 'checkpoint.pth.tar'}" in "".join(lines)
 
 
-@pytest.mark.slow
-def test_a_disk_that_fills_up_leaves_the_previous_checkpoint(start_process, tmp_path):
+def test_a_disk_that_fills_up_leaves_the_previous_checkpoint(run_script, start_process, tmp_path):
     """A file-size limit stands in for the disk: the first checkpoint fits, one with momentum and average does not."""
     workspace = tmp_path / "workspace"
-    first = [*RUN, "--prof", 1, "--momentum", 0, "--workspace", workspace]
-    with start_process("main.py", *first, cwd=tmp_path) as process:
-        process.communicate(timeout=120)
-    assert process.returncode == 0
+    assert run_script("main.py", *RUN, "--prof", 1, "--momentum", 0, "--workspace", workspace).code == 0
     checkpoint = workspace / "checkpoint.pth.tar"
     before = checkpoint.read_bytes()
     run = [*RUN, "--prof", 1, "--use-ema", 0.9, "--workspace", workspace]

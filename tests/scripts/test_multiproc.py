@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import re
 import shlex
 import signal
@@ -10,6 +11,7 @@ import socket
 import textwrap
 import threading
 import time
+from pathlib import Path
 
 import pytest
 import torch
@@ -18,10 +20,11 @@ from effnet_quant import create_model
 
 # the larger the batches, the less a value's rounding matters to BatchNorm over it
 RUN = shlex.split(
-    "digits --num-classes 10 --image-size 32 --data-backend pytorch -j 0 --epochs 1 --lr 0.01 --seed 3 --dropout 0 "
+    "digits --num-classes 10 --image-size 32 --data-backend pytorch -j 0 --epochs 1 --lr 0.01 --seed 3 "
     "--training-only -b 8"
 )
-FLOAT = ["--arch", "efficientnet-b0", *RUN]
+FLOAT = ["--arch", "efficientnet-b0", "--dropout", 0, *RUN]
+SMALL = ["--arch", "cifar-resnet20", *RUN]
 TOGETHER = ["--nproc_per_node", 2]
 
 
@@ -38,20 +41,12 @@ def script(tmp_path):
 
 
 def train_loss(workspace):
-    (line,) = (workspace / "experiment_raport.json").read_text().splitlines()
-    return json.loads(line)["data"]["train.loss"]
+    lines = (workspace / "experiment_raport.json").read_text().splitlines()
+    return json.loads(lines[-1])["data"]["train.loss"]
 
 
-def compare_with_accumulation(run_process, run_script, tmp_path, script, arguments, steps):
-    """Two processes against one that adds up the gradients of the same two batches, so that BatchNorm sees the same."""
-    one, two = tmp_path / "one", tmp_path / "two"
-    result = run_process(
-        "multiproc.py", *TOGETHER, script, *arguments, "--prof", steps, "--workspace", two, cwd=tmp_path
-    )
-    assert result.code == 0, result.err
-    accumulate = ["--optimizer-batch-size", 16, "--prof", 2 * steps]
-    result = run_script(script.name, *arguments, *accumulate, "--workspace", one)
-    assert result.code == 0, result.err
+def assert_same_training(one, two, steps):
+    """Two processes, and one that added up the gradients of the same two batches, so that BatchNorm saw the same."""
     assert train_loss(two) == pytest.approx(train_loss(one), abs=1e-4)
     states = [torch.load(folder / "checkpoint.pth.tar", weights_only=True) for folder in (one, two)]
     assert [state["step"] for state in states] == [steps, steps]
@@ -60,6 +55,94 @@ def compare_with_accumulation(run_process, run_script, tmp_path, script, argumen
             torch.testing.assert_close(states[1]["state_dict"][name], tensor, rtol=1e-3, atol=1e-4, msg=name)
 
 
+def compare_with_accumulation(run_process, run_script, tmp_path, script, arguments, steps):
+    one, two = tmp_path / "one", tmp_path / "two"
+    result = run_process(
+        "multiproc.py", *TOGETHER, script, *arguments, "--prof", steps, "--workspace", two, cwd=tmp_path
+    )
+    assert result.code == 0, result.err
+    accumulate = ["--optimizer-batch-size", 16, "--prof", 2 * steps]
+    result = run_script(script.name, *arguments, *accumulate, "--workspace", one)
+    assert result.code == 0, result.err
+    assert_same_training(one, two, steps)
+
+
+@pytest.fixture(scope="module")
+def two_machines(run_script, start_process, tmp_path_factory):
+    """Two processes on two "machines" on loopback, which run several command lines, and one alone, which runs the same:
+    the folder of their workspaces, and what each machine said."""
+    root = tmp_path_factory.mktemp("machines")
+    torch.manual_seed(0)
+    torch.save(create_model("cifar-resnet20").state_dict(), root / "float.pth")
+    start = ["--pretrained-from-file", root / "float.pth"]
+    calibrate = ["quant_main.py", *SMALL, *start, "--epochs", 0, "-b", 4, "-p", 1]
+    calibrate += ["--calibration-method", "moving-average", "--calibration-images", 21]
+    calibrated = ["--pretrained-from-file", root / "one" / "calibration" / "checkpoint.pth.tar"]
+    trainings = {"float": ["main.py", *SMALL], "quantized": ["quant_main.py", *SMALL, *calibrated]}
+    learned = ["quant_main.py", *SMALL, *start, "--quant-spec", "w8a8-lsq", "--gradual-start", 3, "--prof", 2]
+    alone = [[*calibrate, "--workspace", root / "one" / "calibration"]]
+    together = [
+        [*calibrate, "--workspace", root / "two" / "calibration"],
+        [*learned, "--calibration-images", 8, "--workspace", root / "two" / "learned"],
+    ]
+    for name, line in trainings.items():
+        alone.append([*line, "--optimizer-batch-size", 16, "--prof", 4, "--workspace", root / "one" / name])
+        together.append([*line, "--prof", 2, "--workspace", root / "two" / name])
+    for line in alone:
+        result = run_script(*line)
+        assert result.code == 0, result.err
+    (root / "jobs.json").write_text(json.dumps([[str(part) for part in line] for line in together]))
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    nodes = [
+        start_process(
+            "multiproc.py", "--nnodes", 2, "--node_rank", rank, "--master_addr", "127.0.0.1", "--master_port", port,
+            "--nproc_per_node", 1, "--log_dir", f"logs{rank}", Path(__file__).with_name("two_jobs.py"), "jobs.json",
+            cwd=root,
+        )
+        for rank in range(2)
+    ]  # fmt: skip
+    outputs = [node.communicate(timeout=300) for node in nodes]
+    assert [node.returncode for node in nodes] == [0, 0], outputs
+    return root, outputs
+
+
+@pytest.mark.parametrize("training", ["float", "quantized"])
+def test_two_machines_are_one_process_with_the_doubled_batch(two_machines, training):
+    root, _ = two_machines
+    assert_same_training(root / "one" / training, root / "two" / training, steps=2)
+
+
+def test_only_process_0_speaks_and_writes(two_machines):
+    root, (first, second) = two_machines
+    assert first[0].count("train.loss") == 3
+    assert second[0] == ""
+    (log,) = (root / "logs1").glob("*/attempt_0/0/stdout.log")
+    assert log.read_text().count("train.loss") == 3
+    files = sorted(path.name for path in (root / "two" / "float").iterdir())
+    assert files == ["checkpoint.pth.tar", "experiment_raport.json"]
+
+
+def test_calibration_images_are_shared_between_processes(two_machines):
+    root, (first, _) = two_machines
+    assert "calibrated on 21 images" in first[0]
+    (log,) = (root / "logs1").glob("*/attempt_0/0/stderr.log")
+    # 11 of 21 images are process 0's, 10 the other's, in batches of 4
+    assert ("calibrate: 3/3" in first[1], "calibrate: 3/3" in log.read_text()) == (True, True)
+    states = [
+        torch.load(root / name / "calibration" / "checkpoint.pth.tar", weights_only=True)["state_dict"]
+        for name in ("one", "two")
+    ]
+    for name, tensor in states[0].items():
+        torch.testing.assert_close(states[1][name], tensor, rtol=1e-6, atol=0, msg=name)
+
+
+def test_learned_ranges_that_are_not_switched_on_yet_train_in_two_processes(two_machines):
+    assert math.isfinite(train_loss(two_machines[0] / "two" / "learned"))
+
+
+@pytest.mark.slow
 def test_main_in_two_processes_is_one_with_the_doubled_batch(run_process, run_script, repository, tmp_path):
     compare_with_accumulation(run_process, run_script, tmp_path, repository / "main.py", FLOAT, 2)
     assert len(list((tmp_path / "multiproc_logs").glob("*/attempt_0/1/stdout.log"))) == 1
@@ -77,61 +160,13 @@ def test_quant_main_in_two_processes_is_one_with_the_doubled_batch(run_process, 
     assert result.code == 0, result.err
     weights = ["--pretrained-from-file", tmp_path / "float" / "checkpoint.pth.tar", "--calibration-images", 16]
     calibrated = tmp_path / "calibrated"
-    arguments = ["--arch", "efficientnet-quant-b0", *RUN]
+    arguments = ["--arch", "efficientnet-quant-b0", "--dropout", 0, *RUN]
     result = run_script("quant_main.py", *arguments, *weights, "--epochs", 0, "--workspace", calibrated)
     assert result.code == 0, result.err
     weights[1] = calibrated / "checkpoint.pth.tar"
     compare_with_accumulation(
         run_process, run_script, tmp_path, repository / "quant_main.py", [*arguments, *weights], 2
     )
-
-
-def test_calibration_images_are_shared_between_processes(run_process, run_script, repository, tmp_path):
-    weights = tmp_path / "float.pth"
-    torch.manual_seed(0)
-    torch.save(create_model("cifar-resnet20").state_dict(), weights)
-    calibrate = shlex.split(
-        "digits --arch cifar-resnet20 --image-size 32 --data-backend pytorch -j 0 -b 4 -p 1 --epochs 0"
-    )
-    flags = ["--training-only", "--calibration-method", "moving-average", "--calibration-images", 21]
-    flags += ["--pretrained-from-file", weights]
-    one, two = tmp_path / "one", tmp_path / "two"
-    result = run_script("quant_main.py", *calibrate, *flags, "--workspace", one)
-    assert result.code == 0, result.err
-    result = run_process(
-        "multiproc.py", *TOGETHER, repository / "quant_main.py", *calibrate, *flags, "--workspace", two, cwd=tmp_path
-    )
-    assert result.code == 0, result.err
-    assert "calibrated on 21 images" in result.out
-    (log,) = (tmp_path / "multiproc_logs").glob("*/attempt_0/1/stderr.log")
-    # 11 of 21 images are process 0's, 10 the other's, in batches of 4
-    assert ("calibrate: 3/3" in result.err, "calibrate: 3/3" in log.read_text()) == (True, True)
-    states = [torch.load(folder / "checkpoint.pth.tar", weights_only=True)["state_dict"] for folder in (one, two)]
-    for name, tensor in states[0].items():
-        torch.testing.assert_close(states[1][name], tensor, rtol=1e-6, atol=0, msg=name)
-
-
-@pytest.mark.slow
-def test_two_machines_on_loopback(start_process, run_script, repository, tmp_path):
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
-    workspace = tmp_path / "workspace"
-    nodes = [
-        start_process(
-            "multiproc.py", "--nnodes", 2, "--node_rank", rank, "--master_addr", "127.0.0.1", "--master_port", port,
-            "--nproc_per_node", 1, repository / "main.py", *FLOAT, "--prof", 2, "--workspace", workspace,
-            cwd=tmp_path,
-        )
-        for rank in range(2)
-    ]  # fmt: skip
-    outputs = [node.communicate(timeout=200) for node in nodes]
-    assert [node.returncode for node in nodes] == [0, 0], outputs
-    assert "train.loss" in outputs[0][0]
-    assert outputs[1][0] == ""
-    result = run_script("main.py", *FLOAT, "--optimizer-batch-size", 16, "--prof", 4, "--workspace", tmp_path / "one")
-    assert result.code == 0
-    assert train_loss(workspace) == pytest.approx(train_loss(tmp_path / "one"), abs=1e-4)
 
 
 def test_a_process_that_dies_ends_the_job_with_its_own_error(run_process, script, tmp_path):
@@ -209,7 +244,6 @@ def test_signals_reach_every_process(start_process, script, tmp_path, number):
     assert [(tmp_path / f"seen{rank}").read_text() for rank in range(2)] == [str(int(number))] * 2
 
 
-@pytest.mark.slow
 def test_processes_start_again_as_often_as_allowed(run_process, script, tmp_path):
     path = script(
         """
@@ -220,7 +254,8 @@ def test_processes_start_again_as_often_as_allowed(run_process, script, tmp_path
         sys.exit(0 if count == "1" else 5)
         """
     )
-    result = run_process("multiproc.py", *TOGETHER, "--max_restarts", 1, path, cwd=tmp_path)
+    meet = ["--rdzv_backend", "c10d", "--rdzv_endpoint", "localhost:0", "--rdzv_id", "again"]
+    result = run_process("multiproc.py", *TOGETHER, *meet, "--max_restarts", 1, path, cwd=tmp_path)
     assert (result.code, result.out) == (0, "start 0\nstart 1\n")
 
 
@@ -239,10 +274,10 @@ def test_bad_command_lines(run_script, repository, monkeypatch, arguments, says)
     assert re.search(says, result.error_lines[0])
 
 
-@pytest.mark.slow
-def test_sigterm_to_the_job_leaves_one_checkpoint_to_go_on_from(start_process, repository, tmp_path):
+@pytest.mark.parametrize("resumes", [False, pytest.param(True, marks=pytest.mark.slow)])
+def test_sigterm_to_the_job_leaves_one_checkpoint_to_go_on_from(start_process, repository, tmp_path, resumes):
     workspace = tmp_path / "workspace"
-    run = [*TOGETHER, repository / "main.py", *FLOAT, "-p", 1, "--workspace", workspace]
+    run = [*TOGETHER, repository / "main.py", *SMALL, "-p", 1, "--workspace", workspace]
     with start_process("multiproc.py", *run, cwd=tmp_path) as process:
         guard = threading.Timer(200, process.kill)
         guard.start()
@@ -257,6 +292,8 @@ def test_sigterm_to_the_job_leaves_one_checkpoint_to_go_on_from(start_process, r
     assert state["epoch"] == 0
     assert state["batch"] == state["step"] >= 2
     assert len(state["rng"]) == state["processes"] == 2
+    if not resumes:  # which test_distributed.py does, too
+        return
     resume = ["--resume", workspace / "checkpoint.pth.tar", "--prof", state["batch"] + 1]
     with start_process("multiproc.py", *run, *resume, cwd=tmp_path) as process:
         _, err = process.communicate(timeout=200)
@@ -265,7 +302,7 @@ def test_sigterm_to_the_job_leaves_one_checkpoint_to_go_on_from(start_process, r
 
 
 def test_a_job_that_is_started_again_goes_on_from_its_checkpoint(run_script, tmp_path, monkeypatch):
-    run = [*FLOAT, "--prof", 1, "--workspace", tmp_path]
+    run = [*SMALL, "--prof", 1, "--workspace", tmp_path]
     assert run_script("main.py", *run).code == 0
     monkeypatch.setenv("TORCHELASTIC_RESTART_COUNT", "1")
     # what the job began with does not matter any more
@@ -275,3 +312,15 @@ def test_a_job_that_is_started_again_goes_on_from_its_checkpoint(run_script, tmp
     assert torch.load(tmp_path / "checkpoint.pth.tar", weights_only=True)["epoch"] == 2
     assert "epoch 2/2" in result.out
     assert "epoch 1/2" not in result.out
+
+
+def test_a_job_that_is_started_again_leaves_an_earlier_jobs_checkpoint_alone(run_script, tmp_path, monkeypatch):
+    run = [*SMALL, "--prof", 1, "--workspace", tmp_path]
+    assert run_script("main.py", *run).code == 0
+    path = tmp_path / "checkpoint.pth.tar"
+    torch.save({**torch.load(path, weights_only=True), "job": "an earlier one"}, path)
+    monkeypatch.setenv("TORCHELASTIC_RESTART_COUNT", "1")
+    result = run_script("main.py", *run)
+    assert result.code == 0, result.err
+    assert "started again" not in result.out
+    assert "epoch 1/1: train.loss" in result.out

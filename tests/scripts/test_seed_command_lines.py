@@ -177,9 +177,27 @@ def test_conversion(run_line, tmp_path):
     ]
 
 
+def test_several_processes(fill, run_process, tmp_path):
+    """One line of each script; the two processes, which take seconds to start, run all three."""
+    jobs = []
+    for number in (1, 2, 4):
+        multiproc, flag, _, *job = fill(SEVERAL_PROCESSES[number])
+        assert (multiproc, flag) == ("multiproc.py", "--nproc_per_node")
+        if "quant_main" in job[0]:
+            job += ["--pretrained-from-file", fill.root / "quant.pth", "--calibration-images", 4]
+        jobs.append([*job, *EXTRA, "--epochs", 1, "--training-only", "--no-checkpoints", "--workspace", tmp_path])
+    path = tmp_path / "jobs.json"
+    path.write_text(json.dumps([[str(part).removeprefix("./") for part in job] for job in jobs]))
+    script = Path(__file__).with_name("two_jobs.py")
+    result = run_process("multiproc.py", "--nproc_per_node", 2, script, path, cwd=tmp_path)
+    assert result.code == 0, result.err
+    assert result.out.count("epoch 1/1: train.loss") == 3
+    assert "no GPU: --amp runs in bfloat16, without a loss scale" in result.out
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("line", SEVERAL_PROCESSES)
-def test_several_processes(fill, run_process, tmp_path, line):
+def test_every_line_for_several_processes(fill, run_process, tmp_path, line):
     script, *arguments = fill(line.replace("--nproc_per_node 8", "--nproc_per_node 2"))  # cores that there are
     arguments = [
         str(Path(__file__).parents[2] / argument) if argument.startswith("./") else argument for argument in arguments

@@ -49,6 +49,15 @@ def test_gathering_keeps_the_latest_epochs(tmp_path):
     assert kept == {f"checkpoint_{epoch - 1:04d}.pth.tar": epoch for epoch in (10, 11, 12)}
 
 
+def test_gathering_leaves_what_an_earlier_run_left(tmp_path):
+    for epoch in (88, 89):
+        save_checkpoint(state(epoch), tmp_path, "last.pth.tar", gather=-1)
+    for epoch in (1, 2, 3):
+        save_checkpoint(state(epoch), tmp_path, "last.pth.tar", gather=2)
+    numbers = [path.name[11:15] for path in sorted(tmp_path.glob("checkpoint_*"))]
+    assert numbers == ["0001", "0002", "0087", "0088"]
+
+
 def test_gathering_all_keeps_all(tmp_path):
     for epoch in range(1, 5):
         save_checkpoint(state(epoch), tmp_path, "last.pth.tar", gather=-1)

@@ -11,6 +11,7 @@ import torch
 
 from effnet_quant.errors import UserError
 from effnet_quant.training.checkpoint import load_checkpoint
+from effnet_quant.training.distributed import World
 from effnet_quant.training.metrics import Recorder
 
 CHECKPOINT = "checkpoint.pth.tar"
@@ -52,6 +53,31 @@ def test_losses_weights_and_validation_are_those_of_one_process_with_the_doubled
             assert round(ours[name] * 1.01) == pytest.approx(ours[name] * 1.01, abs=1e-9)  # a share of 101
 
 
+def test_validation_counts_each_image_once_where_processes_have_different_numbers_of_batches(
+    results, tiny_network, make_trainer, make_loaders, tmp_path
+):
+    both = json.loads((results / "uneven/metrics.json").read_text())
+    for metrics, (count, batch_size) in zip(both, ((101, 50), (1, 4)), strict=True):
+        expected = make_trainer(tiny_network(), tmp_path).evaluate(make_loaders(batch_size, val_count=count)[1])
+        assert metrics["val.loss"] == pytest.approx(expected["val.loss"], abs=1e-5)
+        assert metrics["val.top1"] == pytest.approx(expected["val.top1"], abs=1e-9)
+
+
+def test_the_process_whose_loss_is_no_number_names_its_images(results, make_loaders):
+    (kind, sentence), (other, _) = (json.loads((results / "diverging" / f"{r}.json").read_text()) for r in (1, 0))
+    assert (kind, other) == ("UserError", "PeerLost")
+    train, _ = make_loaders(4, count=49, world=World(rank=1, size=2))
+    assert "epoch 1, batch 2" in sentence
+    assert f"to blame: {', '.join(train.names(0, 1))};" in sentence
+
+
+def test_processes_that_stand_at_different_places_do_not_start(results):
+    for rank in range(2):
+        kind, sentence = json.loads((results / "apart" / f"{rank}.json").read_text())
+        assert kind == "UserError"
+        assert "different places of the training" in sentence
+
+
 def test_a_signal_to_one_process_stops_all_after_the_same_step(results):
     position = json.loads((results / "interrupted/position.json").read_text())
     assert position == {"signals": [signal.SIGUSR1] * 2, "epoch": 0, "batch": 2}
@@ -70,5 +96,5 @@ def test_resuming_within_an_epoch_is_bit_exact_in_two_processes(results):
 def test_resuming_within_an_epoch_needs_as_many_processes(results, tiny_network, make_trainer, tmp_path):
     state = load_checkpoint(results / "straight" / CHECKPOINT)
     state["batch"] = 1
-    with pytest.raises(UserError, match="batches of 4, in 2 processes; resume it with -b 4, in 2 processes"):
+    with pytest.raises(UserError, match="middle of an epoch; resume it with 2 processes"):
         make_trainer(tiny_network(), tmp_path).resume(state, CHECKPOINT)

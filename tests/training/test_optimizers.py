@@ -13,7 +13,8 @@ from effnet_quant import calibrate, create_model, quantize
 from effnet_quant.training.config import TrainConfig
 from effnet_quant.training.optimizers import build_optimizer, load_optimizer_state
 
-REFERENCE = json.loads((Path(__file__).parents[1] / "reference" / "training.json").read_text())
+RECORDED = Path(__file__).parents[1] / "reference"
+REFERENCE = json.loads((RECORDED / "training.json").read_text())
 
 
 def decay_by_name(model, config):
@@ -38,6 +39,22 @@ def test_batch_norm_does_not_decay(optimizer):
 def test_batch_norm_decays_if_asked_for(tiny_network, optimizer):
     config = TrainConfig(optimizer=optimizer, weight_decay=0.03, bn_weight_decay=True)
     assert set(decay_by_name(tiny_network(), config).values()) == {0.03}
+
+
+@pytest.mark.parametrize(
+    ("optimizer", "bn_weight_decay", "groups"),
+    [("sgd", False, 2), ("sgd", True, 1), ("rmsprop", False, 2), ("rmsprop", True, 2)],
+)
+def test_parameters_come_in_the_groups_and_the_order_of_nvidias_scripts(optimizer, bn_weight_decay, groups):
+    """On which the meaning of the optimizer's state in their checkpoints depends: they go by 'bn' in the name."""
+    recorded = json.loads((RECORDED / "efficientnet.json").read_text())["efficientnet-b0"]["state_dict"]
+    names = [name for name in recorded if not name.endswith(("running_mean", "running_var", "num_batches_tracked"))]
+    norm = [name for name in names if "bn" in name]
+    expected = [names] if groups == 1 else [norm, [name for name in names if name not in norm]]
+    model = create_model("efficientnet-b0")
+    name_of = {id(parameter): name for name, parameter in model.named_parameters()}
+    built = build_optimizer(model, TrainConfig(optimizer=optimizer, bn_weight_decay=bn_weight_decay))
+    assert [[name_of[id(p)] for p in group["params"]] for group in built.param_groups] == expected
 
 
 def two_steps(model, config, gradients):

@@ -89,3 +89,14 @@ def test_an_epoch_of_nothing_but_overflow_stops(tiny_network, make_trainer, make
     trainer = make_trainer(network(tiny_network, at=range(99)), tmp_path, amp=True, amp_dtype="fp16")
     with pytest.raises(UserError, match=r"every step of epoch 1 overflowed.*--static-loss-scale"):
         trainer.fit(*make_loaders())
+
+
+def test_resuming_keeps_this_runs_choice_of_a_growing_scale(tiny_network, make_trainer, make_loaders, tmp_path):
+    config = {"amp": True, "amp_dtype": "fp16", "static_loss_scale": 64.0, "training_only": True}
+    make_trainer(network(tiny_network), tmp_path, epochs=1, **config).fit(*make_loaders())
+    state = load_checkpoint(tmp_path / CHECKPOINT)
+    trainer = make_trainer(network(tiny_network), tmp_path, epochs=2, dynamic_loss_scale=True, **config)
+    trainer.resume({**state, "scaler": {**state["scaler"], "scale": 16.0}}, CHECKPOINT)
+    trainer.fit(*make_loaders())
+    resumed = load_checkpoint(tmp_path / CHECKPOINT)["scaler"]
+    assert (resumed["scale"], resumed["growth_interval"]) == (16.0, 100)

@@ -7,9 +7,11 @@ import json
 import os
 import signal
 import time
+from functools import partialmethod
 
 import pytest
 import torch
+from torch import nn
 from torch.nn import functional as F
 
 from effnet_quant.data.transforms import normalize
@@ -90,6 +92,20 @@ def test_resuming_between_epochs_is_bit_exact(
     assert (state["epoch"], state["batch"]) == (1, 0)
     model = tiny_network(seed=7)
     go_on(model, make_trainer(model, tmp_path), tmp_path / CHECKPOINT, make_loaders())
+    assert same_weights(model, straight)
+
+
+def test_resuming_an_accumulating_rmsprop_within_an_epoch_is_bit_exact(
+    tiny_network, make_trainer, make_loaders, watch, tmp_path, same_weights
+):
+    config = {"optimizer": "rmsprop", "lr": 0.001, "optimizer_batch_size": 8}
+    straight, stopped, model = tiny_network(dropout=0.0), tiny_network(dropout=0.0), tiny_network(seed=7, dropout=0.0)
+    train, val = make_loaders()
+    make_trainer(straight, tmp_path, **config).fit(train, val)
+    trainer = make_trainer(stopped, tmp_path, **config)
+    fit_until(trainer, watch(train, 3, lambda: trainer.note_signal(signal.SIGUSR1)), val)
+    assert load_checkpoint(tmp_path / CHECKPOINT)["batch"] == 4
+    go_on(model, make_trainer(model, tmp_path, **config), tmp_path / CHECKPOINT, (train, val))
     assert same_weights(model, straight)
 
 
@@ -210,6 +226,22 @@ def test_prof_limits_training_and_validation(tiny_network, make_trainer, make_lo
     assert int(model[1].num_batches_tracked) == 2
 
 
+def test_a_training_that_is_done_says_so(tiny_network, make_trainer, make_loaders, watch, tmp_path, capsys):
+    make_trainer(tiny_network(), tmp_path).fit(*make_loaders())
+    trainer = make_trainer(tiny_network(), tmp_path)
+    trainer.resume(load_checkpoint(tmp_path / CHECKPOINT), CHECKPOINT)
+    train, val = (watch(loader) for loader in make_loaders())
+    trainer.fit(train, val)
+    assert (train.count, val.count) == (0, 0)
+    assert "nothing left to train: 2 of 2 epochs are done" in capsys.readouterr().out
+
+
+def test_run_epochs_0_trains_nothing(tiny_network, make_trainer, make_loaders, watch, tmp_path):
+    train, val = (watch(loader) for loader in make_loaders())
+    make_trainer(tiny_network(), tmp_path, run_epochs=0).fit(train, val)
+    assert (train.count, val.count) == (0, 0)
+
+
 def test_run_epochs_limits_this_run_and_not_the_schedule(tiny_network, make_trainer, make_loaders, tmp_path):
     raport = tmp_path / "raport.json"
     model = tiny_network()
@@ -237,6 +269,16 @@ def test_training_only_validates_nothing(tiny_network, make_trainer, make_loader
     make_trainer(tiny_network(), tmp_path, training_only=True).fit(train, validation)
     assert validation.count == 0
     assert sorted(path.name for path in tmp_path.iterdir()) == [CHECKPOINT]
+    trainer = make_trainer(tiny_network(), tmp_path, training_only=True, epochs=3)
+    trainer.resume(load_checkpoint(tmp_path / CHECKPOINT), CHECKPOINT)
+    trainer.fit(train, validation)
+    assert (validation.count, load_checkpoint(tmp_path / CHECKPOINT)["epoch"]) == (0, 3)
+
+
+def test_a_checkpoint_before_the_first_epoch_is_no_epochs(tiny_network, make_trainer, tmp_path):
+    """As quant_main.py writes it after calibration."""
+    make_trainer(tiny_network(), tmp_path, gather_checkpoints=-1).save()
+    assert sorted(path.name for path in tmp_path.iterdir()) == [CHECKPOINT]
 
 
 def test_no_checkpoints_writes_nothing(tiny_network, make_trainer, make_loaders, tmp_path):
@@ -246,13 +288,19 @@ def test_no_checkpoints_writes_nothing(tiny_network, make_trainer, make_loaders,
 
 @pytest.mark.parametrize("patience", [1, 2])
 def test_early_stopping_after_so_many_epochs_without_a_better_top1(
-    tiny_network, make_trainer, make_loaders, tmp_path, patience
+    tiny_network, make_trainer, make_loaders, tmp_path, capsys, patience
 ):
     raport = tmp_path / "raport.json"
     model = tiny_network(batch_norm=False)  # which at a learning rate of 0 never changes: only epoch 1 is a new best
     trainer = make_trainer(model, tmp_path, Recorder(raport), epochs=6, lr=0.0, early_stopping_patience=patience)
     trainer.fit(*make_loaders())
     assert len(raport.read_text().splitlines()) == 1 + patience
+    # and resuming does not change that
+    trainer = make_trainer(model, tmp_path, Recorder(raport), epochs=6, lr=0.0, early_stopping_patience=patience)
+    trainer.resume(load_checkpoint(tmp_path / CHECKPOINT), CHECKPOINT)
+    trainer.fit(*make_loaders())
+    assert len(raport.read_text().splitlines()) == 1 + patience
+    assert capsys.readouterr().out.count("stopped early: ") == 2
 
 
 def test_best_checkpoint_is_that_of_the_best_epoch(tiny_network, make_trainer, make_loaders, tmp_path):
@@ -279,6 +327,23 @@ def test_divergence_is_reported_and_keeps_the_last_checkpoint(tiny_network, make
     assert (tmp_path / CHECKPOINT).read_bytes() == before
 
 
+def test_weights_that_are_no_numbers_do_not_replace_a_checkpoint(
+    tiny_network, make_trainer, make_loaders, watch, tmp_path
+):
+    make_trainer(tiny_network(), tmp_path, epochs=1).fit(*make_loaders())
+    before = (tmp_path / CHECKPOINT).read_bytes()
+    model = tiny_network()
+    train, val = make_loaders()
+
+    def poison():  # after the last loss has been looked at
+        with torch.no_grad():
+            model[5].weight[1, 2] = torch.inf
+
+    with pytest.raises(UserError, match=r"^5\.weight is not finite.*--lr"):
+        make_trainer(model, tmp_path, epochs=1).fit(train, watch(val, 1, poison))
+    assert (tmp_path / CHECKPOINT).read_bytes() == before
+
+
 def test_full_disk_ends_the_run_with_the_previous_checkpoint(
     tiny_network, make_trainer, make_loaders, tmp_path, monkeypatch
 ):
@@ -298,9 +363,10 @@ def test_full_disk_ends_the_run_with_the_previous_checkpoint(
     assert not list(tmp_path.glob(".*"))
 
 
-def test_resuming_with_another_optimizer_is_refused(tiny_network, make_trainer, make_loaders, tmp_path):
-    make_trainer(tiny_network(), tmp_path, epochs=1).fit(*make_loaders())
-    trainer = make_trainer(tiny_network(), tmp_path, optimizer="rmsprop")
+@pytest.mark.parametrize(("before", "after"), [("sgd", "rmsprop"), ("rmsprop", "sgd")])
+def test_resuming_with_another_optimizer_is_refused(tiny_network, make_trainer, make_loaders, tmp_path, before, after):
+    make_trainer(tiny_network(), tmp_path, epochs=1, optimizer=before).fit(*make_loaders())
+    trainer = make_trainer(tiny_network(), tmp_path, optimizer=after)
     with pytest.raises(UserError, match="--optimizer"):
         trainer.resume(load_checkpoint(tmp_path / CHECKPOINT), CHECKPOINT)
 
@@ -317,15 +383,36 @@ def test_resuming_with_an_optimizer_state_of_other_shapes_is_refused(
 
 
 def test_checkpoint_of_nvidias_scripts_resumes(tiny_network, make_trainer, make_loaders, tmp_path):
-    donor = tiny_network(seed=3)
-    state = {f"module.{name}": tensor for name, tensor in donor.state_dict().items()}
-    trainer = make_trainer(model := tiny_network(), tmp_path, epochs=3)
-    trainer.resume({"epoch": 2, "state_dict": state, "best_prec1": 100.0, "optimizer": {}}, "nvidia.pth.tar")
+    """Their optimizer has BatchNorm's parameters first, then the others; they write no step."""
+    donor, average, model = tiny_network(seed=3), tiny_network(seed=4), tiny_network()
+    momentum = [torch.full_like(p, 0.25 + place) for place, p in enumerate(model.parameters())]
+    order = [1, 2, 0, 3, 4]  # of the convolution, BatchNorm's two and the classifier's two
+    groups = [{"lr": 0.1, "momentum": 0.9, "dampening": 0, "nesterov": False, "weight_decay": 0.0, "params": [0, 1]}]
+    groups.append({**groups[0], "weight_decay": 1e-4, "params": [2, 3, 4]})
+    checkpoint = {
+        "epoch": 2,
+        "arch": "tiny",
+        "best_prec1": 100.0,
+        "state_dict": {f"module.{name}": tensor for name, tensor in donor.state_dict().items()},
+        "state_dict_ema": average.state_dict(),
+        "optimizer": {
+            "state": {place: {"momentum_buffer": momentum[index]} for place, index in enumerate(order)},
+            "param_groups": groups,
+        },
+    }
+    trainer = make_trainer(model, tmp_path, epochs=3, lr=0.0, use_ema=0.9999, prof=1)
+    trainer.resume(checkpoint, "nvidia.pth.tar")
     assert torch.equal(model[5].weight, donor[5].weight)
+    for parameter, buffer in zip(model.parameters(), momentum, strict=True):
+        assert torch.equal(trainer.optimizer.state[parameter]["momentum_buffer"], buffer)
     trainer.fit(*make_loaders())
     resumed = load_checkpoint(tmp_path / CHECKPOINT)
     assert (resumed["epoch"], resumed["best_prec1"]) == (3, 100.0)
     assert not (tmp_path / "model_best.pth.tar").exists()
+    # two epochs of one batch are behind it: the next step is number 2, the average's share of it 1 - 3 / 12
+    assert resumed["step"] == 3
+    expected = 0.25 * average[5].weight + 0.75 * donor[5].weight
+    torch.testing.assert_close(resumed["state_dict_ema"]["5.weight"], expected)
 
 
 def test_amp_trains_on_the_cpu_in_bfloat16(tiny_network, make_trainer, make_loaders, tmp_path):
@@ -355,10 +442,14 @@ def test_progress_is_plain_lines_up_to_the_last_batch(tiny_network, make_trainer
     assert done == ["epoch 1/1 train: 2/5", "epoch 1/1 train: 4/5", "epoch 1/1 train: 5/5"]
 
 
-def test_resuming_within_an_epoch_needs_the_same_batch_size(make_trainer, tiny_network, tmp_path):
+@pytest.mark.parametrize(
+    ("name", "value", "flag"),
+    [("batch_size", 3, "-b 3"), ("optimizer_batch_size", 8, "--optimizer-batch-size 8"), ("seed", 5, "--seed 5")],
+)
+def test_resuming_within_an_epoch_needs_the_same_batches(make_trainer, tiny_network, tmp_path, name, value, flag):
     trainer = make_trainer(tiny_network(), tmp_path)
-    state = {"state_dict": trainer.model.state_dict(), "epoch": 0, "batch": 2, "config": {"batch_size": 3}}
-    with pytest.raises(UserError, match=r"middle of an epoch of batches of 3; resume it with -b 3"):
+    state = {"state_dict": trainer.model.state_dict(), "epoch": 0, "batch": 2, "config": {name: value}}
+    with pytest.raises(UserError, match=f"middle of an epoch; resume it with {flag}\\."):
         trainer.resume(state, "checkpoint.pth.tar")
 
 
@@ -460,8 +551,9 @@ def test_the_first_tenth_of_a_profiled_epoch_does_not_count(tiny_network, make_t
     assert json.loads(raport.read_text())["data"]["train.data_time"] < 0.05
 
 
-@pytest.mark.slow
-def test_compiled_training_is_the_eager_one(tiny_network, make_trainer, make_loaders, tmp_path):
+@pytest.mark.parametrize("backend", ["eager", pytest.param("inductor", marks=pytest.mark.slow)])
+def test_compiled_training_is_the_eager_one(tiny_network, make_trainer, make_loaders, tmp_path, monkeypatch, backend):
+    monkeypatch.setattr(nn.Module, "compile", partialmethod(nn.Module.compile, backend=backend))
     models = [tiny_network(dropout=0.0) for _ in range(2)]
     for model, compiled in zip(models, (False, True), strict=True):
         make_trainer(model, tmp_path, compile=compiled, use_ema=0.9, optimizer_batch_size=8).fit(*make_loaders())

@@ -13,8 +13,9 @@ sys.path[:0] = [str(Path(__file__).parents[2]), str(Path(__file__).parents[1])]
 
 import torch
 
+from effnet_quant.errors import UserError
 from effnet_quant.training.checkpoint import load_checkpoint
-from effnet_quant.training.distributed import joined_world
+from effnet_quant.training.distributed import PeerLost, joined_world
 from effnet_quant.training.metrics import Recorder
 from effnet_quant.training.signals import Interrupted
 from training.conftest import WatchedLoader, _make_loaders, _make_trainer, _tiny_network
@@ -72,9 +73,43 @@ def interrupted(world):
         (workspace / "position.json").write_text(json.dumps(position))
 
 
+def uneven_validation(world):
+    """Batches of 50 cut 51 and 50 images into two and one; of a single image, one process has none."""
+    metrics = []
+    for count, batch_size in ((101, 50), (1, 4)):
+        trainer = _make_trainer(_tiny_network(), folder("uneven"), None, world, batch_size=batch_size)
+        _, val = _make_loaders(batch_size, val_count=count, world=world)
+        metrics.append(trainer.evaluate(val))
+    if world.is_main:
+        (folder("uneven") / "metrics.json").write_text(json.dumps(metrics))
+
+
+def diverging(world):
+    """The loss of process 1 is not finite in its second batch."""
+    trainer = _make_trainer(_tiny_network(), folder("diverging"), None, world)
+    own, batches = trainer.loss, iter(range(99))
+    trainer.loss = lambda *of: own(*of) * (torch.nan if (next(batches), world.rank) == (1, 1) else 1)
+    note_failure("diverging", world, lambda: trainer.fit(*_make_loaders(4, count=49, world=world)))
+
+
+def apart(world):
+    """Process 1 has a checkpoint that process 0 has not."""
+    trainer = _make_trainer(_tiny_network(), folder("apart"), None, world)
+    if world.rank == 1:
+        trainer.resume({"epoch": 1, "state_dict": trainer.model.state_dict()}, CHECKPOINT)
+    note_failure("apart", world, lambda: trainer.fit(*_make_loaders(4, count=49, world=world)))
+
+
+def note_failure(name, world, action):
+    try:
+        action()
+    except (UserError, PeerLost) as error:
+        (folder(name) / f"{world.rank}.json").write_text(json.dumps([type(error).__name__, str(error)]))
+
+
 def main():
     with joined_world() as world:
-        for training in (doubled_batch, straight, interrupted):
+        for training in (uneven_validation, doubled_batch, straight, interrupted, diverging, apart):
             training(world)
             world.wait()
 
