@@ -100,6 +100,7 @@ def test_help_is_printed(run_script, script):
 
 # what a flag becomes in the configuration that the trainer goes by
 FIELDS = [
+    ("-j 3", {"workers": 3}),
     ("--epochs 7", {"epochs": 7}),
     ("--run-epochs 3", {"run_epochs": 3}),
     ("--early-stopping-patience 4", {"early_stopping_patience": 4}),
