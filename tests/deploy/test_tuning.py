@@ -63,6 +63,7 @@ def test_what_pays_is_left_in_float_alone_and_together(model: nn.Module) -> None
     assert format_tuning(tuning).splitlines()[1].endswith("<- chosen")
 
 
+@pytest.mark.slow
 def test_what_does_not_pay_stays_integer(model: nn.Module) -> None:
     tuning = tune(model, RULES, waits({"silu": 10, "pool": 10}, 30), lambda line: None)
     assert tuning.target == RULES
@@ -70,6 +71,7 @@ def test_what_does_not_pay_stays_integer(model: nn.Module) -> None:
     assert tuning.speedup < 1
 
 
+@pytest.mark.slow
 def test_the_precision_is_chosen_first_and_float_gets_its_best(model: nn.Module) -> None:
     others = dict.fromkeys(("stem", "depthwise", "linear", "pool"), 20.0)  # far from what a busy machine adds
     tuning = tune(model, RULES, waits({"silu": -15, **others}, 45, bf16=-10), print, ("fp32", "bf16"))

@@ -32,6 +32,9 @@ from effnet_quant.quantization.quantizer import TensorQuantizer
 from effnet_quant.quantization.spec import PRESETS, TensorSpec
 
 
+DIFFERENT = ("w8a8", "w8a8-affine", "w8a8-lsq", "w4a4-lsq")  # each way of computing once; the others differ in bits
+
+
 def float_network(*, batch_norm: bool = True) -> nn.Module:
     return nn.Sequential(
         nn.Conv2d(3, 6, 3),
@@ -138,7 +141,10 @@ def test_standardised_weights_count_as_weights() -> None:
     torch.testing.assert_close(quantizer._amax.grad, twin._amax.grad)
 
 
-@pytest.mark.parametrize("preset", PRESETS)
+@pytest.mark.parametrize(
+    "preset",
+    [pytest.param(preset, marks=() if preset in DIFFERENT else pytest.mark.slow) for preset in PRESETS],
+)
 def test_every_preset_trains_copies_saves_and_compiles(preset: str) -> None:
     model = network(preset).train()
     learned = preset.endswith("-lsq")

@@ -274,8 +274,8 @@ def test_bad_command_lines(run_script, repository, monkeypatch, arguments, says)
     assert re.search(says, result.error_lines[0])
 
 
-@pytest.mark.parametrize("resumes", [False, pytest.param(True, marks=pytest.mark.slow)])
-def test_sigterm_to_the_job_leaves_one_checkpoint_to_go_on_from(start_process, repository, tmp_path, resumes):
+@pytest.mark.slow
+def test_sigterm_to_the_job_leaves_one_checkpoint_to_go_on_from(start_process, repository, tmp_path):
     workspace = tmp_path / "workspace"
     run = [*TOGETHER, repository / "main.py", *SMALL, "-p", 1, "--workspace", workspace]
     with start_process("multiproc.py", *run, cwd=tmp_path) as process:
@@ -292,8 +292,6 @@ def test_sigterm_to_the_job_leaves_one_checkpoint_to_go_on_from(start_process, r
     assert state["epoch"] == 0
     assert state["batch"] == state["step"] >= 2
     assert len(state["rng"]) == state["processes"] == 2
-    if not resumes:  # which test_distributed.py does, too
-        return
     resume = ["--resume", workspace / "checkpoint.pth.tar", "--prof", state["batch"] + 1]
     with start_process("multiproc.py", *run, *resume, cwd=tmp_path) as process:
         _, err = process.communicate(timeout=200)

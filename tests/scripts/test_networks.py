@@ -33,7 +33,9 @@ def classes(result):
     return {line.split()[-1] for line in result.out.splitlines()[1:]}
 
 
-@pytest.mark.parametrize("arch", NETWORKS)
+@pytest.mark.parametrize(
+    "arch", [pytest.param(arch, marks=pytest.mark.slow if arch.startswith("torchvision:") else ()) for arch in NETWORKS]
+)
 def test_a_network_is_trained_quantized_and_classifies_under_one_name(run_script, image_folder, tmp_path, arch):
     network = ["--arch", arch, *NETWORKS[arch]]
     run = [image_folder, *network, *TRAIN, "--epochs", 1]

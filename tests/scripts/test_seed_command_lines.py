@@ -177,6 +177,7 @@ def test_conversion(run_line, tmp_path):
     ]
 
 
+@pytest.mark.slow
 def test_several_processes(fill, run_process, tmp_path):
     """One line of each script; the two processes, which take seconds to start, run all three."""
     jobs = []
