@@ -31,7 +31,6 @@ from effnet_quant.quantization.qat import (
 from effnet_quant.quantization.quantizer import TensorQuantizer
 from effnet_quant.quantization.spec import PRESETS, TensorSpec
 
-
 DIFFERENT = ("w8a8", "w8a8-affine", "w8a8-lsq", "w4a4-lsq")  # each way of computing once; the others differ in bits
 
 
