@@ -19,13 +19,6 @@ from effnet_quant.quantization.passes import eager_pass
 from effnet_quant.quantization.quantizer import TensorQuantizer
 
 
-def learned_ranges(model: nn.Module) -> Iterator[nn.Parameter]:
-    """The ranges that training moves. Weight decay would shrink them for no reason: leave it out for these."""
-    for _, quantizer in quantizers(model):
-        if quantizer.spec.learned:
-            yield from quantizer.parameters(recurse=False)
-
-
 def gradual_start(model: nn.Module, epoch: int, epochs: int) -> None:
     """Switch on the part of the quantizers that ``epoch`` (from 0) asks for: in the order of the definition, evenly over
     ``epochs``, all of them from then on. Those without a range stay off.

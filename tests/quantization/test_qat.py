@@ -25,11 +25,11 @@ from effnet_quant.quantization.qat import (
     freeze_batch_norm,
     freeze_ranges,
     gradual_start,
-    learned_ranges,
     reestimate_batch_norm,
 )
 from effnet_quant.quantization.quantizer import TensorQuantizer
 from effnet_quant.quantization.spec import PRESETS, TensorSpec
+from effnet_quant.training.optimizers import learned_ranges
 
 DIFFERENT = ("w8a8", "w8a8-affine", "w8a8-lsq", "w4a4-lsq")  # each way of computing once; the others differ in bits
 
@@ -147,7 +147,7 @@ def test_standardised_weights_count_as_weights() -> None:
 def test_every_preset_trains_copies_saves_and_compiles(preset: str) -> None:
     model = network(preset).train()
     learned = preset.endswith("-lsq")
-    assert bool(list(learned_ranges(model))) == learned
+    assert bool(learned_ranges(model)) == learned
     names = {name for name, _ in model.named_parameters()}
     assert any(name.endswith("_amax") for name in names) == learned
 
