@@ -19,6 +19,7 @@ from torch import nn
 
 from effnet_quant import calibrate, create_model
 from effnet_quant.deploy.latency import median_seconds
+from effnet_quant.memory import keep_freed_memory
 
 
 def main() -> None:
@@ -31,6 +32,7 @@ def main() -> None:
     arguments = parser.parse_args()
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     torch.manual_seed(0)
+    keep_freed_memory()  # as the trainer does
     images, labels = random_batch(arguments.batch_size, arguments.image_size, device)
 
     models = {"float": create_model("efficientnet-b0"), "quantized": create_model("efficientnet-quant-b0")}

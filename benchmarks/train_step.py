@@ -1,14 +1,16 @@
 """Claims: the trainer costs at most 2 % over a bare loop, and is no slower than timm's and torchvision's loops.
 
-Trains efficientnet-b0 with SGD on images in memory, in turns:
+Trains efficientnet-b0 with SGD on images in memory, in turns, each side in a process of its own:
 
-    bare loop     forward, cross entropy, backward, step of the trainer's optimizer, which is fused
     trainer       Trainer.fit: normalisation, accumulation, meters, signal and divergence checks, progress
+    bare loop     forward, cross entropy, backward, step of the trainer's optimizer, which is fused
+    bare loop, memory kept
+                  the same with the trainer's setting of the C library (effnet_quant/memory.py)
     timm          what timm's train.py does in a step: its optimizer, its scheduler's update, its meter of the loss
     torchvision   what torchvision's reference does: top-1 and top-5 of every batch, three numbers fetched
 
 Only the trainer begins with uint8 images; the others get them normalised. All networks are in channels_last. With --compile
-the compiled trainer and bare loop run too. Prints the median of each side and of its ratios to the trainer.
+all of them run compiled too. Prints the median of each side and of its ratios to the trainer.
 
     python benchmarks/train_step.py --batch-size 32 --image-size 128 --compile
 """
@@ -17,13 +19,14 @@ from __future__ import annotations
 
 import argparse
 import contextlib
-import copy
 import io
+import multiprocessing
 import statistics
 import tempfile
 import time
 from collections import deque
 from collections.abc import Callable, Iterator
+from multiprocessing.connection import Connection
 from pathlib import Path
 
 import torch
@@ -33,6 +36,7 @@ from torch.nn import functional as F
 
 from effnet_quant import create_model
 from effnet_quant.data.transforms import Preprocessing, normalize
+from effnet_quant.memory import keep_freed_memory
 from effnet_quant.training.config import TrainConfig
 from effnet_quant.training.machine import describe_machine
 from effnet_quant.training.metrics import Recorder
@@ -63,9 +67,42 @@ def main() -> None:
     parser.add_argument("--batch-size", "-b", type=int, default=32)
     parser.add_argument("--image-size", type=int, default=128)
     parser.add_argument("--batches", type=int, default=4, help="batches a round and side")
-    parser.add_argument("--rounds", type=int, default=11, help="rounds, taken in turns")
-    parser.add_argument("--compile", action="store_true", help="the compiled trainer and bare loop too; takes minutes")
+    parser.add_argument("--rounds", type=int, default=12, help="rounds, taken in turns")
+    parser.add_argument("--compile", action="store_true", help="the compiled networks too; takes minutes for each")
     arguments = parser.parse_args()
+    processes = multiprocessing.get_context("spawn")
+    sides: dict[str, Connection] = {}
+    for compiled in (False, True) if arguments.compile else (False,):
+        for name in SIDES:
+            here, there = processes.Pipe()
+            processes.Process(target=_serve, args=(there, name, compiled, arguments), daemon=True).start()
+            key = f"{name}, compiled" if compiled else name
+            print(f"{key}: {here.recv()}", flush=True)  # the others wait while one compiles
+            sides[key] = here
+    seconds: dict[str, list[float]] = {name: [] for name in sides}
+    for number in range(arguments.rounds):
+        turn = number % len(sides)  # what ran before leaves its mark on the clock
+        for name, side in [*sides.items()][turn:] + [*sides.items()][:turn]:
+            side.send("go")
+            seconds[name].append(side.recv() / arguments.batches)
+    for side in sides.values():
+        side.send("")
+    print(describe_machine())
+    print(
+        f"efficientnet-b0, batch {arguments.batch_size}, {arguments.image_size} px, medians of {arguments.rounds} rounds"
+    )
+    trainers = [name for name in sides if name.startswith("trainer")]
+    print(f"{'':32} {'s a step':>9}  " + "  ".join(f"{'/ ' + name:>19}" for name in trainers))
+    for name, values in seconds.items():
+        ratios = [
+            statistics.median(own / ours for own, ours in zip(values, seconds[trainer], strict=True))
+            for trainer in trainers
+        ]
+        print(f"{name:32} {statistics.median(values):9.4f}  " + "  ".join(f"{ratio:19.3f}" for ratio in ratios))
+
+
+def _serve(main: Connection, name: str, compiled: bool, arguments: argparse.Namespace) -> None:
+    """In a process of its own: run one side whenever told to, and answer with the seconds."""
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     torch.manual_seed(0)
     size = arguments.image_size
@@ -76,45 +113,29 @@ def main() -> None:
         )
         for _ in range(arguments.batches)
     ]
-    normalised = [
-        (
-            normalize(images.to(device), Preprocessing(0, 0)).contiguous(memory_format=torch.channels_last),
-            labels.to(device),
-        )
-        for images, labels in batches
-    ]
     model = create_model("efficientnet-b0").to(device, memory_format=torch.channels_last).train()
-    sides = {
-        "bare loop": _bare_loop(copy.deepcopy(model), normalised),
-        "trainer": _trainer(copy.deepcopy(model), batches, device),
-        "timm": _timm(copy.deepcopy(model), normalised),
-        "torchvision": _torchvision(copy.deepcopy(model), normalised),
-    }
-    if arguments.compile:
-        compiled = copy.deepcopy(model)
-        compiled.compile()
-        sides["bare loop, compiled"] = _bare_loop(compiled, normalised)
-        sides["trainer, compiled"] = _trainer(copy.deepcopy(model), batches, device, compiled=True)
-    seconds: dict[str, list[float]] = {name: [] for name in sides}
-    for run in sides.values():
-        run()
-    for number in range(arguments.rounds):
-        turn = number % len(sides)  # what ran before leaves its mark on memory and clock
-        for name, run in [*sides.items()][turn:] + [*sides.items()][:turn]:
-            start = time.perf_counter()
-            run()
-            wait(device)
-            seconds[name].append((time.perf_counter() - start) / arguments.batches)
-    print(describe_machine())
-    print(f"efficientnet-b0, batch {arguments.batch_size}, {size} px, medians of {arguments.rounds} rounds")
-    trainers = [name for name in sides if name.startswith("trainer")]
-    print(f"{'':20} {'s a step':>9}  " + "  ".join(f"{'/ ' + name:>19}" for name in trainers))
-    for name, values in seconds.items():
-        ratios = [
-            statistics.median(own / ours for own, ours in zip(values, seconds[trainer], strict=True))
-            for trainer in trainers
+    if compiled and name != "trainer":
+        model.compile()
+    if name == "trainer":
+        run = _trainer(model, batches, device, compiled=compiled)
+    else:
+        batches = [
+            (
+                normalize(images.to(device), Preprocessing(0, 0)).contiguous(memory_format=torch.channels_last),
+                labels.to(device),
+            )
+            for images, labels in batches
         ]
-        print(f"{name:20} {statistics.median(values):9.4f}  " + "  ".join(f"{ratio:19.3f}" for ratio in ratios))
+        run = SIDES[name](model, batches)
+    start = time.perf_counter()
+    for _ in range(2):
+        run()
+    main.send(f"warmed up in {time.perf_counter() - start:.0f} s")
+    while main.recv():
+        start = time.perf_counter()
+        run()
+        wait(device)
+        main.send(time.perf_counter() - start)
 
 
 def _bare_loop(model: nn.Module, batches: Batches) -> Callable[[], object]:
@@ -129,9 +150,12 @@ def _bare_loop(model: nn.Module, batches: Batches) -> Callable[[], object]:
     return run
 
 
-def _trainer(
-    model: nn.Module, batches: Batches, device: torch.device, *, compiled: bool = False
-) -> Callable[[], object]:
+def _bare_loop_memory_kept(model: nn.Module, batches: Batches) -> Callable[[], object]:
+    keep_freed_memory()
+    return _bare_loop(model, batches)
+
+
+def _trainer(model: nn.Module, batches: Batches, device: torch.device, *, compiled: bool) -> Callable[[], object]:
     config = TrainConfig(
         epochs=10**6, run_epochs=1, lr=LR, lr_schedule="linear", batch_size=len(batches[0][1]), channels_last=True,
         training_only=True, save_checkpoints=False, compile=compiled,
@@ -201,6 +225,14 @@ def _torchvision(model: nn.Module, batches: Batches) -> Callable[[], object]:
 
     return run
 
+
+SIDES: dict[str, Callable[..., Callable[[], object]]] = {
+    "trainer": _trainer,
+    "bare loop": _bare_loop,
+    "bare loop, memory kept": _bare_loop_memory_kept,
+    "timm": _timm,
+    "torchvision": _torchvision,
+}
 
 if __name__ == "__main__":
     main()

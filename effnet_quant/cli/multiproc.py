@@ -44,7 +44,9 @@ def job(arguments: Sequence[str]) -> int:
     except ChildFailedError as error:
         return _report(error.failures, Path(parsed.log_dir), config.run_id)
     except SignalException as error:
-        return 128 + error.sigval
+        # each process stops with a checkpoint, unless that can't be written
+        failed = any(Path(parsed.log_dir).glob(f"{config.run_id}_*/attempt_*/*/error.json"))
+        return 2 if failed else 128 + error.sigval
     return 0
 
 

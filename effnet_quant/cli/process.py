@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import sys
 from collections.abc import Callable, Sequence
 
@@ -24,6 +25,10 @@ def run(job: Callable[[Sequence[str]], int]) -> None:
         if "--debug" in arguments:
             raise
         print(f"error: {error}", file=sys.stderr)
+        if "TORCHELASTIC_ERROR_FILE" in os.environ:  # where torchrun and multiproc.py look for what a process died of
+            from torch.distributed.elastic.multiprocessing.errors import get_error_handler
+
+            get_error_handler().record_exception(error)
         status = 2
     except PeerLost as error:
         if "--debug" in arguments:

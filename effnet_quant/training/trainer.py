@@ -20,6 +20,7 @@ from effnet_quant.data.mixing import mixed
 from effnet_quant.data.seeding import mix
 from effnet_quant.data.transforms import Preprocessing, normalize
 from effnet_quant.data.workers import explained_deaths
+from effnet_quant.memory import keep_freed_memory
 from effnet_quant.models.weights import Weights, load_weights
 from effnet_quant.training.callback import Callback
 from effnet_quant.training.checkpoint import save_checkpoint
@@ -39,6 +40,8 @@ from effnet_quant.training.signals import Interrupted, SignalWatch
 
 class Trainer:
     """Trains and evaluates one model, alone or as one process of a job.
+
+    On a CPU the process keeps freed memory from then on (``keep_freed_memory``).
 
     Args:
         model: the network; moved to the device.
@@ -68,6 +71,8 @@ class Trainer:
     ) -> None:
         self.config = config
         self.device = device
+        if device.type == "cpu":
+            keep_freed_memory()
         self._memory_format = torch.channels_last if config.channels_last else torch.contiguous_format
         self.model = model.to(device, memory_format=self._memory_format)  # type: ignore[call-overload]
         self.optimizer = build_optimizer(model, config)

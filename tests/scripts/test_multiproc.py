@@ -244,6 +244,39 @@ def test_signals_reach_every_process(start_process, script, tmp_path, number):
     assert [(tmp_path / f"seen{rank}").read_text() for rank in range(2)] == [str(int(number))] * 2
 
 
+def test_a_checkpoint_that_cant_be_written_is_told_from_one_that_is(start_process, script, tmp_path):
+    path = script(
+        """
+        import os, signal, time
+        from effnet_quant.cli.process import run
+        from effnet_quant.errors import UserError
+        def job(arguments):
+            got = []
+            signal.signal(signal.SIGTERM, lambda *_: got.append(1))
+            open("ready" + os.environ["RANK"], "w").close()
+            while not os.path.exists("ready" + str(1 - int(os.environ["RANK"]))):
+                time.sleep(0.05)
+            if os.environ["RANK"] == "0":
+                print("ready", flush=True)
+            while not got:
+                time.sleep(0.05)
+            if os.environ["RANK"] == "0":
+                raise UserError("the disk is full")
+            return 143
+        run(job)
+        """
+    )
+    with start_process("multiproc.py", *TOGETHER, path, cwd=tmp_path) as process:
+        guard = threading.Timer(60, process.kill)
+        guard.start()
+        assert process.stdout.readline() == "ready\n"
+        process.send_signal(signal.SIGTERM)
+        _, err = process.communicate()
+        guard.cancel()
+    assert process.returncode == 2
+    assert "error: the disk is full" in err
+
+
 def test_processes_start_again_as_often_as_allowed(run_process, script, tmp_path):
     path = script(
         """

@@ -67,14 +67,14 @@ def _tiny_network(seed=0, *, batch_norm=True, dropout=0.5):
     )
 
 
-def _make_trainer(model, workspace, recorder=None, world=ALONE, **config):
+def _make_trainer(model, workspace, recorder=None, world=ALONE, device="cpu", **config):
     config = {"epochs": 2, "lr": 0.05, "lr_schedule": "cosine", "batch_size": 4, **config}
     metadata = {"arch": "tiny", "num_classes": 3}
     return Trainer(
         model,
         TrainConfig(**config),
         PREPROCESSING,
-        torch.device("cpu"),
+        torch.device(device),
         workspace,
         recorder or Recorder(None),
         metadata,
@@ -103,7 +103,7 @@ def tiny_network():
 
 @pytest.fixture(scope="session")
 def make_trainer():
-    """Builds a trainer on the CPU: (model, workspace, recorder=None, world=ALONE, **config)."""
+    """Builds a trainer: (model, workspace, recorder=None, world=ALONE, device="cpu", **config)."""
     return _make_trainer
 
 

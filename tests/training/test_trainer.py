@@ -363,6 +363,25 @@ def test_full_disk_ends_the_run_with_the_previous_checkpoint(
     assert not list(tmp_path.glob(".*"))
 
 
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+@pytest.mark.parametrize("amp", [{}, {"amp": True, "dynamic_loss_scale": True}, {"amp": True, "amp_dtype": "bf16"}])
+def test_a_gpu_is_not_waited_for_between_steps(tiny_network, make_trainer, make_loaders, watch, tmp_path, amp):
+    class Guarded(watch):
+        def epoch(self, epoch=0, first_batch=0):
+            for number, batch in enumerate(super().epoch(epoch, first_batch)):
+                if number == 1:  # the first loss is looked at
+                    torch.cuda.set_sync_debug_mode("error")
+                yield batch
+            torch.cuda.set_sync_debug_mode("default")
+
+    trainer = make_trainer(tiny_network(), tmp_path, device="cuda", print_freq=1000, use_ema=0.9, **amp)
+    train, val = make_loaders()
+    try:
+        trainer.fit(Guarded(train), val)
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+
+
 @pytest.mark.parametrize(("before", "after"), [("sgd", "rmsprop"), ("rmsprop", "sgd")])
 def test_resuming_with_another_optimizer_is_refused(tiny_network, make_trainer, make_loaders, tmp_path, before, after):
     make_trainer(tiny_network(), tmp_path, epochs=1, optimizer=before).fit(*make_loaders())
