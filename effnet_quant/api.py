@@ -23,6 +23,7 @@ def create_model(
     pretrained: bool = False,
     quantized: bool | None = None,
     quant_spec: str | QuantSpec | Mapping[str, Any] | None = None,
+    target: str | None = None,
     **options: Any,
 ) -> nn.Module:
     """Build a model, in training mode, on the CPU.
@@ -35,6 +36,8 @@ def create_model(
         quantized: whether quantizers are placed (they are off until they have ranges). None: the ``efficientnet-*``
             models as their names say, any other if the weights bring ranges.
         quant_spec: how, as ``resolve_spec`` takes it; None for what the weights say of themselves, else "w8a8".
+        target: the runtime that a quantized network simulates (``simulate_target``); None for what the weights say of
+            themselves, else "tensorrt" for ``efficientnet-quant-*``, which compute NVIDIA's numbers, and "onnxruntime".
         **options: of the network, e.g. ``dropout``, ``bn_momentum``, ``survival_prob``, ``in_channels``, and ``se_as_conv``
             of the EfficientNets.
 
@@ -53,10 +56,12 @@ def create_model(
         num_classes = entry.num_classes if given is None else entry.class_count(given)
     model = entry.create(num_classes, **options)
     if quantized:
+        said = {} if given is None else given.metadata
         if quant_spec is None:
-            quant_spec = "w8a8" if given is None else given.metadata.get("quant_spec", "w8a8")
-        # the networks that NVIDIA published in quantized form compute NVIDIA's numbers
-        quantize(model, quant_spec, target="tensorrt" if entry.quantized else "onnxruntime")
+            quant_spec = said.get("quant_spec", "w8a8")
+        if target is None:
+            target = said.get("quant_target", "tensorrt" if entry.quantized else "onnxruntime")
+        quantize(model, quant_spec, target=target)
     if given is not None:
         load_weights(model, given)
     return model

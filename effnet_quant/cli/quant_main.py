@@ -27,6 +27,7 @@ from effnet_quant.errors import UserError
 from effnet_quant.files import check_writable
 from effnet_quant.models.registry import get_entry
 from effnet_quant.quantization.calibration import METHODS, collect, report_ranges, set_ranges, track_outputs
+from effnet_quant.quantization.targets import TARGETS
 from effnet_quant.report.calibration import FORMATS, write_calibration_page
 from effnet_quant.training.callback import Callback
 from effnet_quant.training.metrics import Stopwatch, describe
@@ -42,6 +43,12 @@ def build_parser() -> Parser:
     add_training_arguments(parser)
     add_spec_arguments(parser)
     add_qat_arguments(parser)
+    parser.add_argument(
+        "--target",
+        choices=tuple(TARGETS),
+        help="the runtime to simulate (default: what the weights say, else tensorrt for efficientnet-quant-*, and "
+        "onnxruntime)",
+    )
     parser.add_argument("--calibration-method", choices=METHODS, default="percentile", help="how ranges are chosen")
     parser.add_argument("--percentile", type=float, default=99.99, help="share of magnitudes covered, in percent")
     parser.add_argument("--calibration-images", type=int, default=512, help="training images to calibrate with")

@@ -28,7 +28,7 @@ from effnet_quant.training.callback import Callback
 from effnet_quant.training.loss import Loss
 from effnet_quant.training.trainer import Trainer
 
-SPEC_KEY = "quant_spec"  # in the metadata of checkpoints and weights
+SPEC_KEY, TARGET_KEY = "quant_spec", "quant_target"  # in the metadata of checkpoints and weights
 
 
 def add_spec_arguments(parser: argparse.ArgumentParser) -> None:

@@ -19,7 +19,7 @@ from torch import nn
 
 from effnet_quant.api import create_model
 from effnet_quant.cli.arguments import model_options
-from effnet_quant.cli.quantization import SPEC_KEY, chosen_spec, same_grids
+from effnet_quant.cli.quantization import SPEC_KEY, TARGET_KEY, chosen_spec, same_grids
 from effnet_quant.cli.weights import given_weights, load_given
 from effnet_quant.data.arrays import SYNTHETIC, SYNTHETIC_IMAGES, SyntheticSource
 from effnet_quant.data.backends import open_loader
@@ -171,8 +171,11 @@ def _model(
             f"{arguments.resume} goes on with the quantization it began with; leave out --quant-spec and --quant-override, "
             "or start from it with --pretrained-from-file."
         )
-    model = create_model(arguments.arch, arguments.num_classes, quantized=True, quant_spec=spec, **options)
-    return model, {SPEC_KEY: spec.to_json()}
+    target = arguments.target or said.get(TARGET_KEY)
+    model = create_model(
+        arguments.arch, arguments.num_classes, quantized=True, quant_spec=spec, target=target, **options
+    )
+    return model, {SPEC_KEY: spec.to_json()} | ({TARGET_KEY: target} if target else {})
 
 
 def _with_fitting_ranges(weights: Weights, spec: dict[str, Any]) -> Weights:

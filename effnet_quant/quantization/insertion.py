@@ -23,6 +23,7 @@ from effnet_quant.quantization.modules import (
 from effnet_quant.quantization.output_quantizer import OutputQuantizer
 from effnet_quant.quantization.placement import place_between_modules
 from effnet_quant.quantization.quantizer import TensorQuantizer
+from effnet_quant.quantization.signs import never_negative
 from effnet_quant.quantization.spec import QuantSpec, resolve_spec
 from effnet_quant.quantization.targets import Target, get_target
 from effnet_quant.quantization.tracing import replace_forward, trace_operations
@@ -66,6 +67,9 @@ def quantize(
     if not marked:
         placing.layers |= _place_on_graph(model, resolved)
     _apply_overrides(model, resolved, placing.layers)
+    graph, _ = trace_operations(model)
+    for quantizer in never_negative(model, graph) if graph is not None else ():
+        quantizer.never_negative = True
     return simulate_target(model, rules)
 
 
@@ -195,7 +199,7 @@ def simulate_target(model: nn.Module, target: str | Target) -> nn.Module:
     rules = get_target(target)
     for module in model.modules():
         if isinstance(module, TensorQuantizer):
-            module.simulated = module.operation in rules.quantized
+            module.simulate(quantized=module.operation in rules.quantized, unsigned=rules.unsigned)
         elif isinstance(module, OutputQuantizer):
             module.simulated = rules.quantized_outputs and module.operation in rules.quantized
         elif isinstance(module, QuantSiLU):

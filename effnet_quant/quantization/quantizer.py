@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any, Protocol
 
 import torch
@@ -34,7 +35,9 @@ class TensorQuantizer(nn.Module):
         weights: whether it quantizes weights, not activations.
 
     Attributes:
+        spec: the grid in use: the given one, or its unsigned twin (``simulate``).
         simulated: whether the simulated engine computes this operation with integers; the value passes if not.
+        never_negative: whether the network's structure keeps negative values away, as a ReLU does.
     """
 
     _amax: Tensor
@@ -44,10 +47,11 @@ class TensorQuantizer(nn.Module):
         self, spec: TensorSpec, amax_shape: tuple[int, ...] = (), operation: str = "conv", *, weights: bool = False
     ) -> None:
         super().__init__()
-        self.spec = spec
+        self.spec = self._given_spec = spec
         self.operation = operation
         self.weights = weights
         self.simulated = True
+        self.never_negative = False
         self.enabled = False
         self.observer: Observer | None = None
         self._register("_amax", torch.full(amax_shape, torch.nan))
@@ -120,6 +124,14 @@ class TensorQuantizer(nn.Module):
             if self._amin is not None:
                 self._amin.copy_(amin)
         self.enabled = True
+
+    def simulate(self, *, quantized: bool, unsigned: bool) -> None:
+        """Do what one engine does: compute with integers (``quantized``) and, where no value is negative, with those of
+        0 … 2**bits - 1 (``unsigned``), whose steps are half as wide over the same range."""
+        given = self._given_spec
+        self.simulated = quantized
+        unsigned = unsigned and self.never_negative and given.symmetric and given.bits <= 8
+        self.spec = replace(given, signed=False, narrow=False) if unsigned else given
 
     def forward(self, x: Tensor) -> Tensor:
         if self.observer is not None:

@@ -36,8 +36,8 @@ def test_a_faithful_engine_departs_nowhere(model: torch.nn.Module, target: str, 
     activations = [name for name, _ in quantizers(model) if not name.endswith("_weight_quantizer")]
     assert {row.name for row in rows} <= {*activations, "logits"}
     assert len(rows) >= 21  # one a convolution and the classifier
-    # OpenVINO adds in another order, and a value that then rounds the other way shows from there on
-    assert min(row.engine_to_simulation for row in rows) > (40 if target == "onnxruntime" else 25)
+    # a value that rounds the other way shows from there on; OpenVINO adds in another order
+    assert min(row.engine_to_simulation for row in rows) > (35 if target == "onnxruntime" else 25)
     assert min(row.by_itself for row in rows) > (50 if target == "onnxruntime" else 35)
     assert all(5 < row.simulation_to_float < 60 for row in rows)
     assert format_layers(rows).splitlines()[-1].startswith("no layer departs")

@@ -11,6 +11,7 @@ from effnet_quant.quantization.targets.rules import Target
 ONNXRUNTIME = Target(
     name="onnxruntime",
     activation_dtype="uint8",
+    unsigned=True,
     quantized=frozenset({"stem", "conv", "depthwise", "linear", "pool", "mul", "add", "concat", "silu"}),
     quantized_outputs=True,
     quantized_bias=True,

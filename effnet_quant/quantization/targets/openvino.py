@@ -10,6 +10,7 @@ from effnet_quant.quantization.targets.rules import Target
 OPENVINO = Target(
     name="openvino",
     activation_dtype="uint8",
+    unsigned=True,
     quantized=frozenset({"stem", "conv", "depthwise", "linear", "add", "concat"}),
     quantized_outputs=False,
     quantized_bias=False,

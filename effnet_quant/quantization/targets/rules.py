@@ -19,6 +19,8 @@ class Target:
     Attributes:
         name: as on the command line.
         activation_dtype: "int8" (zero point 0) or "uint8" (zero point 128): two encodings of the same symmetric grid.
+        unsigned: whether activations that are never negative, behind a ReLU, take the grid 0 … 255 (uint8 with zero point 0)
+            over the same range.
         quantized: the OPERATIONS that compute with integers: their inputs carry QDQ, and the weights of convolutions and
             linear layers are int8. For "silu", the sigmoid's output carries QDQ where its input does. The others stay in
             float.
@@ -28,6 +30,7 @@ class Target:
 
     name: str
     activation_dtype: str
+    unsigned: bool
     quantized: frozenset[str]
     quantized_outputs: bool
     quantized_bias: bool

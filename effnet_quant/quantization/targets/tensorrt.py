@@ -6,6 +6,7 @@ from effnet_quant.quantization.targets.rules import Target
 TENSORRT = Target(
     name="tensorrt",
     activation_dtype="int8",
+    unsigned=False,
     quantized=frozenset({"stem", "conv", "depthwise", "linear", "pool", "mul", "add", "concat"}),
     quantized_outputs=False,
     quantized_bias=False,
