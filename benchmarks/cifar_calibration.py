@@ -2,7 +2,7 @@
 
 Every calibration method with every preset, on published weights and real images: 512 training images to calibrate with
 (seed 0), all 10,000 test images to measure on. Prints top-1, how often the prediction is the float network's, and the
-logits' signal to quantization noise ratio, of the simulation of NVIDIA's placement.
+logits' signal to quantization noise ratio, of the simulation of each target.
 
     python benchmarks/cifar_calibration.py ../shared/data
 """
@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import argparse
 import io
+import itertools
 import tarfile
 from collections.abc import Iterable
 from pathlib import Path
@@ -24,6 +25,7 @@ from effnet_quant import create_model, quantize
 from effnet_quant.data.transforms import Preprocessing, normalize
 from effnet_quant.models.registry import get_entry
 from effnet_quant.quantization.calibration import METHODS, collect, set_ranges
+from effnet_quant.quantization.targets import TARGETS
 
 ARCHIVE, WEIGHTS, MODEL = "cifar10-jpeg.tar.xz", "cifar-resnet20.safetensors", "cifar-resnet20"
 PRESETS = ("w8a8", "w8a8-affine", "w8a16", "w4a8", "w4a4")
@@ -60,6 +62,7 @@ def main() -> None:
     parser.add_argument("data", type=Path, help=f"folder with {ARCHIVE} and {WEIGHTS}")
     parser.add_argument("--percentile", type=float, nargs="+", default=[99.9, 99.99, 99.999])
     parser.add_argument("--presets", nargs="+", default=PRESETS)
+    parser.add_argument("--targets", nargs="+", choices=tuple(TARGETS), default=tuple(TARGETS))
     arguments = parser.parse_args()
     chosen = torch.randperm(50_000, generator=torch.Generator().manual_seed(0))[:512].tolist()
     preprocessing = Preprocessing(**get_entry(MODEL).input.__dict__)
@@ -70,12 +73,11 @@ def main() -> None:
 
     truth = logits_of(create_model(MODEL, weights=weights), images)
     print(f"float: top-1 {100 * (truth.argmax(1) == labels).double().mean():.2f} %", flush=True)
-    print(f"{'preset':12} {'method':22} {'top-1 %':>8} {'agree %':>8} {'SQNR dB':>8}")
-    seen = {}
-    for method in ("mse", "moving-average"):  # one pass over the images serves every method that wants histograms
-        seen[method] = collect(quantize(create_model(MODEL, weights=weights)), calibration.split(64), method)
-    for preset in arguments.presets:
-        model = quantize(create_model(MODEL, weights=weights), preset, target="tensorrt")
+    print(f"{'target':12} {'preset':12} {'method':22} {'top-1 %':>8} {'agree %':>8} {'SQNR dB':>8}")
+    for target, preset in itertools.product(arguments.targets, arguments.presets):
+        model = quantize(create_model(MODEL, weights=weights), preset, target=target)
+        # one pass over the images serves every method that wants histograms
+        seen = {method: collect(model, calibration.split(64), method) for method in ("moving-average", "mse")}
         for method in METHODS:
             for percentile in arguments.percentile if method == "percentile" else [100.0]:
                 set_ranges(model, seen.get(method, seen["mse"]), method, percentile)
@@ -83,7 +85,8 @@ def main() -> None:
                 top1 = 100 * (logits.argmax(1) == labels).double().mean()
                 agreement = 100 * (logits.argmax(1) == truth.argmax(1)).double().mean()
                 name = f"{method} {percentile}" if method == "percentile" else method
-                print(f"{preset:12} {name:22} {top1:8.2f} {agreement:8.2f} {decibels(truth, logits):8.2f}", flush=True)
+                noise = decibels(truth, logits)
+                print(f"{target:12} {preset:12} {name:22} {top1:8.2f} {agreement:8.2f} {noise:8.2f}", flush=True)
 
 
 if __name__ == "__main__":

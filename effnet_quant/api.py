@@ -36,8 +36,7 @@ def create_model(
         quantized: whether quantizers are placed (they are off until they have ranges). None: the ``efficientnet-*``
             models as their names say, any other if the weights bring ranges.
         quant_spec: how, as ``resolve_spec`` takes it; None for what the weights say of themselves, else "w8a8".
-        target: the runtime that a quantized network simulates (``simulate_target``); None for what the weights say of
-            themselves, else "tensorrt" for ``efficientnet-quant-*``, which compute NVIDIA's numbers, and "onnxruntime".
+        target: the runtime that a quantized network simulates (``simulate_target``); None for ``simulated_target``'s.
         **options: of the network, e.g. ``dropout``, ``bn_momentum``, ``survival_prob``, ``in_channels``, and ``se_as_conv``
             of the EfficientNets.
 
@@ -59,9 +58,14 @@ def create_model(
         said = {} if given is None else given.metadata
         if quant_spec is None:
             quant_spec = said.get("quant_spec", "w8a8")
-        if target is None:
-            target = said.get("quant_target", "tensorrt" if entry.quantized else "onnxruntime")
-        quantize(model, quant_spec, target=target)
+        quantize(model, quant_spec, target=target or simulated_target(name, said))
     if given is not None:
         load_weights(model, given)
     return model
+
+
+def simulated_target(name: str, metadata: Mapping[str, Any]) -> str:
+    """The runtime that a quantized model of this name simulates where nobody asks for one: what the metadata of its weights
+    says, else "tensorrt" for ``efficientnet-quant-*``, which compute NVIDIA's numbers, and "onnxruntime" for the others."""
+    default = "tensorrt" if get_entry(name).quantized else "onnxruntime"
+    return str(metadata.get("quant_target", default))

@@ -10,9 +10,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from effnet_quant.api import create_model
+from effnet_quant.api import create_model, simulated_target
 from effnet_quant.cli.arguments import model_options
-from effnet_quant.cli.quantization import SPEC_KEY, chosen_spec
+from effnet_quant.cli.quantization import SPEC_KEY, TARGET_KEY, chosen_spec
 from effnet_quant.cli.weights import given_weights, load_given
 from effnet_quant.data.transforms import Preprocessing, normalize
 from effnet_quant.deploy.engine import Engine
@@ -41,7 +41,8 @@ def load_model(arguments: argparse.Namespace) -> tuple[nn.Module, dict[str, Any]
     quantized = weights.has_ranges if entry.quantized is None else entry.quantized
     spec = chosen_spec(arguments, weights.metadata)
     options = model_options(arguments)
-    model = create_model(arguments.arch, num_classes, quantized=quantized, quant_spec=spec, **options)
+    target = simulated_target(arguments.arch, weights.metadata)
+    model = create_model(arguments.arch, num_classes, quantized=quantized, quant_spec=spec, target=target, **options)
     if not load_given(model, weights, arguments.arch):
         raise UserError(
             f"{weights.source} holds float weights without ranges; calibrate them with quant_main.py --epochs 0, or use "
@@ -56,8 +57,7 @@ def load_model(arguments: argparse.Namespace) -> tuple[nn.Module, dict[str, Any]
     metadata = {"arch": arguments.arch, "num_classes": num_classes, "preprocessing": preprocessing.to_json()}
     if quantized:
         metadata[SPEC_KEY] = spec.to_json()
-    if "classes" in weights.metadata:
-        metadata["classes"] = weights.metadata["classes"]
+    metadata |= {key: weights.metadata[key] for key in ("classes", TARGET_KEY) if key in weights.metadata}
     return model.eval(), metadata
 
 

@@ -19,7 +19,7 @@ from effnet_quant.cli.arguments import Parser, add_model_arguments
 from effnet_quant.cli.engines import refuse_unused
 from effnet_quant.cli.inference import load_model, run_engine
 from effnet_quant.cli.process import run
-from effnet_quant.cli.quantization import add_spec_arguments
+from effnet_quant.cli.quantization import TARGET_KEY, add_spec_arguments
 from effnet_quant.cli.verify import add_verify_arguments, refuse_comparison, verify_engine
 from effnet_quant.data.backends import open_loader
 from effnet_quant.data.opening import open_validation
@@ -31,6 +31,7 @@ from effnet_quant.deploy.tensorrt.plans import compile_engine, discard_plan
 from effnet_quant.deploy.tuning import Tuning, format_tuning, tune
 from effnet_quant.errors import UserError
 from effnet_quant.files import check_writable
+from effnet_quant.quantization.insertion import quantizers
 from effnet_quant.quantization.targets import TARGETS, Target, get_target
 
 TUNE_BATCH = 8
@@ -69,6 +70,7 @@ def job(arguments: Sequence[str]) -> int:
     output = parsed.output or f"{parsed.arch}.onnx".replace(":", "-")
     check_writable(Path(output))
     model, metadata = load_model(parsed)
+    _note_coarser_grids(model, metadata, parsed.target)
     preprocessing = metadata["preprocessing"]
     options = ExportOptions(
         opset=parsed.opset,
@@ -97,6 +99,16 @@ def job(arguments: Sequence[str]) -> int:
     ):
         status = 1
     return status
+
+
+def _note_coarser_grids(model: nn.Module, metadata: dict[str, Any], target: str) -> None:
+    trained = metadata.get(TARGET_KEY, target)
+    finer = get_target(trained).unsigned and not get_target(target).unsigned
+    if finer and any(quantizer.never_negative for _, quantizer in quantizers(model)):
+        print(
+            f"note: these weights are for {trained}, which has half of {target}'s step behind a ReLU; quant_main.py "
+            f"--target {target} calibrates and trains for {target}."
+        )
 
 
 def _tune(model: nn.Module, metadata: dict[str, Any], options: ExportOptions, parsed: argparse.Namespace) -> Tuning:

@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from effnet_quant.api import create_model
+from effnet_quant.api import create_model, simulated_target
 from effnet_quant.cli.arguments import model_options
 from effnet_quant.cli.quantization import SPEC_KEY, TARGET_KEY, chosen_spec, same_grids
 from effnet_quant.cli.weights import given_weights, load_given
@@ -171,11 +171,11 @@ def _model(
             f"{arguments.resume} goes on with the quantization it began with; leave out --quant-spec and --quant-override, "
             "or start from it with --pretrained-from-file."
         )
-    target = arguments.target or said.get(TARGET_KEY)
+    target = arguments.target or simulated_target(arguments.arch, said)
     model = create_model(
         arguments.arch, arguments.num_classes, quantized=True, quant_spec=spec, target=target, **options
     )
-    return model, {SPEC_KEY: spec.to_json()} | ({TARGET_KEY: target} if target else {})
+    return model, {SPEC_KEY: spec.to_json(), TARGET_KEY: target}
 
 
 def _with_fitting_ranges(weights: Weights, spec: dict[str, Any]) -> Weights:

@@ -65,6 +65,30 @@ def test_spec_overrides_and_training_flags_reach_the_checkpoint(run_script, imag
     assert final["state_dict"]["layer1.0.conv1._input_quantizer._amax"].item() != before
 
 
+def test_weights_carry_the_runtime_they_were_trained_for(run_script, image_folder, weights, tmp_path):
+    def grid(path):
+        model = create_model("cifar-resnet20", weights=path)
+        return model.layer1[0].conv1._input_quantizer.spec.bounds
+
+    def exported(path, target):
+        model = ["--arch", "cifar-resnet20", "--pretrained-from-file", path]
+        result = run_script("model2onnx.py", *model, "--target", target, "--output", tmp_path / "q.onnx")
+        assert result.code == 0, result.err
+        return result.out
+
+    start = ["--pretrained-from-file", weights, "--epochs", 0, "--calibration-images", 6]
+    for target, bounds in (("tensorrt", (-128, 127)), ("openvino", (0, 255))):
+        result = run_script(
+            "quant_main.py", image_folder, *NETWORK, *start, "--target", target, "--workspace", tmp_path / target
+        )
+        assert result.code == 0, result.err
+        checkpoint = tmp_path / target / "checkpoint.pth.tar"
+        assert checkpoint_of(tmp_path / target)["metadata"]["quant_target"] == target
+        assert grid(checkpoint) == bounds
+        assert "note: these weights are for openvino" not in exported(checkpoint, "onnxruntime")
+        assert ("note: these weights are for openvino" in exported(checkpoint, "tensorrt")) == (target == "openvino")
+
+
 def test_weights_carry_their_spec_to_the_export(run_script, image_folder, weights, tmp_path):
     spec = tmp_path / "spec.yml"
     spec.write_text("preset: w8a8-affine\nweight: {axis: null}\noverrides:\n  layer3: w4a8\n")
