@@ -54,14 +54,14 @@ def job(arguments: Sequence[str]) -> int:
         raise UserError("these engines take images of one size; leave --image-size out.")
     machine = describe_engines_machine(parsed.threads)
     print(f"{machine_line(machine)}\n")
-    names = [engine.path.name for engine in engines]
-    width = max(6, *(len(name) for name in names))
-    print(_line(_TITLES, width))
-    print(_line(["-" * len(title) for title in _TITLES], width), flush=True)
+    columns = [[engine.path.name, engine.backend, engine.precision] for engine in engines]
+    widths = [max(map(len, column)) for column in zip(_TITLES, *columns, strict=False)]
+    print(_line(_TITLES, widths))
+    print(_line(["-" * len(title) for title in _TITLES], widths), flush=True)
     rows = []
     for latencies in measure_engines(engines, parsed.batch_sizes, parsed.seconds, parsed.image_size):
         for engine, latency in zip(engines, latencies, strict=True):
-            print(_line(_cells(engine, latency, latencies[0]), width), flush=True)
+            print(_line(_cells(engine, latency, latencies[0]), widths), flush=True)
             rows.append(_record(engine, latency, latencies[0]))
     if parsed.json:
         content = json.dumps({"machine": machine, "rows": rows}, indent=1)
@@ -122,10 +122,10 @@ def _cells(engine: Engine, latency: Latency, first: Latency) -> list[str]:
     ]
 
 
-def _line(cells: Sequence[str], width: int) -> str:
-    """A row of a markdown table; names to the left, numbers to the right."""
-    first, backend, precision, *numbers = cells
-    padded = [f"{first:<{width}}", f"{backend:<11}", f"{precision:<11}", *(f"{cell:>8}" for cell in numbers)]
+def _line(cells: Sequence[str], widths: Sequence[int]) -> str:
+    """A row of a markdown table; words, which have ``widths``, to the left, numbers to the right."""
+    words = [f"{cell:<{width}}" for cell, width in zip(cells, widths, strict=False)]
+    padded = [*words, *(f"{cell:>8}" for cell in cells[len(widths) :])]
     return f"| {' | '.join(padded)} |"
 
 
