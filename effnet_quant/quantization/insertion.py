@@ -11,6 +11,7 @@ from torch import nn
 
 from effnet_quant.errors import UserError
 from effnet_quant.models.layers import OutputPoint, QuantPoint
+from effnet_quant.quantization.biases import FoldedBatchNorm2d, note_batch_norms
 from effnet_quant.quantization.modules import (
     QuantAdaptiveAvgPool2d,
     QuantAvgPool2d,
@@ -68,8 +69,10 @@ def quantize(
         placing.layers |= _place_on_graph(model, resolved)
     _apply_overrides(model, resolved, placing.layers)
     graph, _ = trace_operations(model)
-    for quantizer in never_negative(model, graph) if graph is not None else ():
-        quantizer.never_negative = True
+    if graph is not None:
+        for quantizer in never_negative(model, graph):
+            quantizer.never_negative = True
+        note_batch_norms(model, graph)
     return simulate_target(model, rules)
 
 
@@ -204,4 +207,6 @@ def simulate_target(model: nn.Module, target: str | Target) -> nn.Module:
             module.simulated = rules.quantized_outputs and module.operation in rules.quantized
         elif isinstance(module, QuantSiLU):
             module.simulated = "silu" in rules.quantized
+        elif isinstance(module, (QuantConv2d, QuantLinear, FoldedBatchNorm2d)):
+            module.rounds_bias = rules.quantized_bias
     return model

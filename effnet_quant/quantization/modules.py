@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.overrides import TorchFunctionMode
 
+from effnet_quant.quantization.biases import layer_bias
 from effnet_quant.quantization.output_quantizer import OutputQuantizer
 from effnet_quant.quantization.quantizer import TensorQuantizer
 from effnet_quant.quantization.spec import QuantSpec
@@ -25,8 +26,15 @@ IMAGE_CHANNELS = 4  # a convolution of no more channels takes the image
 
 
 class QuantConv2d(nn.Conv2d):
-    """Conv2d over the quantized input and the quantized weights; the bias and the result stay float."""
+    """Conv2d over the quantized input and the quantized weights; the result stays float.
 
+    Attributes:
+        bias_is_folded: whether engines add the bias to that of the BatchNorm behind.
+        rounds_bias: whether the simulated engine rounds biases to integers, in eval mode.
+    """
+
+    bias_is_folded = False
+    rounds_bias = False
     _input_quantizer: TensorQuantizer
     _weight_quantizer: TensorQuantizer
 
@@ -54,7 +62,8 @@ class QuantConv2d(nn.Conv2d):
         if self.training and pointwise and input.shape[2:] == (1, 1):
             # squeeze-and-excitation: the same sums in half the time or less; eval mode keeps a convolution's order
             return F.linear(input.flatten(1), weight.flatten(1), self.bias)[:, :, None, None]
-        return self._conv_forward(input, weight, self.bias)
+        rounds = self.rounds_bias and not self.bias_is_folded and not self.training
+        return self._conv_forward(input, weight, layer_bias(self) if rounds else self.bias)
 
 
 class QuantSubclass(nn.Module):
@@ -105,8 +114,13 @@ class _WeightsThrough(TorchFunctionMode):
 
 
 class QuantLinear(nn.Linear):
-    """Linear over the quantized input and the quantized weights; the bias and the result stay float."""
+    """Linear over the quantized input and the quantized weights; the result stays float.
 
+    Attributes:
+        rounds_bias: whether the simulated engine rounds biases to integers, in eval mode.
+    """
+
+    rounds_bias = False
     _input_quantizer: TensorQuantizer
     _weight_quantizer: TensorQuantizer
 
@@ -118,7 +132,9 @@ class QuantLinear(nn.Linear):
         return twin
 
     def forward(self, input: Tensor) -> Tensor:
-        return F.linear(self._input_quantizer(input), self._weight_quantizer(self.weight), self.bias)
+        rounds = self.rounds_bias and not self.training and input.dim() == 2  # a sequence's is added in float
+        bias = layer_bias(self) if rounds else self.bias
+        return F.linear(self._input_quantizer(input), self._weight_quantizer(self.weight), bias)
 
 
 class QuantSiLU(nn.SiLU):

@@ -1,0 +1,79 @@
+"""Biases as int32, in steps of an integer layer's accumulator: the rounding that some engines do, and their simulation."""
+
+from __future__ import annotations
+
+from collections import Counter
+
+import torch
+from torch import Tensor, fx, nn
+from torch.nn import functional as F
+
+from effnet_quant.quantization.quantizer import TensorQuantizer
+
+
+def accumulator_step(layer: nn.Module) -> Tensor | None:
+    """What one unit of a quantized layer's integer sums stands for, input scale times weight scale: float64 of shape (C,) or
+    (1,). None while the layer does not compute with integers of 8 bits or less."""
+    step = torch.ones((), dtype=torch.float64)
+    for operand in (layer._input_quantizer, layer._weight_quantizer):
+        if not (
+            isinstance(operand, TensorQuantizer) and operand.enabled and operand.simulated and operand.spec.bits <= 8
+        ):
+            return None
+        step = operand.scale.double().flatten() * step
+    return step
+
+
+def round_to(values: Tensor, step: Tensor) -> Tensor:
+    """The multiples of ``step`` nearest to ``values`` (float64); values themselves where the step is 0."""
+    return torch.where(step > 0, torch.round(values / step) * step, values)
+
+
+def layer_bias(layer: nn.Conv2d | nn.Linear) -> Tensor | None:
+    """The bias as an engine with int32 biases has it."""
+    bias, step = layer.bias, accumulator_step(layer)
+    return bias if bias is None or step is None else round_to(bias.double(), step).to(bias.dtype)
+
+
+class FoldedBatchNorm2d(nn.BatchNorm2d):
+    """BatchNorm2d behind a quantized convolution, with which engines join it to one layer with one bias.
+
+    Attributes:
+        rounds_bias: whether that bias is rounded, in eval mode.
+    """
+
+    rounds_bias = False
+    _layer: tuple[nn.Conv2d]  # in a tuple, so that it does not become a child
+
+    def forward(self, input: Tensor) -> Tensor:
+        step = accumulator_step(self._layer[0]) if self.rounds_bias and not self.training else None
+        if step is None:
+            return super().forward(input)
+        mean, variance = self.running_mean, self.running_var
+        assert mean is not None and variance is not None
+        factor = self.weight.double() / torch.sqrt(variance.double() + self.eps)
+        inner = self._layer[0].bias
+        offset = self.bias.double() - factor * (mean.double() if inner is None else mean.double() - inner.double())
+        bias = self.bias + (round_to(offset, step * factor.abs()) - offset).to(self.bias.dtype)
+        return F.batch_norm(input, mean, variance, self.weight, bias, eps=self.eps)
+
+
+def note_batch_norms(model: nn.Module, graph: fx.Graph) -> None:
+    """Let every BatchNorm2d that engines join with the convolution before it know that convolution."""
+    calls = Counter(node.target for node in graph.nodes if node.op == "call_module")
+    for node in graph.nodes:
+        source = node.args[0] if node.op == "call_module" else None
+        if not (isinstance(source, fx.Node) and source.op == "call_module" and len(source.users) == 1):
+            continue
+        norm, layer = (model.get_submodule(str(place)) for place in (node.target, source.target))
+        if (
+            type(norm) is nn.BatchNorm2d
+            and norm.affine
+            and norm.track_running_stats
+            and isinstance(layer, nn.Conv2d)
+            and hasattr(layer, "_weight_quantizer")
+            and calls[node.target] == calls[source.target] == 1
+        ):
+            norm.__class__ = FoldedBatchNorm2d
+            norm._layer = (layer,)  # type: ignore[assignment]
+            layer.bias_is_folded = True  # type: ignore[assignment]
