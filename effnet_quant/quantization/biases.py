@@ -24,29 +24,33 @@ def accumulator_step(layer: nn.Module) -> Tensor | None:
     return step
 
 
-def round_to(values: Tensor, step: Tensor) -> Tensor:
-    """The multiples of ``step`` nearest to ``values`` (float64); values themselves where the step is 0."""
-    return torch.where(step > 0, torch.round(values / step) * step, values)
+def _correction(values: Tensor, step: Tensor, dtype: torch.dtype) -> Tensor:
+    """What is missing to the nearest multiples of ``step`` (float64); 0 where the step is 0."""
+    missing = torch.where(step > 0, torch.round(values / step) * step - values, 0)
+    return missing.detach().to(dtype)
 
 
 def layer_bias(layer: nn.Conv2d | nn.Linear) -> Tensor | None:
-    """The bias as an engine with int32 biases has it."""
+    """The bias as an engine with int32 biases has it; its gradient passes straight through."""
     bias, step = layer.bias, accumulator_step(layer)
-    return bias if bias is None or step is None else round_to(bias.double(), step).to(bias.dtype)
+    if bias is None or step is None:
+        return bias
+    return bias + _correction(bias.double(), step, bias.dtype)
 
 
 class FoldedBatchNorm2d(nn.BatchNorm2d):
     """BatchNorm2d behind a quantized convolution, with which engines join it to one layer with one bias.
 
     Attributes:
-        rounds_bias: whether that bias is rounded, in eval mode.
+        rounds_bias: whether that bias is rounded where the convolution is in eval mode (this one may be while it trains).
     """
 
     rounds_bias = False
     _layer: tuple[nn.Conv2d]  # in a tuple, so that it does not become a child
 
     def forward(self, input: Tensor) -> Tensor:
-        step = accumulator_step(self._layer[0]) if self.rounds_bias and not self.training else None
+        evaluates = not (self.training or self._layer[0].training)
+        step = accumulator_step(self._layer[0]) if self.rounds_bias and evaluates else None
         if step is None:
             return super().forward(input)
         mean, variance = self.running_mean, self.running_var
@@ -54,7 +58,7 @@ class FoldedBatchNorm2d(nn.BatchNorm2d):
         factor = self.weight.double() / torch.sqrt(variance.double() + self.eps)
         inner = self._layer[0].bias
         offset = self.bias.double() - factor * (mean.double() if inner is None else mean.double() - inner.double())
-        bias = self.bias + (round_to(offset, step * factor.abs()) - offset).to(self.bias.dtype)
+        bias = self.bias + _correction(offset, step * factor.abs(), self.bias.dtype)
         return F.batch_norm(input, mean, variance, self.weight, bias, eps=self.eps)
 
 

@@ -74,6 +74,19 @@ def test_the_engine_computes_what_the_simulation_does(tmp_path):
     torch.testing.assert_close(logits, model(IMAGES), rtol=0, atol=1e-6)
 
 
+def test_a_batch_norm_that_is_frozen_in_training_learns_its_bias():
+    model = network(conv_bias=False).train()
+    model[1].eval()
+    values = model[0](IMAGES)
+    reference = nn.functional.batch_norm(
+        values, model[1].running_mean, model[1].running_var, model[1].weight, model[1].bias, eps=model[1].eps
+    )
+    assert torch.equal(model[1](values), reference)
+    model.eval()
+    model[1](values).sum().backward()
+    assert model[1].bias.grad.abs().min() > 0  # straight through in eval mode too
+
+
 def test_training_other_targets_and_wider_grids_are_left_alone():
     model = network(conv_bias=False)
     reference = copy.deepcopy(model)

@@ -330,9 +330,8 @@ def test_distillation_is_hintons_and_the_teacher_is_the_float_network() -> None:
 @pytest.mark.parametrize("bias", [False, True])
 def test_a_pointwise_convolution_of_single_pixels_trains_as_what_it_is(bias: bool) -> None:
     torch.manual_seed(0)
-    model = calibrate(
-        quantize(nn.Sequential(nn.Conv2d(6, 5, 1, stride=2, bias=bias))), [images(4)[:, :, :1, :1].repeat(1, 2, 1, 1)]
-    )
+    network = quantize(nn.Sequential(nn.Conv2d(6, 5, 1, stride=2, bias=bias)), target="tensorrt")  # with a float bias
+    model = calibrate(network, [images(4)[:, :, :1, :1].repeat(1, 2, 1, 1)])
     x = torch.randn(4, 6, 1, 1, requires_grad=True)
     gradients = {}
     for mode in (True, False):
