@@ -13,6 +13,7 @@ from effnet_quant.models.registry import get_entry
 from effnet_quant.models.weights import Weights, load_weights, read_weights
 from effnet_quant.quantization.insertion import quantize
 from effnet_quant.quantization.spec import QuantSpec
+from effnet_quant.quantization.targets import get_target
 
 
 def create_model(
@@ -68,4 +69,4 @@ def simulated_target(name: str, metadata: Mapping[str, Any]) -> str:
     """The runtime that a quantized model of this name simulates where nobody asks for one: what the metadata of its weights
     says, else "tensorrt" for ``efficientnet-quant-*``, which compute NVIDIA's numbers, and "onnxruntime" for the others."""
     default = "tensorrt" if get_entry(name).quantized else "onnxruntime"
-    return str(metadata.get("quant_target", default))
+    return get_target(str(metadata.get("quant_target", default))).name

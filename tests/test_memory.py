@@ -10,11 +10,13 @@ import resource, torch
 from effnet_quant.memory import keep_freed_memory
 if {keep}:
     keep_freed_memory()
-for _ in range(3):
-    torch.ones(16 * 2**20)  # 64 MiB
-before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+held = [torch.ones(16 * 2**20) for _ in range(40)]  # 64 MiB each, together more than 2 GiB
+del held
 for _ in range(10):
-    torch.ones(16 * 2**20)
+    held = [torch.ones(16 * 2**20) for _ in range(40)]
+    del held
+before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+held = [torch.ones(16 * 2**20) for _ in range(40)]
 print(resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before)
 """
 

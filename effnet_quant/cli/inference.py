@@ -41,7 +41,7 @@ def load_model(arguments: argparse.Namespace) -> tuple[nn.Module, dict[str, Any]
     quantized = weights.has_ranges if entry.quantized is None else entry.quantized
     spec = chosen_spec(arguments, weights.metadata)
     options = model_options(arguments)
-    target = simulated_target(arguments.arch, weights.metadata)
+    target = simulated_target(arguments.arch, weights.metadata) if quantized else None
     model = create_model(arguments.arch, num_classes, quantized=quantized, quant_spec=spec, target=target, **options)
     if not load_given(model, weights, arguments.arch):
         raise UserError(
@@ -57,7 +57,10 @@ def load_model(arguments: argparse.Namespace) -> tuple[nn.Module, dict[str, Any]
     metadata = {"arch": arguments.arch, "num_classes": num_classes, "preprocessing": preprocessing.to_json()}
     if quantized:
         metadata[SPEC_KEY] = spec.to_json()
-    metadata |= {key: weights.metadata[key] for key in ("classes", TARGET_KEY) if key in weights.metadata}
+        if TARGET_KEY in weights.metadata:
+            metadata[TARGET_KEY] = target
+    if "classes" in weights.metadata:
+        metadata["classes"] = weights.metadata["classes"]
     return model.eval(), metadata
 
 

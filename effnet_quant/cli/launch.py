@@ -66,14 +66,25 @@ def _flags(values: dict[str, Any], parser: Parser, source: str) -> list[str]:
     flags: list[str] = []
     for name, value in values.items():
         if name not in actions:
-            raise UserError(f"{source} has an unknown key '{name}'; did you mean: {nearest(name, actions)}?")
+            raise UserError(f"{source} has an unknown key '{name}'; did you mean: {_nearest_key(str(name), actions)}?")
         action = actions[name]
         flag = next(flag for flag in reversed(action.option_strings) if flag.startswith("--"))
         if action.nargs == 0:  # a switch, which its presence sets to the opposite of its default
-            flags += [flag] if value != action.default else []
+            if not isinstance(value, (bool, type(None))):
+                raise UserError(f"{source}: {name} is a switch, true or false, not {value!r}.")
+            flags += [flag] if value not in (None, action.default) else []
         elif value is not None:
             flags += [flag, str(value)]
     return flags
+
+
+def _nearest_key(name: str, actions: dict[str, argparse.Action]) -> str:
+    """The keys that look most like ``name`` themselves, or by a spelling of their flag."""
+    spellings = {dest: dest for dest in actions}
+    for dest, action in actions.items():
+        spellings |= {option.lstrip("-").replace("-", "_"): dest for option in action.option_strings}
+    close = nearest(name, spellings).split(", ")
+    return ", ".join(dict.fromkeys(spellings[spelling] for spelling in close))
 
 
 def _listing(recipes: Recipes) -> str:

@@ -102,12 +102,12 @@ def job(arguments: Sequence[str]) -> int:
 
 
 def _note_coarser_grids(model: nn.Module, metadata: dict[str, Any], target: str) -> None:
-    trained = metadata.get(TARGET_KEY, target)
-    finer = get_target(trained).unsigned and not get_target(target).unsigned
-    if finer and any(quantizer.never_negative for _, quantizer in quantizers(model)):
+    trained = metadata.get(TARGET_KEY)
+    unsigned = any(quantizer.spec.symmetric and not quantizer.spec.signed for _, quantizer in quantizers(model))
+    if trained and unsigned and not get_target(target).unsigned:
         print(
-            f"note: these weights are for {trained}, which has half of {target}'s step behind a ReLU; quant_main.py "
-            f"--target {target} calibrates and trains for {target}."
+            f"note: these weights are for {trained}, which has half of {target}'s step where no value is negative; "
+            f"quant_main.py --target {target} calibrates and trains for {target}."
         )
 
 

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import argparse
+import glob
 import logging
 import os
 import signal
 import sys
+import time
 import uuid
 from collections.abc import Sequence
 from pathlib import Path
@@ -19,6 +21,7 @@ from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 
 from effnet_quant.cli.process import LOST_PEER_STATUS, run
 from effnet_quant.errors import UserError
+from effnet_quant.files import create_folder
 
 _CHECKPOINT_SECONDS = 600  # from a signal to the kill; the engine's 30 are too few for a long step and a slow disk
 _LINES_SHOWN = 20
@@ -31,6 +34,9 @@ def job(arguments: Sequence[str]) -> int:
         raise UserError(f"there is no script {parsed.training_script}; check the path.")
     if parsed.nproc_per_node < 1:
         raise UserError(f"--nproc_per_node must be at least 1, not {parsed.nproc_per_node}.")
+    if parsed.max_restarts < 0:
+        raise UserError(f"--max_restarts must be 0 or more, not {parsed.max_restarts}.")
+    create_folder(Path(parsed.log_dir), "--log_dir")
     # the engine tells of every step of its own; what matters is said below
     logging.getLogger("torch.distributed.elastic").setLevel(logging.CRITICAL)
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
@@ -38,15 +44,18 @@ def job(arguments: Sequence[str]) -> int:
     os.environ.setdefault("TORCH_ELASTIC_SHUTDOWN_TIMEOUT", str(_CHECKPOINT_SECONDS))  # later versions than 2.8 read it
     signal.signal(signal.SIGUSR1, _stop)  # the one signal that the engine leaves alone
     config = _launch_config(parsed)
+    started = time.time()
     command = [sys.executable, "-u", parsed.training_script, *parsed.training_script_args]
     try:
         elastic_launch(config, command[0])(*command[1:])
     except ChildFailedError as error:
         return _report(error.failures, Path(parsed.log_dir), config.run_id)
     except SignalException as error:
-        # each process stops with a checkpoint, unless that can't be written
-        failed = any(Path(parsed.log_dir).glob(f"{config.run_id}_*/attempt_*/*/error.json"))
-        return 2 if failed else 128 + error.sigval
+        # each process stops with a checkpoint, and one that can't write it leaves its error
+        folders = Path(parsed.log_dir).glob(f"{glob.escape(config.run_id)}_*/attempt_*")
+        attempts = [folder for folder in folders if folder.stat().st_mtime >= started]
+        latest = max(attempts, key=lambda folder: folder.stat().st_mtime, default=None)
+        return 2 if latest is not None and any(latest.glob("*/error.json")) else 128 + error.sigval
     return 0
 
 
@@ -62,7 +71,13 @@ def _parser() -> argparse.ArgumentParser:
     add("--nproc_per_node", "--nproc-per-node", type=int, default=1, help="processes on this machine, one for each GPU")
     add("--master_addr", "--master-addr", default="127.0.0.1", help="address of machine 0")
     add("--master_port", "--master-port", type=int, default=29500, help="a free port of machine 0")
-    add("--rdzv_backend", "--rdzv-backend", help="how machines find each other (c10d, etcd) in the place of --master_*")
+    add(
+        "--rdzv_backend",
+        "--rdzv-backend",
+        choices=("c10d", "etcd", "etcd-v2", "static"),
+        help="how machines find each other in the place of --master_*",
+    )
+    add("--rdzv_conf", "--rdzv-conf", default="", help="its settings, as KEY=VALUE,KEY=VALUE")
     add("--rdzv_endpoint", "--rdzv-endpoint", default="", help="HOST:PORT where they meet")
     add("--rdzv_id", "--rdzv-id", help="name of the job, the same on all machines")
     add("--max_restarts", "--max-restarts", type=int, default=0, help="starts again after a process died")
@@ -79,9 +94,14 @@ def _launch_config(parsed: argparse.Namespace) -> LaunchConfig:
         nodes = int(least), int(most or least)
     except ValueError:
         raise UserError(f"--nnodes is a number or MIN:MAX, not '{parsed.nnodes}'.") from None
+    if not 1 <= nodes[0] <= nodes[1]:
+        raise UserError(f"--nnodes is at least 1, and MIN not above MAX; {parsed.nnodes} is not.")
     if parsed.rdzv_backend:
         meeting = {"rdzv_backend": parsed.rdzv_backend, "rdzv_endpoint": parsed.rdzv_endpoint}
-        configs: dict[str, object] = {}
+        pairs = [pair.partition("=") for pair in parsed.rdzv_conf.split(",") if pair]
+        if not all(name and separator for name, separator, _ in pairs):
+            raise UserError(f"--rdzv_conf is KEY=VALUE,KEY=VALUE, not '{parsed.rdzv_conf}'.")
+        configs: dict[str, object] = {name.strip(): value.strip() for name, _, value in pairs}
     elif nodes == (1, 1):
         meeting = {"rdzv_backend": "c10d", "rdzv_endpoint": "localhost:0"}  # any free port
         configs = {}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import sys
 from collections.abc import Callable, Sequence
@@ -22,13 +23,10 @@ def run(job: Callable[[Sequence[str]], int]) -> None:
     try:
         status = job(arguments)
     except UserError as error:
+        _record(error)
         if "--debug" in arguments:
             raise
         print(f"error: {error}", file=sys.stderr)
-        if "TORCHELASTIC_ERROR_FILE" in os.environ:  # where torchrun and multiproc.py look for what a process died of
-            from torch.distributed.elastic.multiprocessing.errors import get_error_handler
-
-            get_error_handler().record_exception(error)
         status = 2
     except PeerLost as error:
         if "--debug" in arguments:
@@ -39,3 +37,12 @@ def run(job: Callable[[Sequence[str]], int]) -> None:
         print("interrupted", file=sys.stderr)
         status = 130
     sys.exit(status)
+
+
+def _record(error: UserError) -> None:
+    """Leave the error where torchrun and multiproc.py look for what a process died of, if they started this one."""
+    if "TORCHELASTIC_ERROR_FILE" in os.environ:
+        from torch.distributed.elastic.multiprocessing.errors import get_error_handler
+
+        with contextlib.suppress(OSError):  # the disk may be full; the file is there then, and empty
+            get_error_handler().record_exception(error)

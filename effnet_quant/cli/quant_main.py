@@ -46,8 +46,8 @@ def build_parser() -> Parser:
     parser.add_argument(
         "--target",
         choices=tuple(TARGETS),
-        help="the runtime to simulate (default: what the weights say, else tensorrt for efficientnet-quant-*, and "
-        "onnxruntime)",
+        help="the runtime to simulate (default: what the weights say, else tensorrt for efficientnet-quant-* and "
+        "onnxruntime for all others)",
     )
     parser.add_argument("--calibration-method", choices=METHODS, default="percentile", help="how ranges are chosen")
     parser.add_argument("--percentile", type=float, default=99.99, help="share of magnitudes covered, in percent")

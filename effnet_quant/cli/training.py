@@ -133,7 +133,9 @@ def _prepare(arguments: argparse.Namespace, world: World, *, quantized: bool) ->
         **spec,
     }
     trainer = Trainer(model, config, preprocessing, device, workspace, recorder, metadata, world)
-    if checkpoint is not None:
+    if checkpoint is not None and arguments.evaluate:
+        trainer.load(checkpoint, arguments.resume)
+    elif checkpoint is not None:
         _check_same_workers(train_source, checkpoint, arguments)
         trainer.resume(checkpoint, arguments.resume)
     loader = partial(
@@ -171,7 +173,13 @@ def _model(
             f"{arguments.resume} goes on with the quantization it began with; leave out --quant-spec and --quant-override, "
             "or start from it with --pretrained-from-file."
         )
-    target = arguments.target or simulated_target(arguments.arch, said)
+    target = simulated_target(arguments.arch, said)
+    if checkpoint is not None and arguments.target not in (None, target):
+        raise UserError(
+            f"{arguments.resume} goes on for {target}, for which it began; leave out --target, or start from it with "
+            "--pretrained-from-file."
+        )
+    target = arguments.target or target
     model = create_model(
         arguments.arch, arguments.num_classes, quantized=True, quant_spec=spec, target=target, **options
     )

@@ -314,7 +314,8 @@ def _zero_point(low: int, high: int, dtype: str, path: str) -> int:
     smallest = np.iinfo(dtype).min
     if high - low > 255:
         raise UserError(f"{path}: activations on the grid {low} … {high} can't be exported; 8 bits or fewer can.")
-    zero_point = smallest + 128 if low >= -128 and high <= 127 else smallest - low
+    narrow = low >= -128 and high <= 127 and (low < 0 or dtype == "int8")
+    zero_point = smallest + 128 if narrow else smallest - low
     if dtype == "int8" and zero_point != 0:
         raise UserError(
             f"{path}: this target takes no zero point, which activations on the grid {low} … {high} need; quantize "

@@ -22,6 +22,7 @@ from effnet_quant.quantization.modules import (
     float_weight,
 )
 from effnet_quant.quantization.output_quantizer import OutputQuantizer
+from effnet_quant.quantization.passes import eager_pass
 from effnet_quant.quantization.placement import place_between_modules
 from effnet_quant.quantization.quantizer import TensorQuantizer
 from effnet_quant.quantization.signs import never_negative
@@ -68,9 +69,10 @@ def quantize(
     if not marked:
         placing.layers |= _place_on_graph(model, resolved)
     _apply_overrides(model, resolved, placing.layers)
-    graph, _ = trace_operations(model)
+    with eager_pass(model):  # as engines see it
+        graph, opaque = trace_operations(model)
     if graph is not None:
-        for quantizer in never_negative(model, graph):
+        for quantizer in never_negative(model, graph, opaque):
             quantizer.never_negative = True
         note_batch_norms(model, graph)
     return simulate_target(model, rules)

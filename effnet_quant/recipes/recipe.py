@@ -33,7 +33,11 @@ def load_recipes(path: str | Path | None = None) -> Recipes:
     if path is not None:
         if not Path(path).is_file():
             raise UserError(f"there is no recipe file {path}; check the path.")
-        own = _read(Path(path).read_text(encoding="utf-8"), str(path))
+        try:
+            text = Path(path).read_text(encoding="utf-8")
+        except (OSError, UnicodeDecodeError) as error:
+            raise UserError(f"{path} can't be read: {error}; a recipe file is YAML in UTF-8.") from error
+        own = _read(text, str(path))
         if not any(own.values()):
             raise UserError(f"{path} holds no recipes: it has none of the sections {', '.join(SECTIONS)}.")
         _merge(recipes, own)
@@ -50,12 +54,12 @@ def resolve(recipes: Recipes, *, model: str, mode: str, platform: str, precision
     by_precision = _pick(by_platform, platform, f"platform for {model}")
     of_model = _pick(recipes["model_mode"], model, "model_mode", optional=True)
     return {
+        "arch": model,  # unless a recipe of one's own says otherwise
         **_pick(recipes["precision"], precision, "precision"),
         **_pick(recipes["platform"], platform, "platform", optional=True),
         **_pick(by_precision, precision, f"precision for {model} on {platform}"),
         **_pick(recipes["mode"], mode, "mode"),
         **_pick(of_model, mode, f"model_mode of {model}", optional=True),
-        "arch": model,
     }
 
 

@@ -55,11 +55,11 @@ def choose_cores(mode: str, gpu: int, near: Sequence[set[int]], first_sibling: d
         return set(socket)
     physical = sorted({first_sibling[core] for core in socket})
     if mode == "socket_single":
-        return {physical[0]}
+        return {core for core in socket if first_sibling[core] == physical[0]}
     neighbours = [index for index, cores in enumerate(near) if cores == socket]
     place, sharing = neighbours.index(gpu), len(neighbours)
     if mode == "socket_single_unique":
-        return {physical[place % len(physical)]}
+        return {core for core in socket if first_sibling[core] == physical[place % len(physical)]}
     if mode == "socket_unique_interleaved":
         mine = physical[place % len(physical) :: sharing]
     else:

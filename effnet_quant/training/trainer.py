@@ -181,6 +181,21 @@ class Trainer:
             self._stop_if_signalled()
         return accuracy.metrics(prefix, self._world) | self._speeds(stopwatch, prefix)
 
+    def load(self, checkpoint: dict[str, Any], source: str) -> bool:
+        """Take up the weights of a checkpoint and, with ``use_ema``, the averaged ones, whatever trained them.
+
+        Returns:
+            Whether every quantizer of the model has a range now (True for a float model).
+
+        Raises:
+            UserError: they do not fit the model.
+        """
+        has_ranges = load_weights(self.model, Weights(checkpoint["state_dict"], source=source))
+        self._average = self._new_average()
+        if self._average is not None and "state_dict_ema" in checkpoint:
+            load_weights(self._average.model, Weights(checkpoint["state_dict_ema"], source=source))
+        return has_ranges
+
     def resume(self, checkpoint: dict[str, Any], source: str) -> bool:
         """Take up model, optimizer, position and random state from a checkpoint (``load_checkpoint``'s).
 
@@ -193,10 +208,7 @@ class Trainer:
         position = Position.of(checkpoint, source)
         if position.batch > 0:
             check_same_batches(checkpoint, source, self.config, self._world.size)
-        has_ranges = load_weights(self.model, Weights(checkpoint["state_dict"], source=source))
-        self._average = self._new_average()
-        if self._average is not None and "state_dict_ema" in checkpoint:
-            load_weights(self._average.model, Weights(checkpoint["state_dict_ema"], source=source))
+        has_ranges = self.load(checkpoint, source)
         load_optimizer_state(self.optimizer, self._scaler, checkpoint, source)
         self._position = position
         if position.batch > 0 and self._world.is_main:

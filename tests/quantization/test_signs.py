@@ -15,6 +15,19 @@ from effnet_quant.quantization.insertion import quantizers
 IMAGES = torch.randn(4, 3, 32, 32, generator=torch.Generator().manual_seed(0))
 
 
+class LessThanReLU(nn.ReLU):
+    """Negative after all."""
+
+    def forward(self, x):
+        return super().forward(x) - 0.5
+
+
+def subtract_in_place(x):
+    y = F.relu(x)
+    y.sub_(1)
+    return y
+
+
 class Network(nn.Module):
     """One convolution, ``between``, and a second one."""
 
@@ -30,6 +43,10 @@ class Network(nn.Module):
 @pytest.mark.parametrize(
     "between",
     [
+        nn.ReLU(), nn.ReLU6(), nn.Sigmoid(), nn.Hardsigmoid(), nn.Softmax(1), nn.Sequential(nn.ReLU(), nn.MaxPool2d(2)),
+        nn.Sequential(nn.ReLU(inplace=True), nn.AvgPool2d(2), nn.Identity(), nn.Dropout(0.1)),
+        nn.Sequential(nn.ReLU(), nn.AdaptiveAvgPool2d(2)),
+        lambda x: torch.cat([F.relu(x), x.sigmoid()], dim=-1), lambda x: F.relu(x).squeeze(0).unsqueeze(0),
         F.relu, F.relu6, torch.sigmoid, F.hardsigmoid, lambda x: F.relu(x, inplace=True), lambda x: x.relu_(),
         lambda x: F.max_pool2d(F.relu(x), 2), lambda x: F.pad(F.relu(x), (1, 1)), lambda x: F.relu(x)[:, :, ::2],
         lambda x: F.relu(x) + F.relu6(x), lambda x: 2 * F.relu(x), lambda x: F.relu(x) + 1,
@@ -47,6 +64,7 @@ def test_what_keeps_negative_values_away(between):
 @pytest.mark.parametrize(
     "between",
     [
+        LessThanReLU(), subtract_in_place,
         F.silu, F.hardswish, F.gelu, F.leaky_relu, lambda x: x, lambda x: F.relu(x) - 1, lambda x: F.relu(x) + -1,
         lambda x: -F.relu(x), lambda x: F.relu(x) + x, lambda x: -1 * F.relu(x),
         lambda x: F.pad(F.relu(x), (1, 1), value=-1.0),
@@ -64,6 +82,29 @@ def test_a_quantizer_that_is_called_twice_takes_both_inputs_into_account():
             return self.second(F.relu(x)) + self.second(x)
 
     assert not quantize(Shared(None)).second._input_quantizer.never_negative
+
+
+def test_a_layer_that_an_opaque_module_calls_too_is_left_alone():
+    class Opaque(nn.Module):
+        def __init__(self, layer):
+            super().__init__()
+            self.layer = layer
+
+        def forward(self, x):
+            return self.layer(x) if x.sum() > 0 else self.layer(-x)
+
+    class Shared(Network):
+        def __init__(self):
+            super().__init__(None)
+            self.opaque = Opaque(self.second)
+
+        def forward(self, x):
+            x = self.first(x)
+            return self.second(F.relu(x)) + self.opaque(x)
+
+    with pytest.warns(UserWarning, match="opaque.*can't be traced"):
+        model = quantize(Shared())
+    assert not model.second._input_quantizer.never_negative
 
 
 def test_targets_with_unsigned_integers_halve_the_step_behind_a_relu():

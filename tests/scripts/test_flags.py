@@ -7,6 +7,7 @@ from dataclasses import fields, replace
 from pathlib import Path
 
 import pytest
+import torch
 
 from effnet_quant.cli.arguments import Parser, add_model_arguments, add_training_arguments
 from effnet_quant.cli.training import train_config
@@ -164,3 +165,17 @@ def test_torchscript_and_a_loss_scale_without_amp_are_answered(parser, capsys):
 def test_a_type_for_amp_needs_amp(parser):
     with pytest.raises(UserError, match="--amp-dtype bf16 says what --amp computes in; give both"):
         configured(parser, "--amp-dtype bf16")
+
+
+def test_any_checkpoint_can_be_evaluated(run_script, image_folder, tmp_path):
+    network = ["--arch", "cifar-resnet20", "--num-classes", 3, "--image-size", 32, "-j", 0, "--data-backend", "pytorch"]
+    start = ["-b", 4, "--seed", 1, "--epochs", 1, "--optimizer", "rmsprop", "--checkpoint-every-steps", 1]
+    result = run_script("main.py", image_folder, *network, *start, "--workspace", tmp_path)
+    assert result.code == 0, result.err
+    state = torch.load(tmp_path / "checkpoint.pth.tar", weights_only=True)
+    torch.save({**state, "batch": 1, "epoch": 0}, tmp_path / "midway.pth.tar")
+    for name in ("checkpoint", "midway"):  # the optimizer, the batch and the seed are others
+        again = ["-b", 3, "--seed", 2, "--evaluate", "--epochs", 1, "--resume", tmp_path / f"{name}.pth.tar"]
+        result = run_script("main.py", image_folder, *network, *again, "--workspace", tmp_path / "evaluation")
+        assert result.code == 0, result.err
+        assert "val.top1" in result.out

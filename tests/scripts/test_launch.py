@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import shlex
 
 import pytest
@@ -102,3 +103,32 @@ def test_benchmark_of_training_writes_speeds_and_the_machine(run_script, tmp_pat
     assert quantiles == sorted(quantiles)
     assert {"device", "processor", "torch", "effnet_quant", "commit", "processes", "threads"} <= set(line["machine"])
     assert [path.name for path in tmp_path.iterdir()] == ["benchmark.json"]
+
+
+@pytest.mark.parametrize(
+    ("recipe", "says"),
+    [
+        (b"mode: {evaluate: {nesterov: 'false'}}", "nesterov is a switch, true or false, not 'false'"),
+        (b"mode: {evaluate: {learning_rate: 0.1}}", "unknown key 'learning_rate'; did you mean: lr"),
+        (b"mode: {evaluate: {wd: 0.1}}", "unknown key 'wd'; did you mean: .*weight_decay"),
+        (b"mode: {evaluate: {3: x}}", "unknown key '3'"),
+        (b"mode: {evaluate: {arch: \xff}}", "can't be read.*UTF-8"),
+    ],
+)
+def test_recipes_that_mean_nothing_are_refused(run_script, tmp_path, recipe, says):
+    (tmp_path / "own.yml").write_bytes(recipe)
+    result = run_script(
+        "launch.py", *B0, "--mode", "evaluate", "/data", "--dry-run", "--cfg_file", tmp_path / "own.yml"
+    )
+    assert result.code == 2
+    assert re.search(says, result.error_lines[0])
+
+
+def test_a_recipe_of_ones_own_may_name_the_network_and_leave_switches_out(run_script, tmp_path):
+    (tmp_path / "own.yml").write_text("mode: {evaluate: {arch: 'timm:resnet18', training_only: null}}")
+    result = run_script(
+        "launch.py", *B0, "--mode", "evaluate", "/data", "--dry-run", "--cfg_file", tmp_path / "own.yml"
+    )
+    assert result.code == 0, result.err
+    values = yaml.safe_load(result.out)
+    assert (values["arch"], values["training_only"]) == ("timm:resnet18", False)

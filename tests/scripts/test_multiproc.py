@@ -298,6 +298,10 @@ def test_processes_start_again_as_often_as_allowed(run_process, script, tmp_path
         (["nowhere.py"], r"there is no script nowhere\.py"),
         (["--nproc_per_node", "0", "main.py"], "--nproc_per_node must be at least 1, not 0"),
         (["--nnodes", "two", "main.py"], "--nnodes is a number or MIN:MAX, not 'two'"),
+        (["--nnodes", "2:1", "main.py"], "2:1 is not"),
+        (["--max_restarts", "-1", "main.py"], "--max_restarts must be 0 or more, not -1"),
+        (["--log_dir", "/dev/null/logs", "main.py"], "can't create .*--log_dir"),
+        (["--rdzv_backend", "c10d", "--rdzv_conf", "x", "main.py"], "--rdzv_conf is KEY=VALUE"),
     ],
 )
 def test_bad_command_lines(run_script, repository, monkeypatch, arguments, says):

@@ -9,7 +9,7 @@ import shlex
 import pytest
 import torch
 
-from effnet_quant import create_model
+from effnet_quant import calibrate, create_model
 from effnet_quant.models.weights import write_weights
 from effnet_quant.quantization.insertion import quantizers
 
@@ -87,6 +87,21 @@ def test_weights_carry_the_runtime_they_were_trained_for(run_script, image_folde
         assert grid(checkpoint) == bounds
         assert "note: these weights are for openvino" not in exported(checkpoint, "onnxruntime")
         assert ("note: these weights are for openvino" in exported(checkpoint, "tensorrt")) == (target == "openvino")
+    resumed = ["--resume", checkpoint, "--target", "tensorrt", "--workspace", tmp_path / "openvino"]
+    result = run_script("quant_main.py", image_folder, *NETWORK, *resumed)
+    assert result.code == 2
+    assert "goes on for openvino" in result.err
+    assert "Traceback" not in result.err
+
+
+@pytest.mark.parametrize("hostile", ["tpu", ["x"], {"a": 1}, 7, None])
+def test_a_target_that_means_nothing_is_refused(run_script, weights, tmp_path, hostile):
+    model = calibrate(create_model("cifar-resnet20", 3, quantized=True).eval(), [torch.randn(2, 3, 32, 32)])
+    write_weights(tmp_path / "q.safetensors", model.state_dict(), {"quant_target": hostile})
+    command = ["--arch", "cifar-resnet20", "--pretrained-from-file", tmp_path / "q.safetensors"]
+    result = run_script("model2onnx.py", *command, "--output", tmp_path / "q.onnx")
+    assert result.code == 2
+    assert "there is no target" in result.err
 
 
 def test_weights_carry_their_spec_to_the_export(run_script, image_folder, weights, tmp_path):

@@ -18,8 +18,8 @@ FIRST_SIBLING = {core: core % 8 for core in range(16)}
     ("mode", "expected"),
     [
         ("socket", [FIRST, FIRST, SECOND, SECOND]),
-        ("socket_single", [{0}, {0}, {4}, {4}]),
-        ("socket_single_unique", [{0}, {1}, {4}, {5}]),
+        ("socket_single", [{0, 8}, {0, 8}, {4, 12}, {4, 12}]),
+        ("socket_single_unique", [{0, 8}, {1, 9}, {4, 12}, {5, 13}]),
         ("socket_unique_interleaved", [{0, 2, 8, 10}, {1, 3, 9, 11}, {4, 6, 12, 14}, {5, 7, 13, 15}]),
         ("socket_unique_contiguous", [{0, 1, 8, 9}, {2, 3, 10, 11}, {4, 5, 12, 13}, {6, 7, 14, 15}]),
     ],
@@ -32,6 +32,11 @@ def test_cores_of_each_gpu(mode, expected):
 def test_more_gpus_than_cores_still_get_one_each(mode):
     for gpu in range(4):
         assert choose_cores(mode, gpu, [{0, 1}] * 4, {0: 0, 1: 0})
+
+
+@pytest.mark.parametrize("mode", MODES[1:])
+def test_a_process_that_may_use_second_threads_only_stays_there(mode):
+    assert choose_cores(mode, 0, [{8, 9, 10, 11}], FIRST_SIBLING) <= {8, 9, 10, 11}
 
 
 @pytest.mark.skipif(os.path.exists("/dev/nvidia0"), reason="there is a GPU")

@@ -344,6 +344,23 @@ def test_weights_that_are_no_numbers_do_not_replace_a_checkpoint(
     assert (tmp_path / CHECKPOINT).read_bytes() == before
 
 
+def test_a_trainer_on_a_cpu_keeps_freed_memory(tiny_network, make_trainer, tmp_path, monkeypatch):
+    kept = []
+    monkeypatch.setattr("effnet_quant.training.trainer.keep_freed_memory", lambda: kept.append(True))
+    make_trainer(tiny_network(), tmp_path)
+    assert kept == [True]
+
+
+def test_weights_are_loaded_whatever_optimizer_trained_them(
+    tiny_network, make_trainer, make_loaders, tmp_path, same_weights
+):
+    trained, other = tiny_network(), tiny_network(1)
+    make_trainer(trained, tmp_path, epochs=1, optimizer="rmsprop").fit(*make_loaders())
+    trainer = make_trainer(other, tmp_path, batch_size=2)
+    assert trainer.load(load_checkpoint(tmp_path / CHECKPOINT), CHECKPOINT)
+    assert same_weights(trained, other)
+
+
 def test_full_disk_ends_the_run_with_the_previous_checkpoint(
     tiny_network, make_trainer, make_loaders, tmp_path, monkeypatch
 ):
