@@ -6,6 +6,7 @@ import argparse
 import math
 import os
 import random
+import re
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
@@ -137,6 +138,7 @@ def _prepare(arguments: argparse.Namespace, world: World, *, quantized: bool) ->
         trainer.load(checkpoint, arguments.resume)
     elif checkpoint is not None:
         _check_same_workers(train_source, checkpoint, arguments)
+        _note_what_stays(checkpoint, config, arguments)
         trainer.resume(checkpoint, arguments.resume)
     loader = partial(
         open_loader,
@@ -202,6 +204,15 @@ def _check_same_workers(source: ImageSource | None, checkpoint: dict[str, Any], 
             f"{arguments.resume} stands in the middle of an epoch of shards that {before} workers read; resume it with "
             f"-j {before}."
         )
+
+
+def _note_what_stays(checkpoint: dict[str, Any], config: TrainConfig, arguments: argparse.Namespace) -> None:
+    """Flags that a resumed optimizer does not follow: it has its own settings, as in NVIDIA's scripts."""
+    before = checkpoint.get("config") or {}
+    for name in ("weight_decay", "bn_weight_decay", "momentum", "nesterov", "rmsprop_alpha", "rmsprop_eps"):
+        if name in arguments.explicit and before.get(name, getattr(config, name)) != getattr(config, name):
+            flag = f"--{name.replace('_', '-')}"
+            print(f"note: {flag} stays {before[name]}, as {arguments.resume} says", file=sys.stderr)
 
 
 def train_or_evaluate(job: Job, arguments: argparse.Namespace) -> int:
@@ -287,6 +298,11 @@ def train_config(arguments: argparse.Namespace, checkpoint: dict[str, Any] | Non
         raise UserError(
             f"--checkpoint-filename names a file in the workspace, without a folder; '{config.checkpoint_filename}' "
             "does not."
+        )
+    if re.fullmatch(r"model_best\.pth\.tar|checkpoint_\d+\.pth\.tar", config.checkpoint_filename):
+        raise UserError(
+            f"--checkpoint-filename {config.checkpoint_filename} is the name of the best or of an epoch's checkpoint; "
+            "choose another."
         )
     together = config.batch_size * world.size
     if config.optimizer_batch_size >= 0 and (

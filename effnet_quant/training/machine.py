@@ -33,8 +33,16 @@ def describe_machine(processes: int = 1) -> dict[str, Any]:
         "python": platform.python_version(),
         "torch": str(torch.__version__),
         "effnet_quant": effnet_quant.__version__,
-        "commit": _output("git", "-C", str(Path(__file__).parent), "rev-parse", "HEAD"),
+        "commit": _commit(),
     }
+
+
+def _commit() -> str | None:
+    """Of the checkout that this package is in, with "-dirty" if it has been changed; None for an installed package."""
+    git = ("git", "-C", str(Path(__file__).parent))
+    if _output(*git, "ls-files", Path(__file__).name) is None:  # perhaps inside of another project's checkout
+        return None
+    return _output(*git, "describe", "--always", "--abbrev=40", "--exclude=*", "--dirty")
 
 
 def _processor() -> str:

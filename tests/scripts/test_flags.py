@@ -179,3 +179,12 @@ def test_any_checkpoint_can_be_evaluated(run_script, image_folder, tmp_path):
         result = run_script("main.py", image_folder, *network, *again, "--workspace", tmp_path / "evaluation")
         assert result.code == 0, result.err
         assert "val.top1" in result.out
+    for flags, says in (
+        (["--weight-decay", 0.3, "--optimizer", "rmsprop"], "note: --weight-decay stays 0.0001"),
+        (["--checkpoint-filename", "model_best.pth.tar"], "choose another"),
+        (["--checkpoint-filename", "checkpoint_0000.pth.tar"], "choose another"),
+    ):
+        again = ["-b", 4, "--seed", 1, "--epochs", 1, "--resume", tmp_path / "checkpoint.pth.tar", *flags]
+        result = run_script("main.py", image_folder, *network, *again, "--workspace", tmp_path / "evaluation")
+        assert result.code == (0 if "note" in says else 2)
+        assert says in result.err
