@@ -38,6 +38,8 @@ def job(arguments: Sequence[str]) -> int:
     parser.add_argument("--dry-run", action="store_true", help="show the resolved configuration and exit")
     parsed, rest = parser.parse_known_args(arguments)
     recipes = load_recipes(parsed.cfg_file)
+    source = parsed.cfg_file or "the recipe"
+    _check_keys(recipes, source)
     if parsed.list:
         print(_listing(recipes))
         return 0
@@ -50,7 +52,7 @@ def job(arguments: Sequence[str]) -> int:
     if quantized is None:  # the name leaves it open
         quantized = parsed.mode in QUANTIZING_MODES
     script = quant_script if quantized else main_script
-    command = [*_flags(values, script.build_parser(), parsed.cfg_file or "the recipe"), *rest]
+    command = [*_flags(values, script.build_parser(), source), *rest]
     if parsed.dry_run:
         resolved = vars(script.build_parser().parse(command))
         del resolved["explicit"]
@@ -62,11 +64,10 @@ def job(arguments: Sequence[str]) -> int:
 
 def _flags(values: dict[str, Any], parser: Parser, source: str) -> list[str]:
     """A recipe's values as the flags that stand for them."""
-    actions = {action.dest: action for action in parser._actions if action.option_strings}
+    actions = _actions(parser)
     flags: list[str] = []
     for name, value in values.items():
-        if name not in actions:
-            raise UserError(f"{source} has an unknown key '{name}'; did you mean: {_nearest_key(str(name), actions)}?")
+        _check_key(name, actions, source)
         action = actions[name]
         flag = next(flag for flag in reversed(action.option_strings) if flag.startswith("--"))
         if action.nargs == 0:  # a switch, which its presence sets to the opposite of its default
@@ -76,6 +77,30 @@ def _flags(values: dict[str, Any], parser: Parser, source: str) -> list[str]:
         elif value is not None:
             flags += [flag, str(value)]
     return flags
+
+
+def _actions(parser: Parser) -> dict[str, argparse.Action]:
+    return {action.dest: action for action in parser._actions if action.option_strings}
+
+
+def _check_keys(recipes: Recipes, source: str) -> None:
+    """See whether every row, chosen or not, speaks of flags that one of the scripts has."""
+    actions = _actions(main_script.build_parser()) | _actions(quant_script.build_parser())
+    rows = [values for section in ("precision", "platform", "mode") for values in recipes[section].values()]
+    rows += [row for modes in _mappings(recipes["model_mode"]) for row in modes.values()]
+    rows += [row for rows_of in _mappings(recipes["models"]) for part in _mappings(rows_of) for row in part.values()]
+    for row in rows:
+        for name in row if isinstance(row, dict) else ():
+            _check_key(name, actions, source)
+
+
+def _mappings(values: dict[str, Any]) -> list[dict[str, Any]]:
+    return [value for value in values.values() if isinstance(value, dict)]
+
+
+def _check_key(name: Any, actions: dict[str, argparse.Action], source: str) -> None:
+    if name not in actions:
+        raise UserError(f"{source} has an unknown key '{name}'; did you mean: {_nearest_key(str(name), actions)}?")
 
 
 def _nearest_key(name: str, actions: dict[str, argparse.Action]) -> str:

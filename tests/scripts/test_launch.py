@@ -112,6 +112,9 @@ def test_benchmark_of_training_writes_speeds_and_the_machine(run_script, tmp_pat
         (b"mode: {evaluate: {learning_rate: 0.1}}", "unknown key 'learning_rate'; did you mean: lr"),
         (b"mode: {evaluate: {wd: 0.1}}", "unknown key 'wd'; did you mean: .*weight_decay"),
         (b"mode: {evaluate: {3: x}}", "unknown key '3'"),
+        (b"platform: {another: {momentun: 1}}", "unknown key 'momentun'; did you mean: momentum"),
+        (b"models: {resnet50: {CPU: {FP32: {momentun: 1}}}}", "unknown key 'momentun'; did you mean: momentum"),
+        (b"model_mode: {resnet50: {qat: {momentun: 1}}}", "unknown key 'momentun'; did you mean: momentum"),
         (b"mode: {evaluate: {arch: \xff}}", "can't be read.*UTF-8"),
     ],
 )
