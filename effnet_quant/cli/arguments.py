@@ -65,6 +65,11 @@ def add_model_arguments(parser: argparse.ArgumentParser, default_arch: str | Non
         default=False,
         help="EfficientNet's squeeze-and-excitation as 1x1 convolutions (efficientnet-quant-*: unless False)",
     )
+    parser.add_argument(
+        "--hard-swish",
+        action="store_true",
+        help="hard-swish in the place of SiLU: faster in 8 bits, wants training (default: what the weights say)",
+    )
     parser.add_argument("--pretrained-from-file", metavar="FILE", help="weights: .safetensors, .pth or .pth.tar")
     parser.add_argument("--pretrained", action="store_true", help="the model's published weights (downloaded once)")
     parser.add_argument("--ema", action="store_true", help="of a checkpoint's weights, take their moving average")

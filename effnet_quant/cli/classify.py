@@ -26,6 +26,7 @@ Predict = Callable[[Tensor], Tensor]
 _OF_WEIGHTS = {
     "num_classes": "--num-classes",
     "trt": "--trt",
+    "hard_swish": "--hard-swish",
     "ema": "--ema",
     "precision": "--precision",
     "quant_spec": "--quant-spec",

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from effnet_quant.api import create_model, simulated_target
+from effnet_quant.api import HARD_SWISH_KEY, create_model, simulated_target
 from effnet_quant.cli.arguments import model_options
 from effnet_quant.cli.quantization import SPEC_KEY, TARGET_KEY, chosen_spec
 from effnet_quant.cli.weights import given_weights, load_given
@@ -42,7 +42,16 @@ def load_model(arguments: argparse.Namespace) -> tuple[nn.Module, dict[str, Any]
     spec = chosen_spec(arguments, weights.metadata)
     options = model_options(arguments)
     target = simulated_target(arguments.arch, weights.metadata) if quantized else None
-    model = create_model(arguments.arch, num_classes, quantized=quantized, quant_spec=spec, target=target, **options)
+    hard_swish = arguments.hard_swish or bool(weights.metadata.get(HARD_SWISH_KEY))
+    model = create_model(
+        arguments.arch,
+        num_classes,
+        quantized=quantized,
+        quant_spec=spec,
+        target=target,
+        hard_swish=hard_swish,
+        **options,
+    )
     if not load_given(model, weights, arguments.arch):
         raise UserError(
             f"{weights.source} holds float weights without ranges; calibrate them with quant_main.py --epochs 0, or use "
@@ -59,6 +68,8 @@ def load_model(arguments: argparse.Namespace) -> tuple[nn.Module, dict[str, Any]
         metadata[SPEC_KEY] = spec.to_json()
         if TARGET_KEY in weights.metadata:
             metadata[TARGET_KEY] = target
+    if hard_swish:
+        metadata[HARD_SWISH_KEY] = True
     if "classes" in weights.metadata:
         metadata["classes"] = weights.metadata["classes"]
     return model.eval(), metadata

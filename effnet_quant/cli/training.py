@@ -18,7 +18,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from effnet_quant.api import create_model, simulated_target
+from effnet_quant.api import HARD_SWISH_KEY, create_model, simulated_target
 from effnet_quant.cli.arguments import model_options
 from effnet_quant.cli.quantization import SPEC_KEY, TARGET_KEY, chosen_spec, same_grids
 from effnet_quant.cli.weights import given_weights, load_given
@@ -108,14 +108,14 @@ def _prepare(arguments: argparse.Namespace, world: World, *, quantized: bool) ->
         raise UserError("--resume and --pretrained-from-file (or --pretrained) both bring weights; give one of them.")
     with world.main_first():
         weights = given_weights(arguments, entry)
-    model, spec = _model(arguments, checkpoint, weights, quantized=quantized)
+    model, files_say = _model(arguments, checkpoint, weights, quantized=quantized)
     has_ranges = not quantized
     if checkpoint is not None:
         has_ranges = load_weights(model, Weights(checkpoint["state_dict"], source=arguments.resume))
     elif weights is not None:
         new_classifier = "num_classes" in arguments.explicit and not arguments.evaluate
         has_ranges = load_given(
-            model, _with_fitting_ranges(weights, spec), arguments.arch, new_classifier=new_classifier
+            model, _with_fitting_ranges(weights, files_say), arguments.arch, new_classifier=new_classifier
         )
     workspace = Path(arguments.workspace)
     if world.is_main:
@@ -131,7 +131,7 @@ def _prepare(arguments: argparse.Namespace, world: World, *, quantized: bool) ->
         "num_classes": arguments.num_classes,
         "classes": classes,
         "preprocessing": preprocessing.to_json(),
-        **spec,
+        **files_say,
     }
     trainer = Trainer(model, config, preprocessing, device, workspace, recorder, metadata, world)
     if checkpoint is not None and arguments.evaluate:
@@ -164,11 +164,19 @@ def _prepare(arguments: argparse.Namespace, world: World, *, quantized: bool) ->
 def _model(
     arguments: argparse.Namespace, checkpoint: dict[str, Any] | None, weights: Weights | None, *, quantized: bool
 ) -> tuple[nn.Module, dict[str, Any]]:
-    """The network without its weights, and what its files say of its quantization."""
-    options = model_options(arguments)
-    if not quantized:
-        return create_model(arguments.arch, arguments.num_classes, quantized=False, **options), {}
+    """The network without its weights, and what its files say of its activations and its quantization."""
     said = weights.metadata if weights is not None else (checkpoint or {}).get("metadata") or {}
+    hard_swish = bool(said.get(HARD_SWISH_KEY))
+    if checkpoint is not None and arguments.hard_swish and not hard_swish:
+        raise UserError(
+            f"{arguments.resume} goes on with the activations it began with; leave out --hard-swish, or start from it with "
+            "--pretrained-from-file."
+        )
+    hard_swish = hard_swish or arguments.hard_swish
+    options = {**model_options(arguments), "hard_swish": hard_swish}
+    files_say: dict[str, Any] = {HARD_SWISH_KEY: True} if hard_swish else {}
+    if not quantized:
+        return create_model(arguments.arch, arguments.num_classes, quantized=False, **options), files_say
     spec = chosen_spec(arguments, said)
     if checkpoint is not None and not same_grids(spec, said):
         raise UserError(
@@ -185,12 +193,15 @@ def _model(
     model = create_model(
         arguments.arch, arguments.num_classes, quantized=True, quant_spec=spec, target=target, **options
     )
-    return model, {SPEC_KEY: spec.to_json(), TARGET_KEY: target}
+    return model, {**files_say, SPEC_KEY: spec.to_json(), TARGET_KEY: target}
 
 
-def _with_fitting_ranges(weights: Weights, spec: dict[str, Any]) -> Weights:
-    """Without their ranges if these are for other grids than the model's (none for a float model)."""
-    if not (spec and weights.has_ranges) or same_grids(resolve_spec(spec[SPEC_KEY]), weights.metadata):
+def _with_fitting_ranges(weights: Weights, files_say: dict[str, Any]) -> Weights:
+    """Without their ranges if these are for other grids or activations than the model's (none for a float model)."""
+    if SPEC_KEY not in files_say or not weights.has_ranges:
+        return weights
+    same_activations = weights.metadata.get(HARD_SWISH_KEY, False) == files_say.get(HARD_SWISH_KEY, False)
+    if same_activations and same_grids(resolve_spec(files_say[SPEC_KEY]), weights.metadata):
         return weights
     print(f"note: the ranges in {weights.source} are for another quantization; they are left out", file=sys.stderr)
     return weights.without_ranges()

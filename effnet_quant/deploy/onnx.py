@@ -20,7 +20,7 @@ from effnet_quant.deploy.operation import Operation, shape_of
 from effnet_quant.deploy.operators import IDENTITIES, OPERATIONS
 from effnet_quant.deploy.options import ExportOptions
 from effnet_quant.deploy.ranges import NeededRanges
-from effnet_quant.deploy.rounding import round_before_activations, round_sigmoids
+from effnet_quant.deploy.rounding import round_before_activations, round_gates, saturate_hard_sigmoids
 from effnet_quant.deploy.tracing import FAKE_QUANTIZE, QUANTIZE_OUTPUT, TracedModel, image_channels, module_path, trace
 from effnet_quant.errors import UserError
 from effnet_quant.files import replace_file
@@ -122,7 +122,8 @@ class _Exporter:
             round_before_activations(self.writer)
             self._quantize_outputs()
         if "silu" in self.target.quantized:
-            round_sigmoids(self.writer)
+            round_gates(self.writer)
+            saturate_hard_sigmoids(self.writer)
         output = self.names[self.traced.output]
         if options.fp16:
             output = self.writer.node("Cast", [output], "logits", to=onnx.TensorProto.FLOAT)

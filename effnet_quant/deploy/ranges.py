@@ -2,10 +2,10 @@
 
 ONNX Runtime's integer convolution writes 8-bit integers, so it needs a range for its output, where NVIDIA's placement has
 none: there the activation comes first, then the quantizer. What follows tells a range. A quantizer saturates, and a
-sigmoid, SiLU or addition in between can be inverted: outside of the interval found here, every value leads to the same
-integer at the next quantizer as the interval's nearer end. Quantizing over that interval clips nothing that could be told
-apart, for any weights and any data. It is what serves weights that were calibrated elsewhere, without ranges for these
-outputs; ours bring them (see OutputQuantizer).
+sigmoid, SiLU, hard-swish or addition in between can be inverted: outside of the interval found here, every value leads to
+the same integer at the next quantizer as the interval's nearer end. Quantizing over that interval clips nothing that could
+be told apart, for any weights and any data. It is what serves weights that were calibrated elsewhere, without ranges for
+these outputs; ours bring them (see OutputQuantizer).
 """
 
 from __future__ import annotations
@@ -17,8 +17,9 @@ from typing import NamedTuple
 import numpy as np
 import onnx
 
-# SiLU falls from 0 to its minimum at this abscissa and rises from there on.
+# SiLU and hard-swish fall from 0 to their minimum at this abscissa and rise from there on.
 SILU_MINIMUM_AT = -1.2784645427610738
+HARD_SWISH_MINIMUM_AT = -1.5
 
 
 class Needed(NamedTuple):
@@ -55,7 +56,10 @@ class NeededRanges:
         for node in consumers:
             if node is sigmoid:
                 continue  # half of a SiLU; its product counts for both
-            needed = _through_silu(self.of(node.output[0])) if node is product else self._through(node, value)
+            if node is product:
+                needed = _through_swish(self.of(node.output[0]), _silu, SILU_MINIMUM_AT)
+            else:
+                needed = self._through(node, value)
             if needed is None:
                 return None
             found = needed if found is None else _hull(found, needed)
@@ -66,6 +70,10 @@ class NeededRanges:
             return self._grid(node)
         if node.op_type == "Sigmoid":
             return _through_sigmoid(self.of(node.output[0]))
+        if node.op_type == "HardSwish":
+            return _through_swish(self.of(node.output[0]), _hard_swish, HARD_SWISH_MINIMUM_AT)
+        if node.op_type == "HardSigmoid":
+            return _through_hard_sigmoid(self.of(node.output[0]))
         if node.op_type in ("Flatten", "Unsqueeze"):
             return self.of(node.output[0])
         if node.op_type == "Add":
@@ -115,19 +123,27 @@ def _through_sigmoid(needed: Needed | None) -> Needed | None:
     return Needed(logit(needed.low), logit(needed.high), needed.step)
 
 
-def _through_silu(needed: Needed | None) -> Needed | None:
-    """What matters of x when ``needed`` of SiLU(x) does.
+def _through_hard_sigmoid(needed: Needed | None) -> Needed | None:
+    """What matters of x when ``needed`` of clamp(x / 6 + 1 / 2, 0, 1) does."""
+    if needed is None:
+        return None
+    low, high = (6 * min(max(end, 0.0), 1.0) - 3 for end in (needed.low, needed.high))
+    return Needed(low, high, needed.step)
 
-    To the left of its minimum SiLU climbs back to zero: values whose SiLU is above minus half a step round to the same
-    integer, zero.
+
+def _through_swish(needed: Needed | None, swish: Callable[[float], float], minimum_at: float) -> Needed | None:
+    """What matters of x when ``needed`` of swish(x) does.
+
+    To the left of its minimum it climbs back to zero: there all values whose swish is above minus half a step round to the
+    same integer, zero.
     """
     if needed is None:
         return None
-    high = _bisect(_silu, needed.high, 0.0, max(needed.high, 0.0) + 1.0)
+    high = _bisect(swish, needed.high, 0.0, max(needed.high, 0.0) + 3.0)
     half_step = _almost_half(needed.step)
-    if _silu(SILU_MINIMUM_AT) >= -half_step:
+    if swish(minimum_at) >= -half_step:
         return Needed(0.0, high, needed.step)
-    return Needed(_bisect(lambda x: -_silu(x), half_step, -100.0, SILU_MINIMUM_AT), high, needed.step)
+    return Needed(_bisect(lambda x: -swish(x), half_step, -100.0, minimum_at), high, needed.step)
 
 
 def _almost_half(step: float) -> float:
@@ -137,6 +153,10 @@ def _almost_half(step: float) -> float:
 
 def _silu(x: float) -> float:
     return x / (1 + math.exp(-x))
+
+
+def _hard_swish(x: float) -> float:
+    return x * min(max(x / 6 + 0.5, 0.0), 1.0)
 
 
 def _bisect(function: Callable[[float], float], level: float, low: float, high: float) -> float:

@@ -8,14 +8,16 @@ move values.
 
 from __future__ import annotations
 
+import math
+
 import numpy as np
 import onnx
 
 from effnet_quant.deploy.graph import GraphWriter
-from effnet_quant.quantization.modules import SIGMOID_STEPS
+from effnet_quant.quantization.modules import GATE_STEPS
 
-# rounded sigmoids lie between 0 and 1
-SIGMOID_SCALE = float(np.float32(1 / SIGMOID_STEPS))
+GATE_SCALE = float(np.float32(1 / GATE_STEPS))  # gates lie between 0 and 1
+QUANTIZE, DEQUANTIZE = "QuantizeLinear", "DequantizeLinear"
 _MOVING = {"MaxPool", "Reshape", "Flatten", "Transpose", "Unsqueeze"}
 
 
@@ -34,20 +36,60 @@ def round_before_activations(writer: GraphWriter) -> None:
             pending += _quantize_input(writer, producer, quantize)
 
 
-def round_sigmoids(writer: GraphWriter) -> None:
-    """Put a pair behind the Sigmoid of each x * sigmoid(x) whose x is quantized, as QuantSiLU simulates it; in place.
+def round_gates(writer: GraphWriter) -> None:
+    """Put a pair behind the gate of each SiLU and hard-swish whose input is quantized, as QuantGate simulates it; in place.
 
-    The sigmoid of 256 integers is a table of 256 integers, and the product one of integers.
+    SiLU's gate is a sigmoid: of 256 integers, a table of 256 integers. Hard-swish becomes a product with its gate,
+    HardSigmoid. Both products are then of integers.
     """
     producers = {name: node for node in writer.nodes for name in node.output}
-    for sigmoid in [node for node in writer.nodes if node.op_type == "Sigmoid"]:
-        source = producers.get(sigmoid.input[0])
-        users = _consumers(writer, sigmoid.output[0])
-        silu = len(users) == 1 and users[0].op_type == "Mul" and sigmoid.input[0] in users[0].input
-        if silu and source is not None and source.op_type == "DequantizeLinear":
-            value = sigmoid.output[0]
-            rounded = writer.quantized_activation(value, SIGMOID_SCALE, 0, sigmoid.name)
-            users[0].input[:] = [rounded if name == value else name for name in users[0].input]
+    for node in list(writer.nodes):
+        source = producers.get(node.input[0]) if node.op_type in ("Sigmoid", "HardSwish") else None
+        if source is None or source.op_type != "DequantizeLinear":
+            continue
+        product = node
+        if node.op_type == "HardSwish":
+            gate = writer.node("HardSigmoid", [node.input[0]], node.name, alpha=1 / 6, beta=0.5)
+            node.op_type = "Mul"
+            node.input.append(gate)
+        else:
+            gate = node.output[0]
+            users = _consumers(writer, gate)
+            if not (len(users) == 1 and users[0].op_type == "Mul" and node.input[0] in users[0].input):
+                continue
+            product = users[0]
+        rounded = writer.quantized_activation(gate, GATE_SCALE, 0, node.name)
+        product.input[:] = [rounded if name == gate else name for name in product.input]
+
+
+def saturate_hard_sigmoids(writer: GraphWriter) -> None:
+    """Let a sum of integers that saturates take the place of HardSigmoid between quantized values; in place.
+
+    clamp((x + 3) / 6, 0, 1) on a grid of step s from zero on is x + 3 on one of step 6 s, whose integers end where the clamp
+    does, as a step of at most 1/255 makes sure. The runtime has no integer HardSigmoid, but additions.
+    """
+    producers = {name: node for node in writer.nodes for name in node.output}
+    for node in [node for node in writer.nodes if node.op_type == "HardSigmoid"]:
+        source, users = producers.get(node.input[0]), _consumers(writer, node.output[0])
+        if source is None or source.op_type != "DequantizeLinear" or [user.op_type for user in users] != [QUANTIZE]:
+            continue
+        scale, zero_point = (writer.initializers[name] for name in users[0].input[1:3])
+        slope = {attribute.name: attribute.f for attribute in node.attribute}
+        sixth = math.isclose(slope["alpha"], 1 / 6, rel_tol=1e-6) and slope["beta"] == 0.5
+        if not sixth or zero_point != 0 or zero_point.dtype != np.uint8 or scale > np.float32(GATE_SCALE):
+            continue
+        three = [
+            writer.constant(f"{node.name}.{name}", value)
+            for name, value in (
+                ("offset", np.array(1, np.uint8)),
+                ("offset_scale", np.array(3, np.float32)),
+                ("offset_zero_point", np.array(0, np.uint8)),
+            )
+        ]
+        node.op_type = "Add"
+        del node.attribute[:]
+        node.input.append(writer.node(DEQUANTIZE, three, node.name))
+        users[0].input[1] = writer.constant(f"{node.name}.scale", np.array(6 * scale, np.float32))
 
 
 def _clip_integers(writer: GraphWriter, clip: onnx.NodeProto, quantize: onnx.NodeProto) -> None:

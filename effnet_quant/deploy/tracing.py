@@ -9,7 +9,7 @@ from torch import Tensor, fx, nn
 
 from effnet_quant.errors import UserError
 from effnet_quant.quantization.insertion import quantizers, simulate_target
-from effnet_quant.quantization.modules import QuantSiLU
+from effnet_quant.quantization.modules import QuantGate
 from effnet_quant.quantization.output_quantizer import OutputQuantizer
 from effnet_quant.quantization.quantizer import TensorQuantizer
 from effnet_quant.quantization.targets import Target
@@ -151,8 +151,8 @@ def trace(
             )
         elif isinstance(module, OutputQuantizer):
             marked.set_submodule(name, _MarkedOutput(*module.grid) if module.rounds and module.grid else nn.Identity())
-        elif isinstance(module, QuantSiLU):
-            marked.set_submodule(name, nn.SiLU())
+        elif isinstance(module, QuantGate):
+            marked.set_submodule(name, module.activation())
     images = torch.zeros(2, in_channels, image_size, image_size)
     dimensions = {0: torch.export.Dim("batch", min=1)}
     if dynamic_size:

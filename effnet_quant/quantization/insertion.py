@@ -16,10 +16,11 @@ from effnet_quant.quantization.modules import (
     QuantAdaptiveAvgPool2d,
     QuantAvgPool2d,
     QuantConv2d,
+    QuantGate,
     QuantLinear,
-    QuantSiLU,
     QuantSubclass,
     float_weight,
+    quant_gate,
 )
 from effnet_quant.quantization.output_quantizer import OutputQuantizer
 from effnet_quant.quantization.passes import eager_pass
@@ -175,8 +176,8 @@ class _Placing:
                 assert self._layer is not None
                 self.layers[rounding] = self._layer
                 setattr(module, name, rounding)
-            elif type(child) is nn.SiLU and isinstance(before, OutputQuantizer):
-                setattr(module, name, QuantSiLU(before, child.inplace).train(child.training))
+            elif isinstance(before, OutputQuantizer) and (twin := quant_gate(child, before)) is not None:
+                setattr(module, name, twin)
             elif type(child) is nn.Conv2d:
                 self._twins[child] = self._layer = QuantConv2d.from_float(child, spec)
                 setattr(module, name, self._layer)
@@ -207,7 +208,7 @@ def simulate_target(model: nn.Module, target: str | Target) -> nn.Module:
             module.simulate(quantized=module.operation in rules.quantized, unsigned=rules.unsigned)
         elif isinstance(module, OutputQuantizer):
             module.simulated = rules.quantized_outputs and module.operation in rules.quantized
-        elif isinstance(module, QuantSiLU):
+        elif isinstance(module, QuantGate):
             module.simulated = "silu" in rules.quantized
         elif isinstance(module, (QuantConv2d, QuantLinear, FoldedBatchNorm2d)):
             module.rounds_bias = rules.quantized_bias

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import types
 from collections.abc import Callable
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -21,7 +21,7 @@ from effnet_quant.quantization.output_quantizer import OutputQuantizer
 from effnet_quant.quantization.quantizer import TensorQuantizer
 from effnet_quant.quantization.spec import QuantSpec
 
-SIGMOID_STEPS = 255
+GATE_STEPS = 255
 IMAGE_CHANNELS = 4  # a convolution of no more channels takes the image
 
 
@@ -137,30 +137,71 @@ class QuantLinear(nn.Linear):
         return F.linear(self._input_quantizer(input), self._weight_quantizer(self.weight), bias)
 
 
-class QuantSiLU(nn.SiLU):
-    """SiLU whose sigmoid is rounded to multiples of 1/255 where its input is rounded: what a table over 256 integers gives.
+class QuantGate(nn.Module):
+    """x * gate(x) whose gate, a number between 0 and 1, is rounded to multiples of 1/255 where x is rounded, so that engines
+    find it with integers alone: SiLU's in a table of 256 entries, hard-swish's by a sum that saturates.
 
     Args:
         input: what rounds the input; it stays where it is in the model.
         inplace: overwrite the input where nothing is rounded.
 
     Attributes:
-        simulated: whether the simulated engine computes SiLU so.
+        activation: the class of the float activation.
+        simulated: whether the simulated engine rounds the gate.
     """
 
+    activation: ClassVar[type[nn.Module]]
+
     def __init__(self, input: OutputQuantizer, inplace: bool = False) -> None:
-        super().__init__(inplace)
+        super().__init__(inplace)  # the activation's
         self._input = (input,)  # in a tuple, so that it does not become a child
         self.simulated = True
 
+    @property
+    def rounds(self) -> bool:
+        """Whether the gate is rounded now."""
+        return self.simulated and self._input[0].rounds
+
+    def gate(self, x: Tensor) -> Tensor:
+        """What x is multiplied with."""
+        raise NotImplementedError
+
     def forward(self, x: Tensor) -> Tensor:
-        if not (self.simulated and self._input[0].rounds):
-            if self.training and torch.compiler.is_compiling():
-                # the quantizer behind it needs the result again in the backward pass, where this form shares its sigmoid
-                # with the gradient's; silu's own form costs a second exponential
-                return x * torch.sigmoid(x)
-            return super().forward(x)
-        return x * (torch.round(torch.sigmoid(x) * SIGMOID_STEPS) / SIGMOID_STEPS)
+        return x * (torch.round(self.gate(x) * GATE_STEPS) / GATE_STEPS) if self.rounds else super().forward(x)
+
+
+class QuantSiLU(QuantGate, nn.SiLU):
+    """SiLU, x * sigmoid(x)."""
+
+    activation = nn.SiLU
+
+    def gate(self, x: Tensor) -> Tensor:
+        return torch.sigmoid(x)
+
+    def forward(self, x: Tensor) -> Tensor:
+        if self.training and torch.compiler.is_compiling() and not self.rounds:
+            # the quantizer behind it needs the result again in the backward pass, where this form shares its sigmoid with
+            # the gradient's; silu's own form costs a second exponential
+            return x * torch.sigmoid(x)
+        return super().forward(x)
+
+
+class QuantHardswish(QuantGate, nn.Hardswish):
+    """Hard-swish, x * clamp(x / 6 + 1 / 2, 0, 1)."""
+
+    activation = nn.Hardswish
+
+    def gate(self, x: Tensor) -> Tensor:
+        return F.hardsigmoid(x)
+
+
+_GATES: dict[type, type[QuantGate]] = {twin.activation: twin for twin in (QuantSiLU, QuantHardswish)}
+
+
+def quant_gate(activation: nn.Module | None, input: OutputQuantizer) -> QuantGate | None:
+    """The twin of an activation behind ``input``; None if it has none."""
+    twin = _GATES.get(type(activation))
+    return None if twin is None else twin(input, bool(activation.inplace)).train(input.training)  # type: ignore[union-attr]
 
 
 def layer_operation(layer: nn.Module) -> str:

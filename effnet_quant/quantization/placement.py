@@ -11,7 +11,7 @@ from torch import fx, nn
 from torch.nn import functional as F
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from effnet_quant.quantization.modules import QuantSiLU, layer_operation
+from effnet_quant.quantization.modules import layer_operation, quant_gate
 from effnet_quant.quantization.output_quantizer import OutputQuantizer
 from effnet_quant.quantization.quantizer import TensorQuantizer
 from effnet_quant.quantization.spec import QuantSpec
@@ -153,7 +153,8 @@ class _Placement:
 
     def quantize_output(self, node: fx.Node) -> None:
         """An OutputQuantizer behind the convolution, its BatchNorm and an activation that only clips; none where all
-        that follows is the quantizers of one value, or the model's output. An SiLU behind it follows its rounding."""
+        that follows is the quantizers of one value, or the model's output. An SiLU or hard-swish behind it follows its
+        rounding."""
         value = self._follow(node, (nn.BatchNorm2d,), set())
         value = self._follow(value, _CLIPPING_MODULES, _CLIPPING)
         end = self._follow(value, _CLIPPING_MODULES + _MOVING_MODULES, _CLIPPING | _MOVING)
@@ -168,9 +169,8 @@ class _Placement:
             rounded = self._graph.call_module(quantizer, (value,))
         value.replace_all_uses_with(rounded, delete_user_cb=lambda user: user is not rounded)
         for user in list(rounded.users):
-            activation = self.module(user)
-            if type(activation) is nn.SiLU:
-                twin = QuantSiLU(rounding, activation.inplace).train(rounding.training)
+            twin = quant_gate(self.module(user), rounding)
+            if twin is not None:
                 self._model.set_submodule(str(user.target), twin)
 
     def _follow(self, node: fx.Node, modules: tuple[type[nn.Module], ...], functions: set[Any]) -> fx.Node:

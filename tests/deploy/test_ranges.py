@@ -23,19 +23,27 @@ def chain(op: str) -> list[onnx.NodeProto]:
         return [node("Sigmoid", ["x"], ["s"]), node("Mul", ["x", "s"], ["y"]), last]
     if op == "sigmoid":
         return [node("Sigmoid", ["x"], ["y"]), last]
+    if op in ("HardSwish", "HardSigmoid"):
+        return [node(op, ["x"], ["y"]), last]
     if op == "add":
         return [node("DequantizeLinear", ["i", "other_scale", "zero"], ["o"]), node("Add", ["x", "o"], ["y"]), last]
     return [node("QuantizeLinear", ["x", "scale", "zero"], ["q"])]
 
 
 @settings(max_examples=200, deadline=None)
-@given(st.floats(1e-4, 10.0), st.sampled_from(["silu", "sigmoid", "none"]))
+@given(st.floats(1e-4, 10.0), st.sampled_from(["silu", "sigmoid", "HardSwish", "HardSigmoid", "none"]))
 def test_clipping_to_the_needed_changes_no_integer(scale: float, op: str) -> None:
     constants = {"scale": np.array(scale, np.float32), "zero": np.array(128, np.uint8)}
     needed = NeededRanges(chain(op), constants).of("x")
     assert needed is not None
     x = np.concatenate([np.linspace(-60, 60, 20001), np.linspace(-2000, 2000, 2001)])
-    functions = {"silu": lambda v: v / (1 + np.exp(-v)), "sigmoid": lambda v: 1 / (1 + np.exp(-v)), "none": lambda v: v}
+    functions = {
+        "silu": lambda v: v / (1 + np.exp(-v)),
+        "sigmoid": lambda v: 1 / (1 + np.exp(-v)),
+        "HardSwish": lambda v: v * np.clip(v / 6 + 0.5, 0, 1),
+        "HardSigmoid": lambda v: np.clip(v / 6 + 0.5, 0, 1),
+        "none": lambda v: v,
+    }
     with np.errstate(over="ignore"):
         expected = quantize(functions[op](x), scale, 128)
         got = quantize(functions[op](np.clip(x, needed.low, needed.high)), scale, 128)

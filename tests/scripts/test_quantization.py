@@ -6,6 +6,7 @@ import json
 import re
 import shlex
 
+import onnx
 import pytest
 import torch
 
@@ -169,3 +170,74 @@ def test_a_loss_that_is_no_number_is_reported_with_the_quantizer_that_met_it(
     (error,) = result.error_lines
     assert re.search(r"epoch 1, batch 2 \(NaN or infinity first met in conv1\._weight_quantizer\)", error)
     assert str(image_folder / "train") in error
+
+
+TINY = shlex.split(
+    "--arch timm:test_efficientnet --num-classes 3 --image-size 32 -b 6 --data-backend pytorch -j 0 --seed 1 --lr 0.01"
+    " --prof 1"
+)
+
+
+def test_hard_swish_is_known_to_all_that_follows(run_script, image_folder, tmp_path):
+    arch = "timm:test_efficientnet"
+    torch.manual_seed(0)
+    given = tmp_path / "float.pth"  # says nothing of itself
+    write_weights(given, create_model(arch, 3).state_dict(), {})
+    start = ["--pretrained-from-file", given, "--epochs", 1, "--calibration-images", 6, "--distill", given]
+    result = run_script("quant_main.py", image_folder, *TINY, *start, "--hard-swish", "--workspace", tmp_path / "hard")
+    assert result.code == 0, result.err
+    checkpoint = tmp_path / "hard/checkpoint.pth.tar"
+    assert checkpoint_of(tmp_path / "hard")["metadata"]["hard_swish"] is True
+
+    def operators(*flags, code=0):
+        exported = run_script("model2onnx.py", "--arch", arch, *flags, "--output", tmp_path / "q.onnx")
+        assert exported.code == code, exported.err
+        model = onnx.load(tmp_path / "q.onnx")
+        return {node.op_type for node in model.graph.node}, json.loads(model.metadata_props[0].value)
+
+    for weights in (checkpoint, tmp_path / "hard.safetensors"):
+        kinds, metadata = operators("--pretrained-from-file", weights, "--target", "openvino")
+        assert "HardSwish" in kinds
+        assert metadata["hard_swish"] is True
+        extraction = ["--checkpoint-path", checkpoint, "--weight-path", tmp_path / "hard.safetensors"]
+        assert run_script("checkpoint2model.py", *extraction).code == 0
+    verified = run_script(
+        "model2onnx.py", "--arch", arch, "--pretrained-from-file", checkpoint, "--output", tmp_path / "v.onnx",
+        "--verify", image_folder, "--min-images", 18, "--min-agreement", 90,
+    )  # fmt: skip
+    assert verified.code == 0, verified.out
+    assert "HardSwish" in operators("--pretrained-from-file", given, "--hard-swish", "--num-classes", 3)[0]
+    assert "HardSwish" not in operators("--pretrained-from-file", given, "--num-classes", 3)[0]
+
+    resume = ["--resume", checkpoint, "--epochs", 2, "--workspace", tmp_path / "hard"]
+    assert run_script("quant_main.py", image_folder, *TINY, *resume).code == 0
+    assert checkpoint_of(tmp_path / "hard")["metadata"]["hard_swish"] is True
+
+
+def test_ranges_of_another_activation_are_left_out(run_script, image_folder, tmp_path):
+    torch.manual_seed(0)
+    given = tmp_path / "float.pth"
+    write_weights(given, create_model("timm:test_efficientnet", 3).state_dict(), {})
+    calibrated = ["--epochs", 0, "--calibration-images", 6, "--workspace", tmp_path]
+    result = run_script("quant_main.py", image_folder, *TINY, "--pretrained-from-file", given, *calibrated)
+    assert result.code == 0, result.err
+    assert "hard_swish" not in checkpoint_of(tmp_path)["metadata"]
+    started = ["--pretrained-from-file", tmp_path / "checkpoint.pth.tar", "--hard-swish", *calibrated[:-1]]
+    result = run_script("quant_main.py", image_folder, *TINY, *started, tmp_path / "hard")
+    assert result.code == 0, result.err
+    assert "are for another quantization" in result.err
+    assert "calibrated on" in result.out
+
+    resumed = run_script(
+        "quant_main.py", image_folder, *TINY, "--resume", tmp_path / "checkpoint.pth.tar", "--hard-swish"
+    )
+    assert resumed.code == 2
+    assert "leave out --hard-swish" in resumed.error_lines[0]
+    without = run_script(
+        "main.py", image_folder, *NETWORK, "--hard-swish", "--epochs", 1, "--workspace", tmp_path / "none"
+    )
+    assert without.code == 2
+    assert without.error_lines == [
+        "error: cifar-resnet20 has no SiLU that hard-swish could take the place of; leave it out."
+    ]
+    assert not (tmp_path / "none").exists()
