@@ -2,26 +2,34 @@
 
 Every calibration method with every preset, on published weights and real images: 512 training images to calibrate with
 (seed 0), all 10,000 test images to measure on. Prints top-1, how often the prediction is the float network's, and the
-logits' signal to quantization noise ratio, of the simulation of each target.
+logits' signal to quantization noise ratio, of the simulation of each target. At the end the same of what today's tools make
+of the same network with the same images: ONNX Runtime's, as an engine with exact kernels, and nvidia-modelopt's simulation
+(where it is installed: pip install nvidia-modelopt requests).
 
     python benchmarks/cifar_calibration.py ../shared/data
+    python benchmarks/cifar_calibration.py ../shared/data --targets --presets w8a8      the tools alone
 """
 
 from __future__ import annotations
 
 import argparse
+import copy
 import io
 import itertools
 import tarfile
-from collections.abc import Iterable
+import tempfile
+from collections.abc import Callable, Iterable
 from pathlib import Path
 
 import numpy as np
+import onnxruntime
 import torch
+from onnxruntime import quantization as tool
+from onnxruntime.quantization.shape_inference import quant_pre_process
 from PIL import Image
 from torch import Tensor, nn
 
-from effnet_quant import create_model, quantize
+from effnet_quant import create_model, export_onnx, load_engine, quantize
 from effnet_quant.data.transforms import Preprocessing, normalize
 from effnet_quant.models.registry import get_entry
 from effnet_quant.quantization.calibration import METHODS, collect, set_ranges
@@ -62,7 +70,7 @@ def main() -> None:
     parser.add_argument("data", type=Path, help=f"folder with {ARCHIVE} and {WEIGHTS}")
     parser.add_argument("--percentile", type=float, nargs="+", default=[99.9, 99.99, 99.999])
     parser.add_argument("--presets", nargs="+", default=PRESETS)
-    parser.add_argument("--targets", nargs="+", choices=tuple(TARGETS), default=tuple(TARGETS))
+    parser.add_argument("--targets", nargs="*", choices=tuple(TARGETS), default=tuple(TARGETS))
     arguments = parser.parse_args()
     chosen = torch.randperm(50_000, generator=torch.Generator().manual_seed(0))[:512].tolist()
     preprocessing = Preprocessing(**get_entry(MODEL).input.__dict__)
@@ -73,7 +81,14 @@ def main() -> None:
 
     truth = logits_of(create_model(MODEL, weights=weights), images)
     print(f"float: top-1 {100 * (truth.argmax(1) == labels).double().mean():.2f} %", flush=True)
-    print(f"{'target':12} {'preset':12} {'method':22} {'top-1 %':>8} {'agree %':>8} {'SQNR dB':>8}")
+    print(f"{'target':20} {'preset':14} {'method':22} {'top-1 %':>8} {'agree %':>8} {'SQNR dB':>8}")
+
+    def show(target: str, preset: str, method: str, logits: Tensor) -> None:
+        top1 = 100 * (logits.argmax(1) == labels).double().mean()
+        agreement = 100 * (logits.argmax(1) == truth.argmax(1)).double().mean()
+        noise = decibels(truth, logits)
+        print(f"{target:20} {preset:14} {method:22} {top1:8.2f} {agreement:8.2f} {noise:8.2f}", flush=True)
+
     for target, preset in itertools.product(arguments.targets, arguments.presets):
         model = quantize(create_model(MODEL, weights=weights), preset, target=target)
         # one pass over the images serves every method that wants histograms
@@ -81,12 +96,60 @@ def main() -> None:
         for method in METHODS:
             for percentile in arguments.percentile if method == "percentile" else [100.0]:
                 set_ranges(model, seen.get(method, seen["mse"]), method, percentile)
-                logits = logits_of(model, images)
-                top1 = 100 * (logits.argmax(1) == labels).double().mean()
-                agreement = 100 * (logits.argmax(1) == truth.argmax(1)).double().mean()
                 name = f"{method} {percentile}" if method == "percentile" else method
-                noise = decibels(truth, logits)
-                print(f"{target:12} {preset:12} {name:22} {top1:8.2f} {agreement:8.2f} {noise:8.2f}", flush=True)
+                show(target, preset, name, logits_of(model, images))
+    model = create_model(MODEL, weights=weights).eval()
+    _show_modelopt(model, calibration, images, show)
+    _show_onnxruntimes_tool(model, calibration, images, show)
+
+
+Show = Callable[[str, str, str, Tensor], None]
+
+
+def _show_modelopt(model: nn.Module, calibration: Tensor, images: Tensor, show: Show) -> None:
+    try:
+        import modelopt.torch.quantization as mtq
+    except ImportError:
+        print("nvidia-modelopt is not installed, so it is left out")
+        return
+    theirs = mtq.quantize(copy.deepcopy(model), mtq.INT8_DEFAULT_CFG, lambda model: logits_of(model, calibration))
+    show("nvidia-modelopt", "int8", "max", logits_of(theirs, images))
+
+
+class _Reader(tool.CalibrationDataReader):
+    """Hands out the calibration images."""
+
+    def __init__(self, images: Tensor) -> None:
+        self._batches = iter(images.split(64))
+
+    def get_next(self) -> dict[str, np.ndarray] | None:
+        batch = next(self._batches, None)
+        return None if batch is None else {"input": batch.numpy()}
+
+
+def _show_onnxruntimes_tool(model: nn.Module, calibration: Tensor, images: Tensor, show: Show) -> None:
+    symmetric = {"ActivationSymmetric": True, "WeightSymmetric": True}
+    grids = {"uint8, affine": (tool.QuantType.QUInt8, {}), "int8, symmetric": (tool.QuantType.QInt8, symmetric)}
+    with tempfile.TemporaryDirectory() as folder:
+        source, prepared, written = (Path(folder, f"{name}.onnx") for name in ("float", "prepared", "int8"))
+        export_onnx(model, source, images.shape[-1])
+        quant_pre_process(str(source), str(prepared), skip_symbolic_shape=True)
+        for (name, (activations, options)), method in itertools.product(grids.items(), tool.CalibrationMethod):
+            if method == tool.CalibrationMethod.Distribution:  # of float8
+                continue
+            tool.quantize_static(
+                prepared,
+                written,
+                _Reader(calibration),
+                per_channel=True,
+                activation_type=activations,
+                weight_type=tool.QuantType.QInt8,
+                calibrate_method=method,
+                extra_options=options,
+            )
+            engine = load_engine(written)  # which asks for exact kernels
+            logits = [torch.from_numpy(engine(batch.numpy())) for batch in images.split(500)]
+            show(f"ONNX Runtime {onnxruntime.__version__}", name, method.name.lower(), torch.cat(logits))
 
 
 if __name__ == "__main__":

@@ -6,8 +6,9 @@ turns in one process, with the same number of threads. The table gives the media
 the speed of the others over it (above 1 is faster); at the end our fastest engine, over ONNX Runtime FP32 and over the
 fastest float engine of its own runtime (FP32 or bfloat16).
 
-    python benchmarks/engine_latency.py                             224 px, batches of 1 and 32; 5 to 8 minutes
-    python benchmarks/engine_latency.py --networks timm:resnet50    one network: 2 to 3 minutes
+    python benchmarks/engine_latency.py                             224 px, batches of 1 and 32; 8 to 10 minutes
+    python benchmarks/engine_latency.py --networks timm:resnet50    one network: 3 minutes
+    python benchmarks/engine_latency.py --networks timm:efficientnet_b0 --hard-swish    ours with hard-swish for SiLU
 
 The peers run with their runtimes' default settings (on CPUs with AMX, OpenVINO then computes floats in bfloat16), ours as
 load_engine runs them; in OpenVINO all are compiled for the shape they run in. On CPUs without VNNI, ONNX Runtime's default
@@ -43,6 +44,7 @@ from effnet_quant.cli.latency import describe_engines_machine, machine_line
 from effnet_quant.deploy.backends.openvino import OpenvinoRunner, shared_core
 from effnet_quant.deploy.cpu import cpu_has_bf16, cpu_has_exact_int8
 from effnet_quant.deploy.latency import interleaved_seconds, rounds_for
+from effnet_quant.models.activations import replace_silu
 
 try:
     import nncf
@@ -53,9 +55,12 @@ Images = NDArray[np.float32]
 Run = Callable[[Images], Any]
 NETWORKS = ("timm:efficientnet_b0", "timm:resnet50", "timm:mobilenetv2_100")
 BASE = "ORT FP32 (ms)"
-OWN_FLOATS = {"ORT": (BASE,), "OpenVINO": ("OpenVINO FP32", "OpenVINO bf16")}
+OWN_FLOATS = {
+    "ORT": (BASE, "ORT FP32, hard-swish"),
+    "OpenVINO": ("OpenVINO FP32", "OpenVINO bf16", "OpenVINO FP32, hard-swish"),
+}
 CALIBRATION_IMAGES = 8
-SECONDS = 30  # for all engines of a network at one batch size, about
+SECONDS = 60  # for all engines of a network at one batch size, about
 
 
 def main() -> None:
@@ -65,6 +70,9 @@ def main() -> None:
     parser.add_argument("--image-size", type=int, default=224)
     parser.add_argument("--batch-sizes", type=int, nargs="+", default=(1, 32))
     parser.add_argument("--threads", type=int, default=os.cpu_count())
+    parser.add_argument(
+        "--hard-swish", action="store_true", help="ours, and two float columns, with hard-swish for SiLU"
+    )
     arguments = parser.parse_args()
     print(machine_line(describe_engines_machine(arguments.threads)))
     if nncf is None:
@@ -78,7 +86,7 @@ def main() -> None:
     for network in arguments.networks:
         start = time.monotonic()
         with tempfile.TemporaryDirectory() as folder:
-            engines = _engines(network, arguments.image_size, arguments.threads, Path(folder))
+            engines = _engines(network, arguments, Path(folder))
             prepared = time.monotonic() - start
             for batch_size in arguments.batch_sizes:
                 medians = _medians(list(engines.values()), batch_size, arguments.image_size)
@@ -113,8 +121,9 @@ def _medians(runs: Sequence[Run], batch_size: int, image_size: int) -> list[floa
     return [statistics.median(seconds) for seconds in interleaved_seconds(functions, rounds, runs_a_turn)]
 
 
-def _engines(network: str, image_size: int, threads: int, folder: Path) -> dict[str, Run]:
+def _engines(network: str, arguments: argparse.Namespace, folder: Path) -> dict[str, Run]:
     """Every column's engine, ONNX Runtime's float one first."""
+    image_size, threads = arguments.image_size, arguments.threads
     model, images = model_and_images(network, image_size)
     float_path = folder / "float.onnx"
     export_onnx(model, float_path, image_size)
@@ -124,6 +133,11 @@ def _engines(network: str, image_size: int, threads: int, folder: Path) -> dict[
     }
     if cpu_has_bf16():
         engines["OpenVINO bf16"] = load_engine(float_path, "openvino", precision="bf16", threads=threads)
+    if arguments.hard_swish:  # from here on
+        replace_silu(model)
+        export_onnx(model, folder / "hard_float.onnx", image_size)
+        engines["ORT FP32, hard-swish"] = load_engine(folder / "hard_float.onnx", threads=threads)
+        engines["OpenVINO FP32, hard-swish"] = load_engine(folder / "hard_float.onnx", "openvino", threads=threads)
     if not cpu_has_exact_int8():
         exact = write_ours(copy.deepcopy(model), images, folder / "w7a8", "w7a8")
         engines["ours w7a8, ORT"] = load_engine(exact["onnxruntime"], threads=threads)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import random
 import statistics
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -15,6 +16,7 @@ from effnet_quant.deploy.engine import Engine
 
 ROUNDS = 5
 RUNS_A_TURN = 5
+PAUSE = 0.02  # seconds
 MOST_ROUNDS = 100
 FEWEST_ROUNDS = 3
 
@@ -24,17 +26,21 @@ def interleaved_seconds(
 ) -> list[list[float]]:
     """Wall-clock seconds of every timed run of each function, ``rounds * runs_a_turn`` of them.
 
-    The functions take turns, so that what else the machine does hits all of them alike. A turn starts with a run that is
-    not timed: the threads of the function before may still be spinning, and caches hold its data.
+    The functions take turns, so that what else the machine does hits all of them alike, in another order each round. A turn
+    starts with a pause, in which threads of the function before stop spinning (ONNX Runtime's took up to a fifth of the
+    next one's speed, on two cores), and with a run that is not timed: caches hold the other's data.
     """
     times: list[list[float]] = [[] for _ in runs]
+    order, shuffled = list(range(len(runs))), random.Random(0)
     for _ in range(rounds):
-        for own_times, run in zip(times, runs, strict=True):
-            run()
+        shuffled.shuffle(order)
+        for index in order:
+            time.sleep(PAUSE)
+            runs[index]()
             for _ in range(runs_a_turn):
                 start = time.perf_counter()
-                run()
-                own_times.append(time.perf_counter() - start)
+                runs[index]()
+                times[index].append(time.perf_counter() - start)
     return times
 
 

@@ -21,7 +21,15 @@ from effnet_quant.deploy.operators import IDENTITIES, OPERATIONS
 from effnet_quant.deploy.options import ExportOptions
 from effnet_quant.deploy.ranges import NeededRanges
 from effnet_quant.deploy.rounding import round_before_activations, round_gates, saturate_hard_sigmoids
-from effnet_quant.deploy.tracing import FAKE_QUANTIZE, QUANTIZE_OUTPUT, TracedModel, image_channels, module_path, trace
+from effnet_quant.deploy.tracing import (
+    FAKE_QUANTIZE,
+    PAD_SAME,
+    QUANTIZE_OUTPUT,
+    TracedModel,
+    image_channels,
+    module_path,
+    trace,
+)
 from effnet_quant.errors import UserError
 from effnet_quant.files import replace_file
 from effnet_quant.models.weights import METADATA_KEY
@@ -144,7 +152,7 @@ class _Exporter:
         elif node.target is QUANTIZE_OUTPUT:
             scale, zero_point = node.args[1:]
             self.names[node] = self.writer.quantized_activation(self._tensor(node.args[0]), scale, zero_point, path)  # type: ignore[arg-type]
-        elif node.target in IDENTITIES:
+        elif node.target in IDENTITIES or node.target is PAD_SAME:  # the convolution says that
             self.names[node] = self._tensor(node.args[0])
         elif node.target is operator.getitem:
             self.names[node] = self.parts[node.args[0]][node.args[1]]  # type: ignore[index]
@@ -198,6 +206,7 @@ class _Exporter:
             product = self.writer.node("MatMul", names[:2], path)
             return self.writer.node("Add", [product, names[2]], path) if len(names) > 2 else product
         source, padding = _spatial_padding(node)
+        padded: dict[str, Any] = {"auto_pad": "SAME_UPPER"} if source.target is PAD_SAME else {"pads": padding}
         x = self._tensor(source)
         names = [x, *layer.write(self.writer, path, self.input_scales.get(x))]
         operation = Operation(self.writer, node, self._tensor, path)
@@ -207,7 +216,7 @@ class _Exporter:
             path,
             kernel_shape=layer.weight.shape[2:],
             strides=_per_dimension(operation["stride"], layer.weight.ndim - 2),
-            pads=padding,
+            **padded,
             dilations=_per_dimension(operation["dilation"], layer.weight.ndim - 2),
             group=operation["groups"],
         )

@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import contextlib
+from collections.abc import Iterator
+
 import numpy as np
 import torch
 from torch import fx
 
 from effnet_quant.deploy.operation import Emit, Operation, rank, shape_of
+from effnet_quant.errors import UserError
 
 aten = torch.ops.aten
 
@@ -78,7 +82,23 @@ def _size(op: Operation, asked: object, size: int | torch.SymInt) -> str:
     if isinstance(asked, fx.Node) and asked.target is aten.sym_size.int:
         source, axis = asked.args
         return op.emit("Shape", op.tensor(source), start=axis, end=axis + 1)  # type: ignore[operator]
-    raise op.refuse("to a computed size can't be exported")
+    found = next(_as_large(op, size), None)
+    if found is None:
+        raise op.refuse("to a computed size can't be exported")
+    return op.emit("Shape", found[0], start=found[1], end=found[1] + 1)
+
+
+def _as_large(op: Operation, size: torch.SymInt) -> Iterator[tuple[str, int]]:
+    """Values computed before, by name, and their axes of this very size, whatever the images are."""
+    for node in op.node.graph.nodes:
+        if node is op.node:
+            return
+        value = node.meta.get("val")
+        for axis, own in enumerate(value.shape if isinstance(value, torch.Tensor) else ()):
+            # the expressions: to compare the sizes would bind them
+            if isinstance(own, torch.SymInt) and own.node.expr == size.node.expr:
+                with contextlib.suppress(UserError):  # it is not written
+                    yield op.tensor(node), axis
 
 
 def repeat(op: Operation) -> str:

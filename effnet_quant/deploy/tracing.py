@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import copy
+from typing import Any
 
 import torch
 from torch import Tensor, fx, nn
+from torch.nn import functional as F
 
 from effnet_quant.errors import UserError
 from effnet_quant.quantization.insertion import quantizers, simulate_target
@@ -37,6 +39,29 @@ def _(x: Tensor, scale: float, zero_point: int) -> Tensor:
     return torch.empty_like(x)
 
 
+@torch.library.custom_op("effnet_quant::pad_same", mutates_args=())
+def pad_same_node(x: Tensor, kernel: list[int], stride: list[int]) -> Tensor:
+    """Marks the zeros that TensorFlow's "SAME" puts around images of any size, one more at the end if their number is odd,
+    before a convolution; puts them there."""
+    pads: list[int] = []
+    for size, length, step in zip(x.shape[-2:], kernel, stride, strict=True):
+        missing = _padded(size, length, step) - size
+        pads = [missing // 2, missing - missing // 2, *pads]  # PyTorch lists the last dimension first
+    return F.pad(x, pads)
+
+
+@pad_same_node.register_fake
+def _(x: Tensor, kernel: list[int], stride: list[int]) -> Tensor:
+    sizes = [_padded(size, length, step) for size, length, step in zip(x.shape[-2:], kernel, stride, strict=True)]
+    return x.new_empty([*x.shape[:-2], *sizes])
+
+
+def _padded(size: Any, kernel: int, stride: int) -> Any:
+    """The size at which a convolution's last step ends with the image."""
+    return size if kernel == 1 else (size - 1) // stride * stride + kernel
+
+
+PAD_SAME = torch.ops.effnet_quant.pad_same.default
 QUANTIZE_OUTPUT = torch.ops.effnet_quant.quantize_output.default
 FAKE_QUANTIZE = torch.ops.effnet_quant.fake_quantize.default
 
@@ -71,12 +96,37 @@ class _MarkedOutput(nn.Module):
         return quantize_output_node(x, self.scale, self.zero_point)
 
 
+class _MarkedSameConv(nn.Module):
+    """Stands in for timm's Conv2dSame. What that computes of the image's size, torch.export can't trace in sensible time if
+    the size is open."""
+
+    def __init__(self, conv: nn.Conv2d) -> None:
+        super().__init__()
+        self.weight, self.bias = conv.weight, conv.bias
+        self._input_quantizer = getattr(conv, "_input_quantizer", nn.Identity())
+        self._weight_quantizer = getattr(conv, "_weight_quantizer", nn.Identity())
+        self.kernel, self.stride, self.groups = list(conv.kernel_size), list(conv.stride), conv.groups
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = pad_same_node(self._input_quantizer(x), self.kernel, self.stride)
+        return F.conv2d(x, self._weight_quantizer(self.weight), self.bias, self.stride, groups=self.groups)
+
+
+def _pads_same(module: nn.Module) -> bool:
+    """Whether it is timm's Conv2dSame or its quantized twin, in a form for which ONNX Runtime computes the padding: not
+    dilated, and stepping over no pixel that it might have to pad."""
+    if type(module).__name__ not in ("Conv2dSame", "QuantConv2dSame") or not isinstance(module, nn.Conv2d):
+        return False
+    steps = zip(module.kernel_size, module.stride, strict=True)
+    return module.dilation == (1, 1) and all(kernel == 1 or kernel >= stride for kernel, stride in steps)
+
+
 class TracedModel:
     """The operations of a model in eval mode, in order, with its parameters and buffers as constants.
 
     Attributes:
-        nodes: the graph's nodes; each ``call_function`` node has an ATen overload or ``FAKE_QUANTIZE``
-            or ``QUANTIZE_OUTPUT`` as target.
+        nodes: the graph's nodes; each ``call_function`` node has an ATen overload or ``FAKE_QUANTIZE``, ``QUANTIZE_OUTPUT``
+            or ``PAD_SAME`` as target.
         constants: the value of every placeholder node but the input's, as float32 (or integer) CPU tensors.
         input: the placeholder of the images.
         output: the node that computes the logits.
@@ -153,6 +203,10 @@ def trace(
             marked.set_submodule(name, _MarkedOutput(*module.grid) if module.rounds and module.grid else nn.Identity())
         elif isinstance(module, QuantGate):
             marked.set_submodule(name, module.activation())
+    if dynamic_size:
+        for name, module in list(marked.named_modules()):
+            if _pads_same(module):
+                marked.set_submodule(name, _MarkedSameConv(module))
     images = torch.zeros(2, in_channels, image_size, image_size)
     dimensions = {0: torch.export.Dim("batch", min=1)}
     if dynamic_size:

@@ -51,9 +51,13 @@ def test_benchmark_inference_computes_the_same_figures() -> None:
 
 def test_functions_take_turns_and_each_turn_starts_untimed() -> None:
     calls: list[str] = []
-    times = interleaved_seconds([lambda: calls.append("a"), lambda: calls.append("b")], rounds=2, runs_a_turn=3)
-    assert "".join(calls) == "aaaabbbb" * 2
-    assert [len(own) for own in times] == [6, 6]
+    runs = [lambda name=name: calls.append(name) for name in "abc"]
+    times = interleaved_seconds(runs, rounds=5, runs_a_turn=3)
+    turns = ["".join(calls[start : start + 4]) for start in range(0, len(calls), 4)]
+    rounds = [tuple(turns[start : start + 3]) for start in range(0, 15, 3)]
+    assert all(sorted(round_) == ["aaaa", "bbbb", "cccc"] for round_ in rounds)
+    assert len(set(rounds)) > 1, "the one that follows another is not always the same"
+    assert [len(own) for own in times] == [15, 15, 15]
     assert len(median_seconds([lambda: None], rounds=1)) == 1
 
 

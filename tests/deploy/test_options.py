@@ -1,5 +1,6 @@
 """The forms of an ONNX file: each computes what the plain one does, in a real session."""
 
+import copy
 import os
 import subprocess
 import sys
@@ -12,6 +13,7 @@ import onnxruntime
 import pytest
 import torch
 from onnx import numpy_helper
+from timm.layers.conv2d_same import Conv2dSame
 from torch import Tensor, nn
 from torch.nn import functional
 
@@ -139,11 +141,17 @@ def test_what_needs_known_sizes_is_refused_a_dynamic_one(name: str) -> None:
     torch.testing.assert_close(run(build_onnx(model, 32), IMAGES), model(IMAGES), rtol=1e-4, atol=1e-5)
 
 
+def as_large_as(other: Tensor, x: Tensor) -> Tensor:
+    """Of the other's size torch.export keeps no more than the formula by which it follows from the image's."""
+    return functional.interpolate(x, size=other.shape[-2:]) * other
+
+
 ANY_SIZES: dict[str, Callable[[Tensor], Tensor]] = {
     "mean": lambda x: functional.adaptive_avg_pool2d(x, 1) * x,
     "maximum": lambda x: functional.adaptive_max_pool2d(x, 1) * x,
     "twice as large": lambda x: functional.interpolate(x, scale_factor=2, mode="nearest"),
     "as large as another": lambda x: functional.interpolate(functional.max_pool2d(x, 3), size=x.shape[-2:]) * x,
+    "as large as a smaller one": lambda x: as_large_as(functional.max_pool2d(x, 2), functional.max_pool2d(x, 5)),
     "to 7 by 5": lambda x: functional.interpolate(x, size=(7, 5), mode="bilinear"),
 }
 
@@ -158,6 +166,26 @@ def test_what_does_not_runs_at_every_size(name: str) -> None:
         torch.testing.assert_close(run(proto, images), model(images), rtol=1e-4, atol=1e-5)
 
 
+@torch.no_grad()
+def test_padding_by_the_size_of_the_image_is_the_convolutions(tmp_path: Path) -> None:
+    """timm's Conv2dSame, as in its tf_* networks."""
+    torch.manual_seed(0)
+    wide = Conv2dSame(8, 8, 5, stride=2, groups=8)
+    layers = [Conv2dSame(3, 8, 3, stride=2), nn.ReLU(), wide, nn.ReLU(), Conv2dSame(8, 6, 1, 2)]
+    network = nn.Sequential(*layers, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(6, 5)).eval()
+    quantized = calibrate(quantize(copy.deepcopy(network)), [IMAGES], method="max")
+    for target in ("float", *TARGETS):
+        model = network if target == "float" else simulate_target(quantized, target)
+        rules = "onnxruntime" if target == "float" else target
+        proto = build_onnx(model, 32, target=rules, options=ExportOptions(dynamic_size=True))
+        assert "Pad" not in {node.op_type for node in proto.graph.node}
+        for height, width in ((32, 32), (33, 47), (54, 40)):
+            images = torch.randn(2, 3, height, width, generator=torch.Generator().manual_seed(1))
+            assert relative_error(run(proto, images, optimize=False), model(images)) < (
+                1e-5 if target == "float" else 5e-3
+            )
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize(
     ("name", "size", "refused"),
@@ -166,7 +194,8 @@ def test_what_does_not_runs_at_every_size(name: str) -> None:
         ("timm:mobilenetv3_large_100", 64, False),
         ("torchvision:alexnet", 224, True),
         ("torchvision:vgg16", 64, True),
-        ("timm:ghostnetv2_100", 64, True),
+        ("timm:ghostnetv2_100", 64, False),
+        ("timm:tf_efficientnetv2_b0", 64, False),
     ],
 )
 @torch.no_grad()

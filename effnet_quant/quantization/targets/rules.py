@@ -8,7 +8,7 @@ from dataclasses import dataclass, replace
 from effnet_quant.errors import UserError
 
 # stem: the convolution that takes the image; linear: the classifier, and squeeze-and-excitation's layers where they are
-# linear; silu: the sigmoid in x * sigmoid(x); the others as they are called
+# linear; silu: the gates of SiLU and hard-swish, in x * gate(x); the others as they are called
 OPERATIONS = ("stem", "conv", "depthwise", "linear", "pool", "mul", "add", "concat", "silu")
 
 
@@ -22,8 +22,7 @@ class Target:
         unsigned: whether activations that are never negative, behind a ReLU, take the grid 0 … 255 (uint8 with zero point 0)
             over the same range.
         quantized: the OPERATIONS that compute with integers: their inputs carry QDQ, and the weights of convolutions and
-            linear layers are int8. For "silu", the sigmoid's output carries QDQ where its input does. The others stay in
-            float.
+            linear layers are int8. For "silu", the gate carries QDQ where its input does. The others stay in float.
         quantized_outputs: whether a quantized convolution needs QDQ on its output too, to run as an integer kernel.
         quantized_bias: whether biases are written as int32 with scale s_input * s_weight, or stay float.
     """
