@@ -342,7 +342,8 @@ class _Allowed:
 
 
 _AT_LEAST_ONE = _Allowed(lambda value: value >= 1, "at least 1")
-_NOT_NEGATIVE = _Allowed(lambda value: value >= 0, "0 or more")
+_NOT_NEGATIVE = _Allowed(lambda value: 0 <= value < math.inf, "0 or more")
+_SHARE = _Allowed(lambda value: 0 <= value <= 1, "between 0 and 1")
 _ALLOWED = {
     "num-classes": _AT_LEAST_ONE,
     "batch-size": _AT_LEAST_ONE,
@@ -358,21 +359,21 @@ _ALLOWED = {
     "warmup": _NOT_NEGATIVE,
     "lr": _NOT_NEGATIVE,
     "end-lr": _NOT_NEGATIVE,
-    "momentum": _NOT_NEGATIVE,
+    "momentum": _SHARE,
     "weight-decay": _NOT_NEGATIVE,
     "gather-checkpoints": _Allowed(lambda value: value >= -1, "-1 (all) or more"),
     "checkpoint-every-steps": _NOT_NEGATIVE,
     "mixup": _NOT_NEGATIVE,
     "cutmix": _NOT_NEGATIVE,
-    "use-ema": _Allowed(lambda value: 0 <= value <= 1, "between 0 and 1"),
-    "rmsprop-alpha": _NOT_NEGATIVE,
+    "use-ema": _SHARE,
+    "rmsprop-alpha": _SHARE,
     "rmsprop-eps": _NOT_NEGATIVE,
     "seed": _Allowed(lambda value: 0 <= value < 2**63, "between 0 and 2**63 - 1"),
-    "bn-momentum": _Allowed(lambda value: 0 <= value <= 1, "between 0 and 1"),
+    "bn-momentum": _SHARE,
     "bn-epsilon": _Allowed(lambda value: value > 0, "above 0"),
     "static-loss-scale": _Allowed(lambda value: value > 0, "above 0"),
     "prof": _Allowed(lambda value: value == -1 or value >= 1, "-1 (all batches) or at least 1"),
-    "label-smoothing": _Allowed(lambda value: 0 <= value <= 1, "between 0 and 1"),
+    "label-smoothing": _SHARE,
     "dropout": _Allowed(lambda value: 0 <= value < 1, "at least 0 and below 1"),
     "survival-prob": _Allowed(lambda value: 0 < value <= 1, "above 0 and at most 1"),
 }
