@@ -68,7 +68,7 @@ def compare_layers(
     known = dict(quantizers(simulation))
     uses: dict[str, list[tuple[int, str]]] = defaultdict(list)
     for node in proto.graph.node:
-        mark = _MARK.fullmatch(node.name)
+        mark = _MARK.fullmatch(node.output[0])
         if mark and mark[1] in known:
             uses[mark[1]].append((int(mark[2] or 0), node.output[0]))
     wanted = [output for name in uses for _, output in sorted(uses[name])]

@@ -20,7 +20,12 @@ from effnet_quant.deploy.operation import Operation, shape_of
 from effnet_quant.deploy.operators import IDENTITIES, OPERATIONS
 from effnet_quant.deploy.options import ExportOptions
 from effnet_quant.deploy.ranges import NeededRanges
-from effnet_quant.deploy.rounding import round_before_activations, round_gates, saturate_hard_sigmoids
+from effnet_quant.deploy.rounding import (
+    round_before_activations,
+    round_before_max_pooling,
+    round_gates,
+    saturate_hard_sigmoids,
+)
 from effnet_quant.deploy.tracing import (
     FAKE_QUANTIZE,
     PAD_SAME,
@@ -129,6 +134,8 @@ class _Exporter:
         if self.target.quantized_outputs:
             round_before_activations(self.writer)
             self._quantize_outputs()
+        elif self.target.pools_integers:
+            round_before_max_pooling(self.writer)
         if "silu" in self.target.quantized:
             round_gates(self.writer)
             saturate_hard_sigmoids(self.writer)

@@ -36,6 +36,22 @@ def round_before_activations(writer: GraphWriter) -> None:
             pending += _quantize_input(writer, producer, quantize)
 
 
+def round_before_max_pooling(writer: GraphWriter) -> None:
+    """Move the pair behind each MaxPool, where nothing else takes its result, in front of it; in place, and exact.
+
+    For runtimes that pool integers where they get some, and whose convolution in front then writes them.
+    """
+    producers = {name: node for node in writer.nodes for name in node.output}
+    for quantize in [node for node in writer.nodes if node.op_type == QUANTIZE]:
+        pool = producers.get(quantize.input[0])
+        if pool is None or pool.op_type != "MaxPool" or len(_consumers(writer, pool.output[0])) != 1:
+            continue
+        (dequantize,) = _consumers(writer, quantize.output[0])
+        rounded, pooled = f"{pool.name}.rounded", dequantize.output[0]
+        quantize.input[0], pool.input[0] = pool.input[0], rounded
+        dequantize.output[0], pool.output[0] = rounded, pooled
+
+
 def round_gates(writer: GraphWriter) -> None:
     """Put a pair behind the gate of each SiLU and hard-swish whose input is quantized, as QuantGate simulates it; in place.
 

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from effnet_quant import UserError, calibrate, create_model, export_onnx, load_engine, quantize
 from effnet_quant.deploy.backends.openvino import shared_core
+from effnet_quant.deploy.layers import compare_layers
 from effnet_quant.deploy.onnx import FLOAT_OPERATIONS, build_onnx
 from effnet_quant.deploy.tuning import operations_of
 from effnet_quant.models.activations import replace_silu
@@ -213,3 +214,31 @@ def test_the_file_says_what_was_left_in_float(model: nn.Module, tmp_path: Path) 
     assert (metadata["target"], metadata[FLOAT_OPERATIONS]) == ("onnxruntime", ["mul", "silu"])
     with pytest.raises(UserError, match="no operation swish"):
         Target.leaving_in_float(rules, ["swish"])
+
+
+@torch.no_grad()
+def test_openvino_pools_the_integers_that_the_convolution_writes(tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    layers = [nn.Conv2d(3, 8, 3, padding=1), nn.ReLU(), nn.MaxPool2d(3, 2, 1), nn.Conv2d(8, 8, 3), nn.ReLU()]
+    network = nn.Sequential(*layers, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(8, 5)).eval()
+    model = calibrate(quantize(network, target="openvino"), [IMAGES], method="max")
+    proto = build_onnx(model, SIZE, target="openvino")
+    producers = {name: node for node in proto.graph.node for name in node.output}
+    pool = next(node for node in proto.graph.node if node.op_type == "MaxPool")
+    (taker,) = [node for node in proto.graph.node if pool.output[0] in node.input]
+    assert (producers[pool.input[0]].op_type, taker.op_type) == ("DequantizeLinear", "Conv")
+    assert relative_error(as_written(proto), model(IMAGES)) < 1e-5
+    engine = load_engine(_written(proto, tmp_path), "openvino")
+    table = compare_layers(engine, model, IMAGES)
+    assert min(row.by_itself for row in table) > 60  # dB, of values of the same shape
+    for operation in ("conv", "stem"):  # in float, in front of the pooling or behind it
+        rules = get_target("openvino").leaving_in_float([operation])
+        assert (
+            relative_error(as_written(build_onnx(model, SIZE, target=rules)), simulate_target(model, rules)(IMAGES))
+            < 1e-5
+        )
+
+
+def _written(proto: onnx.ModelProto, folder: Path) -> Path:
+    onnx.save(proto, folder / "written.onnx")
+    return folder / "written.onnx"

@@ -16,4 +16,5 @@ ONNXRUNTIME = Target(
     quantized=frozenset({"stem", "conv", "depthwise", "linear", "pool", "mul", "add", "concat", "silu"}),
     quantized_outputs=True,
     quantized_bias=True,
+    pools_integers=True,
 )

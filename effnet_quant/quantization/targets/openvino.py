@@ -14,4 +14,5 @@ OPENVINO = Target(
     quantized=frozenset({"stem", "conv", "depthwise", "linear", "add", "concat"}),
     quantized_outputs=False,
     quantized_bias=False,
+    pools_integers=True,
 )

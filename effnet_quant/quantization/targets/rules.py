@@ -25,6 +25,7 @@ class Target:
             linear layers are int8. For "silu", the gate carries QDQ where its input does. The others stay in float.
         quantized_outputs: whether a quantized convolution needs QDQ on its output too, to run as an integer kernel.
         quantized_bias: whether biases are written as int32 with scale s_input * s_weight, or stay float.
+        pools_integers: whether QDQ behind max pooling goes in front of it, which changes no value.
     """
 
     name: str
@@ -33,6 +34,7 @@ class Target:
     quantized: frozenset[str]
     quantized_outputs: bool
     quantized_bias: bool
+    pools_integers: bool
 
     def leaving_in_float(self, operations: Iterable[str]) -> Target:
         """The same target with these operations in float.

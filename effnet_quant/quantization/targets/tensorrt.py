@@ -10,4 +10,5 @@ TENSORRT = Target(
     quantized=frozenset({"stem", "conv", "depthwise", "linear", "pool", "mul", "add", "concat"}),
     quantized_outputs=False,
     quantized_bias=False,
+    pools_integers=False,
 )
