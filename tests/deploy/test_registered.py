@@ -22,7 +22,7 @@ def test_every_registered_network(name: str) -> None:
         return
     assert quantized.findings == []
     assert quantized.layer_error < 1e-2
-    # the engine rounds biases to its integers, which moves the logits as much as the simulation says
+    # half an integer on every bias moves the simulation as much
     assert max(quantized.errors.values()) < max(2e-2, 2 * quantized.rounding_error)
     assert quantized.size < 0.32 * row.size
 
