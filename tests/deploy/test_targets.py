@@ -69,8 +69,17 @@ def as_written(proto: onnx.ModelProto) -> Tensor:
     return torch.from_numpy(session.run(None, {"input": IMAGES.numpy()})[0])
 
 
-@pytest.mark.parametrize("activation", ["SiLU", "hard-swish"])
-@pytest.mark.parametrize("name", TARGETS)
+PLACEMENTS = [(name, activation) for name in TARGETS for activation in ("SiLU", "hard-swish")]
+
+
+@pytest.mark.parametrize(
+    ("name", "activation"),
+    # where hard-swish is one float operation it is like any other
+    [
+        pytest.param(*pair, marks=pytest.mark.slow if pair[1] != "SiLU" and pair[0] != "onnxruntime" else ())
+        for pair in PLACEMENTS
+    ],
+)
 @torch.no_grad()
 def test_the_simulation_follows_every_placement(
     name: str, activation: str, model: nn.Module, hard_model: nn.Module
@@ -136,6 +145,7 @@ def test_hard_swish_is_an_addition_and_a_product_of_integers(tracked: bool, tmp_
     assert kernels(tmp_path / "model.onnx") == {**expected, "QLinearGlobalAveragePool": 2, "Flatten": 1, "QGemm": 1}
 
 
+@pytest.mark.slow
 @torch.no_grad()
 def test_a_gate_of_hard_sigmoid_is_computed_with_integers(tmp_path: Path) -> None:
     torch.manual_seed(0)

@@ -148,8 +148,9 @@ def test_compiles_without_graph_breaks_and_computes_the_same(training: bool) -> 
             torch.testing.assert_close(parameter.grad, twin.grad, rtol=0.1, atol=1e-2)
 
 
-@pytest.mark.parametrize("training", [True, pytest.param(False, marks=pytest.mark.slow)])
-@pytest.mark.parametrize("depth", [0.1, pytest.param(1.0, marks=pytest.mark.slow)], ids=["a block a stage", "b0"])
+@pytest.mark.slow  # a block of it, compiled, is above
+@pytest.mark.parametrize("training", [True, False])
+@pytest.mark.parametrize("depth", [0.1, 1.0], ids=["a block a stage", "b0"])
 def test_the_whole_network_is_one_graph(training: bool, depth: float) -> None:
     model = quantize(EfficientNet(depth=depth, num_classes=10, se_as_conv=True))
     for _, quantizer in quantizers(model):

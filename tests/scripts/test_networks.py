@@ -34,7 +34,7 @@ def classes(result):
 
 
 @pytest.mark.parametrize(
-    "arch", [pytest.param(arch, marks=pytest.mark.slow if arch.startswith("torchvision:") else ()) for arch in NETWORKS]
+    "arch", [pytest.param(arch, marks=() if arch.startswith("timm:") else pytest.mark.slow) for arch in NETWORKS]
 )
 def test_a_network_is_trained_quantized_and_classifies_under_one_name(run_script, image_folder, tmp_path, arch):
     network = ["--arch", arch, *NETWORKS[arch]]
