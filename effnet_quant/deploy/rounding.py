@@ -3,7 +3,7 @@ convolution or addition.
 
 Relu and Clip keep the order of values and the quantizer's rounding does too, so quantizing first and clipping the integers
 gives the very same integers, and the convolution writes them itself. Max pooling, transposing and the like only pick and
-move values.
+move values. And finds the gates of SiLU and hard-swish with integers.
 """
 
 from __future__ import annotations

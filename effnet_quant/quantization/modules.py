@@ -8,6 +8,7 @@ marks their operands (``mul_a_quantizer``, ``mul_b_quantizer``, ``residual_quant
 from __future__ import annotations
 
 import types
+from abc import abstractmethod
 from collections.abc import Callable
 from typing import Any, ClassVar
 
@@ -162,9 +163,9 @@ class QuantGate(nn.Module):
         """Whether the gate is rounded now."""
         return self.simulated and self._input[0].rounds
 
+    @abstractmethod
     def gate(self, x: Tensor) -> Tensor:
         """What x is multiplied with."""
-        raise NotImplementedError
 
     def forward(self, x: Tensor) -> Tensor:
         return x * (torch.round(self.gate(x) * GATE_STEPS) / GATE_STEPS) if self.rounds else super().forward(x)

@@ -25,7 +25,8 @@ class Target:
             linear layers are int8. For "silu", the gate carries QDQ where its input does. The others stay in float.
         quantized_outputs: whether a quantized convolution needs QDQ on its output too, to run as an integer kernel.
         quantized_bias: whether biases are written as int32 with scale s_input * s_weight, or stay float.
-        pools_integers: whether QDQ behind max pooling goes in front of it, which changes no value.
+        pools_integers: whether QDQ behind max pooling goes in front of it, which changes no value. (A runtime that wants
+            ``quantized_outputs`` does so anyway, as behind ReLU.)
     """
 
     name: str
