@@ -6,14 +6,15 @@ turns in one process, with the same number of threads. The table gives the media
 the speed of the others over it (above 1 is faster); at the end our fastest engine, over ONNX Runtime FP32 and over the
 fastest float engine of its own runtime (FP32 or bfloat16).
 
-    python benchmarks/engine_latency.py                             224 px, batches of 1 and 32; 8 to 10 minutes
-    python benchmarks/engine_latency.py --networks timm:resnet50    one network: 3 minutes
+    python benchmarks/engine_latency.py                             224 px, batches of 1 and 32; 10 to 12 minutes
+    python benchmarks/engine_latency.py --networks timm:resnet50    one network: 4 minutes
     python benchmarks/engine_latency.py --networks timm:efficientnet_b0 --hard-swish    ours with hard-swish for SiLU
 
 The peers run with their runtimes' default settings (on CPUs with AMX, OpenVINO then computes floats in bfloat16), ours as
-load_engine runs them; in OpenVINO all are compiled for the shape they run in. On CPUs without VNNI, ONNX Runtime's default
-kernels saturate and ours do not (docs/deployment.md), so compare on CPUs that have it. Where there is none, w7a8 joins ours:
-its weights have 7 bits, and the fast kernels compute it exactly. NNCF is needed for its columns: pip install nncf.
+load_engine runs them; in OpenVINO all are compiled for the shape they run in. Each is loaded anew several times: one file's
+speed differs by up to a fifth with where its memory comes to lie. On CPUs without VNNI, ONNX Runtime's default kernels
+saturate and ours do not (docs/deployment.md), so compare on CPUs that have it. Where there is none, w7a8 joins ours: its
+weights have 7 bits, and the fast kernels compute it exactly. NNCF is needed for its columns: pip install nncf.
 """
 
 from __future__ import annotations
@@ -28,6 +29,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -38,6 +40,7 @@ import torch
 from numpy.typing import NDArray
 from onnxruntime import quantization as tool
 from onnxruntime.quantization.shape_inference import quant_pre_process
+from random_weights import wake
 
 from effnet_quant import calibrate, create_model, export_onnx, load_engine, quantize
 from effnet_quant.cli.latency import describe_engines_machine, machine_line
@@ -53,6 +56,7 @@ except ImportError:
 
 Images = NDArray[np.float32]
 Run = Callable[[Images], Any]
+Load = Callable[[], Run]
 NETWORKS = ("timm:efficientnet_b0", "timm:resnet50", "timm:mobilenetv2_100")
 BASE = "ORT FP32 (ms)"
 OWN_FLOATS = {
@@ -60,7 +64,8 @@ OWN_FLOATS = {
     "OpenVINO": ("OpenVINO FP32", "OpenVINO bf16", "OpenVINO FP32, hard-swish"),
 }
 CALIBRATION_IMAGES = 8
-SECONDS = 60  # for all engines of a network at one batch size, about
+LOADS = 3
+SECONDS = 75  # for all engines of a network at one batch size, about
 
 
 def main() -> None:
@@ -108,40 +113,46 @@ def _row(network: str, batch_size: int, medians: dict[str, float]) -> str:
     return f"| {network.removeprefix('timm:')}, {batch_size} | {' | '.join(cells)} |"
 
 
-def _medians(runs: Sequence[Run], batch_size: int, image_size: int) -> list[float]:
+def _medians(loads: Sequence[Load], batch_size: int, image_size: int) -> list[float]:
     images = np.random.default_rng(2).standard_normal((batch_size, 3, image_size, image_size), np.float32)
-    functions = [lambda run=run: run(images) for run in runs]
-    for function in functions:  # what runtimes put off until the first run of a shape
-        function()
-    start = time.perf_counter()
-    for function in functions:
-        function()
-    average = (time.perf_counter() - start) / len(functions)
-    rounds, runs_a_turn = rounds_for(SECONDS / len(functions), average)
-    return [statistics.median(seconds) for seconds in interleaved_seconds(functions, rounds, runs_a_turn)]
+    seconds: list[list[float]] = [[] for _ in loads]
+    for _ in range(LOADS):
+        functions = [partial(load(), images) for load in loads]
+        for function in functions:  # what runtimes put off until the first run of a shape
+            function()
+        start = time.perf_counter()
+        for function in functions:
+            function()
+        average = (time.perf_counter() - start) / len(functions)
+        rounds, runs_a_turn = rounds_for(SECONDS / LOADS / len(functions), average)
+        for own, more in zip(seconds, interleaved_seconds(functions, rounds, runs_a_turn), strict=True):
+            own.extend(more)
+    return [statistics.median(own) for own in seconds]
 
 
-def _engines(network: str, arguments: argparse.Namespace, folder: Path) -> dict[str, Run]:
-    """Every column's engine, ONNX Runtime's float one first."""
+def _engines(network: str, arguments: argparse.Namespace, folder: Path) -> dict[str, Load]:
+    """What loads every column's engine, ONNX Runtime's float one first."""
     image_size, threads = arguments.image_size, arguments.threads
     model, images = model_and_images(network, image_size)
     float_path = folder / "float.onnx"
     export_onnx(model, float_path, image_size)
-    engines: dict[str, Run] = {
-        BASE: load_engine(float_path, threads=threads),
-        "OpenVINO FP32": load_engine(float_path, "openvino", threads=threads),
+    engines: dict[str, Load] = {
+        BASE: partial(load_engine, float_path, threads=threads),
+        "OpenVINO FP32": partial(load_engine, float_path, "openvino", threads=threads),
     }
     if cpu_has_bf16():
-        engines["OpenVINO bf16"] = load_engine(float_path, "openvino", precision="bf16", threads=threads)
+        engines["OpenVINO bf16"] = partial(load_engine, float_path, "openvino", precision="bf16", threads=threads)
     if arguments.hard_swish:  # from here on
         replace_silu(model)
         export_onnx(model, folder / "hard_float.onnx", image_size)
-        engines["ORT FP32, hard-swish"] = load_engine(folder / "hard_float.onnx", threads=threads)
-        engines["OpenVINO FP32, hard-swish"] = load_engine(folder / "hard_float.onnx", "openvino", threads=threads)
+        engines["ORT FP32, hard-swish"] = partial(load_engine, folder / "hard_float.onnx", threads=threads)
+        engines["OpenVINO FP32, hard-swish"] = partial(
+            load_engine, folder / "hard_float.onnx", "openvino", threads=threads
+        )
     if not cpu_has_exact_int8():
         exact = write_ours(copy.deepcopy(model), images, folder / "w7a8", "w7a8")
-        engines["ours w7a8, ORT"] = load_engine(exact["onnxruntime"], threads=threads)
-        engines["ours w7a8, OpenVINO"] = load_engine(exact["openvino"], "openvino", threads=threads)
+        engines["ours w7a8, ORT"] = partial(load_engine, exact["onnxruntime"], threads=threads)
+        engines["ours w7a8, OpenVINO"] = partial(load_engine, exact["openvino"], "openvino", threads=threads)
     engines |= _ours(write_ours(model, images, folder), threads)
     engines |= _onnxruntime_tool(write_tools(float_path, images, folder), threads)
     if nncf is not None:
@@ -152,7 +163,7 @@ def _engines(network: str, arguments: argparse.Namespace, folder: Path) -> dict[
 def model_and_images(network: str, image_size: int) -> tuple[torch.nn.Module, torch.Tensor]:
     """The float network with random weights, and noise to calibrate with, the same in every run."""
     torch.manual_seed(0)
-    model = create_model(network).eval()
+    model = wake(create_model(network)).eval()
     return model, torch.randn(CALIBRATION_IMAGES, 3, image_size, image_size)
 
 
@@ -167,13 +178,13 @@ def write_ours(model: torch.nn.Module, images: torch.Tensor, folder: Path, prese
     return paths
 
 
-def _ours(paths: dict[str, Path], threads: int) -> dict[str, Run]:
-    engines: dict[str, Run] = {
-        "ours INT8, ORT": load_engine(paths["onnxruntime"], threads=threads),
-        "ours INT8, OpenVINO": load_engine(paths["openvino"], "openvino", threads=threads),
+def _ours(paths: dict[str, Path], threads: int) -> dict[str, Load]:
+    engines: dict[str, Load] = {
+        "ours INT8, ORT": partial(load_engine, paths["onnxruntime"], threads=threads),
+        "ours INT8, OpenVINO": partial(load_engine, paths["openvino"], "openvino", threads=threads),
     }
     if cpu_has_bf16():
-        in_bf16 = load_engine(paths["openvino"], "openvino", precision="bf16", threads=threads)
+        in_bf16 = partial(load_engine, paths["openvino"], "openvino", precision="bf16", threads=threads)
         engines["ours INT8 + bf16, OpenVINO"] = in_bf16
     return engines
 
@@ -209,15 +220,15 @@ def write_tools(float_path: Path, images: torch.Tensor, folder: Path) -> dict[st
     return paths
 
 
-def _onnxruntime_tool(paths: dict[str, Path], threads: int) -> dict[str, Run]:
+def _onnxruntime_tool(paths: dict[str, Path], threads: int) -> dict[str, Load]:
     return {
-        "ORT's tool u8": _onnxruntime(paths["u8"], threads),
-        "ORT's tool s8": _onnxruntime(paths["s8"], threads),
-        "ORT's tool s8, OpenVINO": _openvino(shared_core().read_model(paths["s8"]), threads),
+        "ORT's tool u8": partial(_onnxruntime, paths["u8"], threads),
+        "ORT's tool s8": partial(_onnxruntime, paths["s8"], threads),
+        "ORT's tool s8, OpenVINO": partial(_openvino, shared_core().read_model(paths["s8"]), threads),
     }
 
 
-def _nncf(float_path: Path, images: torch.Tensor, threads: int) -> dict[str, Run]:
+def _nncf(float_path: Path, images: torch.Tensor, threads: int) -> dict[str, Load]:
     calibration = nncf.Dataset(list(images.split(1)), lambda image: image.numpy())
     in_float = nncf.IgnoredScope(types=["Multiply", "ReduceMean", "GroupConvolution"], validate=False)
     nncf.set_log_level(logging.ERROR)
@@ -226,7 +237,7 @@ def _nncf(float_path: Path, images: torch.Tensor, threads: int) -> dict[str, Run
         model = shared_core().read_model(float_path)
         with contextlib.redirect_stdout(sys.stderr):  # progress bars; the table goes to standard output
             quantized = nncf.quantize(model, calibration, subset_size=len(images), ignored_scope=scope)
-        engines[name] = _openvino(quantized, threads)
+        engines[name] = partial(_openvino, quantized, threads)
     return engines
 
 

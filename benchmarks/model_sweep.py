@@ -21,6 +21,7 @@ from pathlib import Path
 import onnx
 import onnxruntime
 import torch
+from random_weights import wake
 from torch import Tensor, nn
 
 from effnet_quant import calibrate, create_model, export_onnx, load_engine, quantize
@@ -152,16 +153,6 @@ def examine(name: str, image_size: int) -> Row:
 def relative_error(got: Tensor, expected: Tensor) -> float:
     """Relative L2 distance."""
     return float((got - expected).norm() / expected.norm())
-
-
-def wake(model: nn.Module) -> nn.Module:
-    """Draw per-channel scales that are (nearly) 0, as networks start the last one of a residual branch, from 0.1 … 0.3, in
-    place: with them the branch would add nothing, and nothing in it would be tested."""
-    generator = torch.Generator().manual_seed(2)
-    for name, parameter in model.named_parameters():
-        if parameter.ndim <= 1 and not name.endswith("bias") and bool((parameter.detach().abs() < 1e-3).all()):
-            parameter.data.uniform_(0.1, 0.3, generator=generator)
-    return model
 
 
 def moved_by_biases(model: nn.Module, images: Tensor, simulated: Tensor) -> float:

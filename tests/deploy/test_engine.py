@@ -16,7 +16,7 @@ from effnet_quant.deploy import cpu
 from effnet_quant.deploy.backends import BACKENDS, get_backend, openvino
 from effnet_quant.deploy.backends.compiled import run_in_batches
 from effnet_quant.deploy.backends.onnx_file import read_onnx
-from effnet_quant.deploy.options import ExportOptions
+from effnet_quant.deploy.options import ExportOptions, Normalisation
 from effnet_quant.models.weights import write_weights
 from effnet_quant.quantization.insertion import simulate_target
 
@@ -214,6 +214,52 @@ def test_sums_of_the_largest_products_do_not_saturate(backend: str, spec: str, t
     np.testing.assert_allclose(logits, model(images).numpy(), rtol=1e-4)
     export_onnx(model, tmp_path / "floats.onnx", 5, target=backend, options=ExportOptions(float_weights=True))
     assert not read_onnx(tmp_path / "floats.onnx").fits_16_bits
+
+
+class Residual(nn.Module):
+    """A block of a ResNet; with ``gate``, its branch is multiplied by that of its own numbers."""
+
+    def __init__(self, gate: nn.Module | None = None) -> None:
+        super().__init__()
+        self.branch = nn.Sequential(nn.Conv2d(16, 16, 3, padding=1), nn.ReLU(), nn.Conv2d(16, 16, 1))
+        self.gate = gate
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        branch = self.branch(x)
+        return torch.relu(x + (branch if self.gate is None else branch * self.gate(branch)))
+
+
+@pytest.mark.parametrize("gate", [None, nn.Sigmoid()])
+@pytest.mark.parametrize("preprocessing", [False, True])
+@torch.no_grad()
+def test_openvino_convolutions_add_shortcuts_of_integers_themselves(
+    gate: nn.Module | None, preprocessing: bool, tmp_path: Path
+) -> None:
+    pytest.importorskip("openvino")
+    torch.manual_seed(0)
+    model = nn.Sequential(
+        *(nn.Conv2d(3, 16, 3), nn.ReLU(), Residual(gate), Residual(gate)),
+        *(nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(16, 4)),
+    ).eval()
+    path, images = tmp_path / "model.onnx", torch.randint(0, 256, (4, 3, 16, 16), dtype=torch.uint8)
+    calibrate(quantize(model, "w7a8", target="openvino"), [images / 255], method="max")
+    options = ExportOptions(normalisation=Normalisation((0.0,) * 3, (1.0,) * 3) if preprocessing else None)
+    export_onnx(model, path, 16, target="openvino", options=options)
+    assert read_onnx(path).adds_integers == (gate is None)
+
+    engine = load_engine(path, "openvino")
+    got = engine((images if preprocessing else images / 255).numpy())
+    np.testing.assert_allclose(got, model(images / 255).numpy(), rtol=2e-2, atol=2e-3)
+    if gate is None:
+        network = openvino.shared_core().read_model(path)
+        network.reshape(list(images.shape))
+        properties = openvino.compile_properties(read_onnx(path), engine.settings)
+        compiled = openvino.shared_core().compile_model(network, "CPU", properties)
+        nodes = [node.get_rt_info() for node in compiled.get_runtime_model().get_ordered_ops()]
+        written = [
+            info["outputPrecisions"].astype(str) for info in nodes if info["layerType"].astype(str) == "Convolution"
+        ]
+        assert written == ["u8"] * 4 + ["f32"], "a convolution writes floats for another operation to add"
 
 
 def test_openvino_engines_that_come_and_go_leave_the_process_whole(path: Path) -> None:

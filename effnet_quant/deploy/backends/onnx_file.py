@@ -18,6 +18,12 @@ _DTYPES = {
     onnx.TensorProto.FLOAT16: "float16",
     onnx.TensorProto.UINT8: "uint8",
 }
+# what a residual network of convolutions, ReLUs and additions consists of, and what prepares its images
+_PLAIN_OPERATORS = frozenset(
+    {"Conv", "Gemm", "Relu", "Clip", "MaxPool", "AveragePool", "GlobalAveragePool", "ReduceMean", "Flatten", "Reshape"}
+    | {"QuantizeLinear", "DequantizeLinear"}
+)
+_SCALING_OPERATORS = frozenset({"Add", "Mul", "Cast"})
 
 
 @dataclass(frozen=True)
@@ -32,6 +38,8 @@ class OnnxFile:
         half: whether it has constants in float16.
         fits_16_bits: whether all its weights are stored as integers of 7 bits or fewer, so that two products with 8-bit
             activations add up in 16 bits without saturation.
+        adds_integers: whether it adds integers that a ReLU gave to what convolutions give, and does nothing else element by
+            element: a quantized ResNet.
     """
 
     input: ImageInput
@@ -40,6 +48,7 @@ class OnnxFile:
     quantized: bool
     half: bool
     fits_16_bits: bool
+    adds_integers: bool
 
     def precision(self, floats: str) -> str:
         """What an engine computes in whose runtime computes float32 as ``floats``."""
@@ -65,6 +74,7 @@ def read_onnx(path: str | Path) -> OnnxFile:
             quantized=any(node.op_type == "DequantizeLinear" for node in model.graph.node),
             half=any(entry.data_type == onnx.TensorProto.FLOAT16 for entry in model.graph.initializer),
             fits_16_bits=_fits_16_bits(model),
+            adds_integers=_adds_integers(model),
         )
     except (ValueError, IndexError, KeyError, TypeError, OSError) as error:
         raise _damaged(path) from error
@@ -88,6 +98,28 @@ def _fits_16_bits(model: onnx.ModelProto) -> bool:
     ]
     # 2 * 255 * 64 = 32,640
     return bool(weights) and all(values.min() >= -64 and values.max() <= 64 for values in weights)
+
+
+def _adds_integers(model: onnx.ModelProto) -> bool:
+    nodes = model.graph.node
+    zero_points = {entry.name for entry in model.graph.initializer if _is_unsigned_zero(entry)}
+    never_negative = {
+        node.output[0] for node in nodes if node.op_type == "DequantizeLinear" and zero_points & set(node.input[2:])
+    }
+    computed = {value.name for value in model.graph.input}
+    adds = False
+    for node in nodes:  # in the order in which they run
+        operands = computed & set(node.input)
+        computed |= set(node.output) if operands else set()
+        if node.op_type == "Add" and len(operands) == 2:
+            adds |= bool(operands & never_negative)
+        elif not (node.op_type in _PLAIN_OPERATORS or (node.op_type in _SCALING_OPERATORS and len(operands) < 2)):
+            return False
+    return adds
+
+
+def _is_unsigned_zero(entry: onnx.TensorProto) -> bool:
+    return entry.data_type == onnx.TensorProto.UINT8 and not onnx.numpy_helper.to_array(entry).any()
 
 
 def _image_input(model: onnx.ModelProto) -> ImageInput:

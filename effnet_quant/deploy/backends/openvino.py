@@ -44,6 +44,10 @@ def compile_properties(file: OnnxFile, settings: Settings) -> dict[str, Any]:
     properties: dict[str, Any] = {"INFERENCE_PRECISION_HINT": "bf16" if settings.precision == "bf16" else "f32"}
     if not (cpu_has_exact_int8() or file.fits_16_bits):
         properties["LP_TRANSFORMS_MODE"] = "NO"
+    elif file.adds_integers:
+        # the compiler of elementwise operations takes the additions before the convolutions in front can: these then write
+        # floats for it to read. It has nothing else to do here, so it is switched off.
+        properties["SNIPPETS_MODE"] = "DISABLE"
     if settings.threads is not None:
         properties["INFERENCE_NUM_THREADS"] = settings.threads
     return properties
