@@ -6,8 +6,8 @@ turns in one process, with the same number of threads. The table gives the media
 the speed of the others over it (above 1 is faster); at the end our fastest engine, over ONNX Runtime FP32 and over the
 fastest float engine of its own runtime (FP32 or bfloat16).
 
-    python benchmarks/engine_latency.py                             224 px, batches of 1 and 32; 10 to 12 minutes
-    python benchmarks/engine_latency.py --networks timm:resnet50    one network: 4 minutes
+    python benchmarks/engine_latency.py                             224 px, batches of 1 and 32; about 20 minutes
+    python benchmarks/engine_latency.py --networks timm:resnet50    one network: 5 to 11 minutes
     python benchmarks/engine_latency.py --networks timm:efficientnet_b0 --hard-swish    ours with hard-swish for SiLU
 
 The peers run with their runtimes' default settings (on CPUs with AMX, OpenVINO then computes floats in bfloat16), ours as
