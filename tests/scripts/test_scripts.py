@@ -275,7 +275,7 @@ def test_classify_names_what_it_could_not_read_and_goes_on(run_script, image_fol
     assert result.out.splitlines()[0] == str(image)
 
 
-@pytest.mark.parametrize("runtime", ["onnxruntime", "openvino"])
+@pytest.mark.parametrize("runtime", [pytest.param("onnxruntime", marks=pytest.mark.slow), "openvino"])
 def test_verify_compares_engine_and_simulation(image_folder, tuned, exported, runtime, capsys):
     arguments = ["--model", str(tuned / "model_best.pth.tar"), "--engine", str(exported[runtime]), "--backend", runtime]
     gate = ["--min-agreement", "90", "--min-images", "18", "--layers", str(image_folder)]
