@@ -14,3 +14,17 @@ def wake(model: nn.Module) -> nn.Module:
         if parameter.ndim <= 1 and not name.endswith("bias") and bool((parameter.detach().abs() < 1e-3).all()):
             parameter.data.uniform_(0.1, 0.3, generator=generator)
     return model
+
+
+def with_statistics(model: nn.Module) -> nn.Module:
+    """Give every BatchNorm numbers to fold, in place: mean, variance, factor and offset drawn; small factors at the end of
+    residual branches, as networks are often started."""
+    generator = torch.Generator().manual_seed(2)
+    for path, module in model.named_modules():
+        if isinstance(module, nn.BatchNorm2d):
+            last = path.endswith("proj.bn")
+            module.weight.data.uniform_(*((0.1, 0.3) if last else (0.5, 1.5)), generator=generator)
+            module.running_var.uniform_(0.5, 1.5, generator=generator)
+            for offset in (module.bias.data, module.running_mean):
+                offset.normal_(0, 0.1, generator=generator)
+    return model

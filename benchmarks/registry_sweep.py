@@ -17,6 +17,7 @@ from pathlib import Path
 
 import torch
 from model_sweep import moved_by_biases, relative_error
+from random_weights import with_statistics
 from torch import Tensor, nn
 
 from effnet_quant import calibrate, create_model, export_onnx, list_models, load_engine, quantize
@@ -81,20 +82,6 @@ def examine(name: str, image_size: int) -> Row:
         if entry.quantized is not False:
             row.quantized = _quantized(model, images, Path(folder))
         return row
-
-
-def with_statistics(model: nn.Module) -> nn.Module:
-    """Give every BatchNorm numbers to fold, in place: mean, variance, factor and offset drawn; small factors at the end of
-    residual branches, as networks are often started."""
-    generator = torch.Generator().manual_seed(2)
-    for path, module in model.named_modules():
-        if isinstance(module, nn.BatchNorm2d):
-            last = path.endswith("proj.bn")
-            module.weight.data.uniform_(*((0.1, 0.3) if last else (0.5, 1.5)), generator=generator)
-            module.running_var.uniform_(0.5, 1.5, generator=generator)
-            for offset in (module.bias.data, module.running_mean):
-                offset.normal_(0, 0.1, generator=generator)
-    return model
 
 
 def _quantized(model: nn.Module, images: Tensor, folder: Path) -> Quantized:

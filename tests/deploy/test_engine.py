@@ -259,7 +259,7 @@ def test_openvino_convolutions_add_shortcuts_of_integers_themselves(
         written = [
             info["outputPrecisions"].astype(str) for info in nodes if info["layerType"].astype(str) == "Convolution"
         ]
-        assert written == ["u8"] * 4 + ["f32"], "a convolution writes floats for another operation to add"
+        assert sorted(written) == ["f32", "u8", "u8", "u8", "u8"]  # floats for the last mean only
 
 
 def test_openvino_engines_that_come_and_go_leave_the_process_whole(path: Path) -> None:

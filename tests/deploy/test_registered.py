@@ -29,7 +29,8 @@ def test_every_registered_network(name: str) -> None:
 
 EXPORT = """
 import resource, sys, time, torch
-from registry_sweep import relative_error, with_statistics
+from random_weights import with_statistics
+from registry_sweep import relative_error
 from effnet_quant import calibrate, create_model, export_onnx, load_engine, quantize
 torch.manual_seed(0)
 path, target = sys.argv[1:]
