@@ -15,7 +15,7 @@ import torch
 from steps import inference_step, random_batch, training_step
 
 from effnet_quant import create_model
-from effnet_quant.deploy.latency import median_seconds
+from effnet_quant.checks.latency import median_seconds
 
 NAMES = ("efficientnet-b0", "timm:efficientnet_b0")
 ROUNDS = 12

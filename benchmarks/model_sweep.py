@@ -5,7 +5,7 @@
 
 The weights are random (as the library initialises them; scales that start at 0, behind which nothing would be seen, are
 drawn from 0.1 … 0.3) and the images noise: this is about mechanics, not accuracy. For each network the float model is
-quantized, calibrated on 2 batches of 16 images, exported, and run on the 32 images. tests/deploy/test_sweep.py checks the
+quantized, calibrated on 2 batches of 16 images, exported, and run on the 32 images. tests/export/test_sweep.py checks the
 rows.
 """
 
@@ -25,10 +25,10 @@ from random_weights import wake
 from torch import Tensor, nn
 
 from effnet_quant import calibrate, create_model, export_onnx, load_engine, quantize
-from effnet_quant.deploy.layers import compare_layers
-from effnet_quant.deploy.lint import lint_tensorrt
-from effnet_quant.deploy.onnx import build_onnx
-from effnet_quant.quantization.insertion import quantizers, simulate_target
+from effnet_quant.checks.layer_comparison import compare_layers
+from effnet_quant.checks.lint import lint_tensorrt
+from effnet_quant.export.onnx import build_onnx
+from effnet_quant.quantization.placement.insertion import quantizers, simulate_target
 
 NETWORKS = {
     **{

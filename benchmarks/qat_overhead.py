@@ -18,7 +18,7 @@ from steps import Step, inference_step, random_batch, training_step
 from torch import nn
 
 from effnet_quant import calibrate, create_model
-from effnet_quant.deploy.latency import median_seconds
+from effnet_quant.checks.latency import median_seconds
 from effnet_quant.memory import keep_freed_memory
 
 

@@ -4,7 +4,7 @@
     python benchmarks/registry_sweep.py efficientnet-quant-b7 … only these
 
 Prints the table of docs/models.md. Weights and BatchNorm's statistics are random, the images are noise: this is about
-mechanics, not accuracy. tests/deploy/test_registered.py checks the rows.
+mechanics, not accuracy. tests/export/test_registered.py checks the rows.
 """
 
 from __future__ import annotations
@@ -21,11 +21,11 @@ from random_weights import with_statistics
 from torch import Tensor, nn
 
 from effnet_quant import calibrate, create_model, export_onnx, list_models, load_engine, quantize
-from effnet_quant.deploy.layers import compare_layers
-from effnet_quant.deploy.lint import lint_tensorrt
-from effnet_quant.deploy.onnx import build_onnx
+from effnet_quant.checks.layer_comparison import compare_layers
+from effnet_quant.checks.lint import lint_tensorrt
+from effnet_quant.export.onnx import build_onnx
 from effnet_quant.models.registry import get_entry
-from effnet_quant.quantization.insertion import simulate_target
+from effnet_quant.quantization.placement.insertion import simulate_target
 
 IMAGES = 16
 

@@ -11,13 +11,13 @@ __version__ = "0.1.0"
 _PUBLIC = {
     "UserError": "effnet_quant.errors",
     "calibrate": "effnet_quant.quantization.calibration",
-    "compile_engine": "effnet_quant.deploy.tensorrt.plans",
+    "compile_engine": "effnet_quant.engines.tensorrt.plans",
     "create_model": "effnet_quant.api",
-    "export_onnx": "effnet_quant.deploy.onnx",
+    "export_onnx": "effnet_quant.export.onnx",
     "list_models": "effnet_quant.models.registry",
-    "load_engine": "effnet_quant.deploy.engine",
-    "quantize": "effnet_quant.quantization.insertion",
-    "simulate_target": "effnet_quant.quantization.insertion",
+    "load_engine": "effnet_quant.engines.engine",
+    "quantize": "effnet_quant.quantization.placement.insertion",
+    "simulate_target": "effnet_quant.quantization.placement.insertion",
 }
 
 __all__ = ["__version__", *sorted(_PUBLIC)]  # noqa: PLE0604

@@ -12,7 +12,7 @@ from effnet_quant.errors import UserError
 from effnet_quant.models.activations import replace_silu
 from effnet_quant.models.registry import get_entry
 from effnet_quant.models.weights import Weights, load_weights, read_weights
-from effnet_quant.quantization.insertion import quantize
+from effnet_quant.quantization.placement.insertion import quantize
 from effnet_quant.quantization.spec import QuantSpec
 from effnet_quant.quantization.targets import get_target
 

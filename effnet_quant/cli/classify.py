@@ -16,7 +16,7 @@ from effnet_quant.cli.engines import add_engine_arguments, chosen_engine, is_eng
 from effnet_quant.cli.inference import load_model, run_engine
 from effnet_quant.cli.process import run
 from effnet_quant.cli.quantization import add_spec_arguments
-from effnet_quant.data.named import expand, read_named
+from effnet_quant.data.image_arguments import expand, read_named
 from effnet_quant.data.transforms import Preprocessing, evaluation_transform, normalize
 from effnet_quant.errors import UserError
 from effnet_quant.models.registry import CROP_MARGIN

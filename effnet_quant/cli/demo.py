@@ -20,18 +20,18 @@ from torch import nn
 from torchvision.io import write_png
 
 from effnet_quant.api import create_model
+from effnet_quant.checks.latency import median_seconds
+from effnet_quant.checks.verify import compare
 from effnet_quant.cli.arguments import Parser
 from effnet_quant.cli.process import run
 from effnet_quant.data.arrays import DigitsSource
+from effnet_quant.data.data_argument import DIGITS
 from effnet_quant.data.loaders import Loader
-from effnet_quant.data.opening import DIGITS
 from effnet_quant.data.transforms import Preprocessing, evaluation_transform, normalize
-from effnet_quant.deploy.cpu import cpu_has_exact_int8
-from effnet_quant.deploy.engine import load_engine
-from effnet_quant.deploy.latency import median_seconds
-from effnet_quant.deploy.verify import compare
+from effnet_quant.engines.cpu import cpu_has_exact_int8
+from effnet_quant.engines.engine import load_engine
 from effnet_quant.errors import UserError
-from effnet_quant.quantization.insertion import simulate_target
+from effnet_quant.quantization.placement.insertion import simulate_target
 from effnet_quant.report.summary import Row, draw_summary, format_table, write_summary
 from effnet_quant.training.checkpoint import prepare_workspace
 

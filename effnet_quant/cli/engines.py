@@ -6,7 +6,7 @@ import argparse
 from collections.abc import Mapping
 from pathlib import Path
 
-from effnet_quant.deploy.engine import BACKENDS, Engine, load_engine
+from effnet_quant.engines.engine import BACKENDS, Engine, load_engine
 from effnet_quant.errors import UserError
 
 _BACKEND_OF = {".onnx": "onnxruntime", ".plan": "tensorrt"}

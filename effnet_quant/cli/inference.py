@@ -15,7 +15,7 @@ from effnet_quant.cli.arguments import model_options
 from effnet_quant.cli.quantization import SPEC_KEY, TARGET_KEY, chosen_spec
 from effnet_quant.cli.weights import given_weights, load_given
 from effnet_quant.data.transforms import Preprocessing, normalize
-from effnet_quant.deploy.engine import Engine
+from effnet_quant.engines.engine import Engine
 from effnet_quant.errors import UserError
 from effnet_quant.models.registry import get_entry
 

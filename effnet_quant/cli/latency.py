@@ -1,4 +1,4 @@
-"""python -m effnet_quant.deploy.latency: how long do these engines take, in turns on this machine?"""
+"""python -m effnet_quant.checks.latency: how long do these engines take, in turns on this machine?"""
 
 from __future__ import annotations
 
@@ -10,13 +10,13 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+from effnet_quant.checks.latency import Latency, measure_engines
 from effnet_quant.cli.arguments import Parser
 from effnet_quant.cli.engines import usual_backend
 from effnet_quant.cli.process import run
-from effnet_quant.deploy.backends import get_backend
-from effnet_quant.deploy.cpu import NOTABLE, cpu_flags
-from effnet_quant.deploy.engine import BACKENDS, Engine, load_engine
-from effnet_quant.deploy.latency import Latency, measure_engines
+from effnet_quant.engines.cpu import NOTABLE, cpu_flags
+from effnet_quant.engines.engine import BACKENDS, Engine, load_engine
+from effnet_quant.engines.runtimes import get_backend
 from effnet_quant.errors import UserError
 from effnet_quant.files import check_writable, replace_file
 from effnet_quant.training.machine import describe_machine
@@ -142,5 +142,5 @@ def _record(engine: Engine, latency: Latency, first: Latency) -> dict[str, Any]:
 
 
 def main() -> None:
-    """Entry point of ``python -m effnet_quant.deploy.latency``."""
+    """Entry point of ``python -m effnet_quant.checks.latency``."""
     run(job)

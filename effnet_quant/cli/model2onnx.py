@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from effnet_quant.checks.tuning import Tuning, format_tuning, tune
 from effnet_quant.cli.arguments import Parser, add_model_arguments
 from effnet_quant.cli.engines import refuse_unused
 from effnet_quant.cli.inference import load_model, run_engine
@@ -22,16 +23,15 @@ from effnet_quant.cli.process import run
 from effnet_quant.cli.quantization import TARGET_KEY, add_spec_arguments
 from effnet_quant.cli.verify import add_verify_arguments, refuse_comparison, verify_engine
 from effnet_quant.data.backends import open_loader
-from effnet_quant.data.opening import open_validation
+from effnet_quant.data.data_argument import open_validation
 from effnet_quant.data.transforms import Preprocessing, evaluation_transform
-from effnet_quant.deploy.engine import load_engine, usable_precisions
-from effnet_quant.deploy.onnx import export_onnx
-from effnet_quant.deploy.options import OPSETS, ExportOptions, Normalisation
-from effnet_quant.deploy.tensorrt.plans import compile_engine, discard_plan
-from effnet_quant.deploy.tuning import Tuning, format_tuning, tune
+from effnet_quant.engines.engine import load_engine, usable_precisions
+from effnet_quant.engines.tensorrt.plans import compile_engine, discard_plan
 from effnet_quant.errors import UserError
+from effnet_quant.export.onnx import export_onnx
+from effnet_quant.export.options import OPSETS, ExportOptions, Normalisation
 from effnet_quant.files import check_writable
-from effnet_quant.quantization.insertion import quantizers
+from effnet_quant.quantization.placement.insertion import quantizers
 from effnet_quant.quantization.targets import TARGETS, Target, get_target
 
 TUNE_BATCH = 8
@@ -64,7 +64,7 @@ def job(arguments: Sequence[str]) -> int:
     if (parsed.data or parsed.tune) and parsed.target == "tensorrt" and importlib.util.find_spec("tensorrt") is None:
         raise UserError(
             "--verify and --tune run the engine, and TensorRT is not installed; check the graph with "
-            "python -m effnet_quant.deploy.verify --lint tensorrt."
+            "python -m effnet_quant.checks.verify --lint tensorrt."
         )
     ExportOptions(opset=parsed.opset)  # a wrong one is said before the model is built
     output = parsed.output or f"{parsed.arch}.onnx".replace(":", "-")

@@ -8,9 +8,9 @@ from pathlib import Path
 
 from effnet_quant.cli.arguments import Parser
 from effnet_quant.cli.process import run
-from effnet_quant.deploy.tensorrt.inspector import format_layers, summarize
-from effnet_quant.deploy.tensorrt.options import HARDWARE_COMPATIBILITY, BuildOptions
-from effnet_quant.deploy.tensorrt.plans import compile_engine
+from effnet_quant.engines.tensorrt.build_options import HARDWARE_COMPATIBILITY, BuildOptions
+from effnet_quant.engines.tensorrt.inspector import format_layers, summarize
+from effnet_quant.engines.tensorrt.plans import compile_engine
 from effnet_quant.errors import UserError
 
 _USUAL = BuildOptions()

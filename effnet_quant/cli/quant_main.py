@@ -28,7 +28,7 @@ from effnet_quant.files import check_writable
 from effnet_quant.models.registry import get_entry
 from effnet_quant.quantization.calibration import METHODS, collect, report_ranges, set_ranges, track_outputs
 from effnet_quant.quantization.targets import TARGETS
-from effnet_quant.report.calibration import FORMATS, write_calibration_page
+from effnet_quant.report.calibration_page import FORMATS, write_calibration_page
 from effnet_quant.training.callback import Callback
 from effnet_quant.training.metrics import Stopwatch, describe
 from effnet_quant.training.progress import progress

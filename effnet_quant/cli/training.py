@@ -24,8 +24,8 @@ from effnet_quant.cli.quantization import SPEC_KEY, TARGET_KEY, chosen_spec, sam
 from effnet_quant.cli.weights import given_weights, load_given
 from effnet_quant.data.arrays import SYNTHETIC, SYNTHETIC_IMAGES, SyntheticSource
 from effnet_quant.data.backends import open_loader
+from effnet_quant.data.data_argument import DIGITS, fills_cache, open_sources, open_validation
 from effnet_quant.data.loaders import Loader
-from effnet_quant.data.opening import DIGITS, fills_cache, open_sources, open_validation
 from effnet_quant.data.seeding import mix
 from effnet_quant.data.shards import ShardSource
 from effnet_quant.data.sources import ImageSource

@@ -1,4 +1,4 @@
-"""python -m effnet_quant.deploy.triton_repository: an engine's file where Triton Inference Server finds it."""
+"""python -m effnet_quant.serving.triton_repository: an engine's file where Triton Inference Server finds it."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from effnet_quant.cli.arguments import Parser
 from effnet_quant.cli.engines import usual_backend
 from effnet_quant.cli.process import run
-from effnet_quant.deploy.triton_repository import FILE_NAMES, MAX_BATCH, QUEUE_DELAY_US, Serving, write_model
+from effnet_quant.serving.triton_repository import FILE_NAMES, MAX_BATCH, QUEUE_DELAY_US, Serving, write_model
 
 
 def job(arguments: Sequence[str]) -> int:
@@ -44,5 +44,5 @@ def job(arguments: Sequence[str]) -> int:
 
 
 def main() -> None:
-    """Entry point of ``python -m effnet_quant.deploy.triton_repository``."""
+    """Entry point of ``python -m effnet_quant.serving.triton_repository``."""
     run(job)

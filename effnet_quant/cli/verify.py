@@ -1,4 +1,4 @@
-"""python -m effnet_quant.deploy.verify: does the engine do what the simulation says, and would TensorRT take the graph?"""
+"""python -m effnet_quant.checks.verify: does the engine do what the simulation says, and would TensorRT take the graph?"""
 
 from __future__ import annotations
 
@@ -10,21 +10,21 @@ import onnx
 import torch
 from torch import Tensor, nn
 
+from effnet_quant.checks.layer_comparison import compare_layers, format_layers, shows_layers
+from effnet_quant.checks.lint import lint_tensorrt
+from effnet_quant.checks.verify import Comparison, compare
 from effnet_quant.cli.arguments import Parser, add_model_arguments
 from effnet_quant.cli.engines import add_engine_arguments, chosen_engine, refuse_unused
 from effnet_quant.cli.inference import load_model, run_engine
 from effnet_quant.cli.process import run
 from effnet_quant.data.backends import open_loader
-from effnet_quant.data.opening import open_validation
+from effnet_quant.data.data_argument import open_validation
 from effnet_quant.data.transforms import Preprocessing, evaluation_transform, normalize
-from effnet_quant.deploy.backends.onnx_file import read_onnx
-from effnet_quant.deploy.engine import Engine
-from effnet_quant.deploy.layers import compare_layers, format_layers, shows_layers
-from effnet_quant.deploy.lint import lint_tensorrt
-from effnet_quant.deploy.onnx import FLOAT_OPERATIONS
-from effnet_quant.deploy.verify import Comparison, compare
+from effnet_quant.engines.engine import Engine
+from effnet_quant.engines.onnx_file import read_onnx
 from effnet_quant.errors import UserError
-from effnet_quant.quantization.insertion import output_quantizers, quantizers, simulate_target
+from effnet_quant.export.onnx import FLOAT_OPERATIONS
+from effnet_quant.quantization.placement.insertion import output_quantizers, quantizers, simulate_target
 from effnet_quant.quantization.targets import get_target
 
 # of images on which engine and simulation give the same class, in percent
@@ -185,5 +185,5 @@ def _print(comparison: Comparison, engine: Engine, parsed: argparse.Namespace) -
 
 
 def main() -> None:
-    """Entry point of ``python -m effnet_quant.deploy.verify``."""
+    """Entry point of ``python -m effnet_quant.checks.verify``."""
     run(job)

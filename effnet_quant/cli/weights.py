@@ -10,7 +10,7 @@ from torch import nn
 from effnet_quant.errors import UserError
 from effnet_quant.models.entry import ModelEntry
 from effnet_quant.models.weights import Weights, load_weights, other_class_count, read_weights
-from effnet_quant.quantization.insertion import quantizers
+from effnet_quant.quantization.placement.insertion import quantizers
 
 
 def given_weights(arguments: argparse.Namespace, entry: ModelEntry) -> Weights | None:

@@ -9,8 +9,8 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
+from effnet_quant.data.data_argument import is_split, open_sources, open_training, open_validation
 from effnet_quant.data.inspection import Findings, counts, is_random_access, look
-from effnet_quant.data.opening import is_split, open_sources, open_training, open_validation
 from effnet_quant.data.shards import is_one_set, pack, write_index
 from effnet_quant.data.sources import EncodedSource, ImageSource
 from effnet_quant.errors import UserError

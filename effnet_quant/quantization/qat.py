@@ -13,9 +13,9 @@ from torch.nn import functional as F
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from effnet_quant.errors import UserError
+from effnet_quant.quantization.eager_evaluation import eager_pass
 from effnet_quant.quantization.extremes import extremes
-from effnet_quant.quantization.insertion import output_quantizers, quantizers
-from effnet_quant.quantization.passes import eager_pass
+from effnet_quant.quantization.placement.insertion import output_quantizers, quantizers
 from effnet_quant.quantization.quantizer import TensorQuantizer
 
 

@@ -31,9 +31,9 @@ from effnet_quant.training.ema import WeightAverage
 from effnet_quant.training.loss import Loss, cross_entropy
 from effnet_quant.training.metrics import Accuracy, LossMeter, Recorder, Stopwatch, describe
 from effnet_quant.training.optimizers import build_optimizer, learned_ranges, load_optimizer_state
-from effnet_quant.training.position import Position, check_same_batches, random_states, restore_random_state
 from effnet_quant.training.precision import choose_precision
 from effnet_quant.training.progress import progress
+from effnet_quant.training.resume_point import Position, check_same_batches, random_states, restore_random_state
 from effnet_quant.training.schedules import learning_rate
 from effnet_quant.training.signals import Interrupted, SignalWatch
 

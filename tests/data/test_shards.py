@@ -15,8 +15,8 @@ import torch
 from fsspec.implementations.local import LocalFileSystem
 
 from effnet_quant.data.backends import open_loader
+from effnet_quant.data.data_argument import open_sources
 from effnet_quant.data.folders import FolderSource
-from effnet_quant.data.opening import open_sources
 from effnet_quant.data.shards import ShardSource, pack, write_index
 from effnet_quant.data.streaming import ShardLoader
 from effnet_quant.data.transforms import Preprocessing, evaluation_transform, training_transform

@@ -13,9 +13,9 @@ from sklearn.datasets import load_digits
 from torchvision import datasets
 
 from effnet_quant.data.arrays import DigitsSource, SyntheticSource
+from effnet_quant.data.data_argument import open_sources
+from effnet_quant.data.data_argument import open_validation as open_val
 from effnet_quant.data.folders import FolderSource
-from effnet_quant.data.opening import open_sources
-from effnet_quant.data.opening import open_validation as open_val
 from effnet_quant.data.sources import read_image
 from effnet_quant.errors import UserError
 

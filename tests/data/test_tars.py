@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import torch
 
-from effnet_quant.data.opening import open_sources
+from effnet_quant.data.data_argument import open_sources
 from effnet_quant.data.sources import read_image
 from effnet_quant.data.tars import TRAIN_TAR, VAL_TAR, ImageNetSource
 from effnet_quant.errors import UserError

@@ -15,7 +15,7 @@ from effnet_quant.data.transforms import Preprocessing, normalize
 from effnet_quant.models.cifar_resnet import BasicBlock
 from effnet_quant.models.registry import get_entry
 from effnet_quant.models.weights import load_weights, read_weights
-from effnet_quant.quantization.insertion import quantizers
+from effnet_quant.quantization.placement.insertion import quantizers
 
 SHARED = Path(__file__).parents[3] / "shared" / "data"
 

@@ -14,7 +14,7 @@ from effnet_quant import UserError, calibrate, create_model
 from effnet_quant.models.efficientnet import round_channels
 from effnet_quant.models.entry import InputSpec
 from effnet_quant.models.registry import get_entry
-from effnet_quant.quantization.insertion import quantizers
+from effnet_quant.quantization.placement.insertion import quantizers
 from reference import REFERENCE, fill_model, reference_images
 
 

@@ -14,7 +14,7 @@ from effnet_quant import create_model
 from effnet_quant.errors import UserError
 from effnet_quant.models.registry import get_entry
 from effnet_quant.models.weights import Weights, load_weights, read_torch_file, read_weights, write_weights
-from effnet_quant.quantization.insertion import quantizers
+from effnet_quant.quantization.placement.insertion import quantizers
 
 CLASSES = 4
 METADATA = {"arch": "efficientnet-b0", "classes": ["a", "b", "c", "d"], "preprocessing": {"image_size": 32}}

@@ -15,7 +15,7 @@ from effnet_quant.quantization.calibration.maximum import MaxObserver
 from effnet_quant.quantization.calibration.methods import choose_range, observer_for
 from effnet_quant.quantization.calibration.moving_average import MovingAverageObserver
 from effnet_quant.quantization.calibration.mse import mse_weight_ranges
-from effnet_quant.quantization.insertion import quantizers
+from effnet_quant.quantization.placement.insertion import quantizers
 from effnet_quant.quantization.spec import PRESETS, TensorSpec
 
 

@@ -8,8 +8,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from effnet_quant import UserError, calibrate, quantize, simulate_target
-from effnet_quant.quantization.insertion import output_quantizers, quantizers
 from effnet_quant.quantization.output_quantizer import OutputQuantizer
+from effnet_quant.quantization.placement.insertion import output_quantizers, quantizers
 from effnet_quant.quantization.quantizer import TensorQuantizer
 
 

@@ -15,7 +15,7 @@ from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 from effnet_quant import UserError, calibrate, quantize
 from effnet_quant.quantization.fake_quant import fake_quantize
-from effnet_quant.quantization.insertion import quantizers
+from effnet_quant.quantization.placement.insertion import quantizers
 from effnet_quant.quantization.qat import (
     Distillation,
     distillation_loss,

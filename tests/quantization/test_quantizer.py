@@ -8,8 +8,8 @@ from torch import nn
 
 from effnet_quant import UserError, calibrate, quantize
 from effnet_quant.models.efficientnet import B0_STAGES, EfficientNet, MBConv, _repeated
-from effnet_quant.quantization.insertion import quantizers
-from effnet_quant.quantization.modules import QuantConv2d
+from effnet_quant.quantization.placement.insertion import quantizers
+from effnet_quant.quantization.quantized_layers import QuantConv2d
 from effnet_quant.quantization.quantizer import TensorQuantizer
 from effnet_quant.quantization.spec import TensorSpec
 

@@ -8,8 +8,8 @@ from torch import nn
 
 from effnet_quant import UserError, create_model, quantize
 from effnet_quant.models.weights import Weights, load_weights
-from effnet_quant.quantization.insertion import quantizers
 from effnet_quant.quantization.output_quantizer import OutputQuantizer
+from effnet_quant.quantization.placement.insertion import quantizers
 from effnet_quant.quantization.quantizer import TensorQuantizer
 from effnet_quant.quantization.spec import PRESETS, QuantSpec, TensorSpec, resolve_spec
 

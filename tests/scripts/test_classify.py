@@ -14,7 +14,7 @@ from PIL import Image
 from effnet_quant import UserError, create_model, export_onnx
 from effnet_quant.cli import classify
 from effnet_quant.data.transforms import Preprocessing
-from effnet_quant.deploy.options import ExportOptions
+from effnet_quant.export.options import ExportOptions
 from effnet_quant.models.weights import write_weights
 
 

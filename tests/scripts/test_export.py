@@ -9,10 +9,10 @@ import pytest
 import torch
 
 from effnet_quant import UserError, calibrate, create_model
+from effnet_quant.checks.tuning import Tuning
 from effnet_quant.cli import model2onnx, verify
 from effnet_quant.data.transforms import Preprocessing
-from effnet_quant.deploy.engine import load_engine
-from effnet_quant.deploy.tuning import Tuning
+from effnet_quant.engines.engine import load_engine
 from effnet_quant.models.weights import write_weights
 from effnet_quant.quantization.spec import resolve_spec
 from effnet_quant.quantization.targets import get_target

@@ -12,7 +12,7 @@ import torch
 
 from effnet_quant import calibrate, create_model
 from effnet_quant.models.weights import write_weights
-from effnet_quant.quantization.insertion import quantizers
+from effnet_quant.quantization.placement.insertion import quantizers
 
 NETWORK = shlex.split(
     "--arch cifar-resnet20 --num-classes 3 --image-size 32 -b 6 --data-backend pytorch -j 0 --seed 1 --lr 0.01 --prof 1"

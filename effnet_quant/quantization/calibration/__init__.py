@@ -2,6 +2,6 @@
 
 from effnet_quant.quantization.calibration.loop import calibrate, collect, set_ranges, track_outputs
 from effnet_quant.quantization.calibration.methods import METHODS
-from effnet_quant.quantization.calibration.report import RangeReport, report_ranges
+from effnet_quant.quantization.calibration.range_report import RangeReport, report_ranges
 
 __all__ = ["METHODS", "RangeReport", "calibrate", "collect", "report_ranges", "set_ranges", "track_outputs"]

@@ -17,10 +17,10 @@ from effnet_quant.quantization.calibration.methods import (
     observer_for,
 )
 from effnet_quant.quantization.calibration.mse import extremes, mse_weight_ranges
-from effnet_quant.quantization.calibration.ranks import merge_ranks, merge_tracked_ranges, total_over_ranks
-from effnet_quant.quantization.insertion import output_quantizers, quantizers
-from effnet_quant.quantization.modules import float_weight
-from effnet_quant.quantization.passes import eager_pass
+from effnet_quant.quantization.calibration.process_group import merge_ranks, merge_tracked_ranges, total_over_ranks
+from effnet_quant.quantization.eager_evaluation import eager_pass
+from effnet_quant.quantization.placement.insertion import output_quantizers, quantizers
+from effnet_quant.quantization.quantized_layers import float_weight
 from effnet_quant.quantization.quantizer import TensorQuantizer
 from effnet_quant.quantization.spec import TensorSpec
 

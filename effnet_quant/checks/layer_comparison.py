@@ -1,0 +1,172 @@
+"""Where do engine and simulation part? The inputs of every quantized layer, side by side."""
+
+from __future__ import annotations
+
+import math
+import re
+from collections import defaultdict
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import onnx
+import torch
+from numpy.typing import NDArray
+from torch import Tensor, nn
+
+from effnet_quant.engines.engine import Engine
+from effnet_quant.engines.onnx_file import read_onnx
+from effnet_quant.engines.onnxruntime import session_options
+from effnet_quant.engines.openvino import compile_properties, shared_core
+from effnet_quant.errors import UserError
+from effnet_quant.quantization.placement.insertion import quantizers
+from effnet_quant.quantization.qat import float_teacher
+
+_MARK = re.compile(r"(.+)/DequantizeLinear(?:_(\d+))?")
+_LOGITS = "logits"
+# A ratio this high is float rounding; below it, a layer counts as departing from the simulation.
+FAITHFUL_DB = 30.0
+
+
+@dataclass(frozen=True)
+class LayerRow:
+    """One quantized value; ratios are signal-to-quantization-noise in decibels, inf if equal.
+
+    Attributes:
+        name: the quantizer, with the number of its use where several values share its range; at last "logits".
+        by_itself: how near the engine is to a simulation that gets the engine's values behind all earlier quantizers, so
+            that differences of earlier layers, which a network may amplify, are left out.
+        engine_to_simulation: how near the engine is to the simulation.
+        simulation_to_float: how near the simulation is to the float network.
+    """
+
+    name: str
+    by_itself: float
+    engine_to_simulation: float
+    simulation_to_float: float
+
+
+@torch.no_grad()
+def compare_layers(
+    engine: Engine, simulation: nn.Module, images: Tensor, pixels: Tensor | None = None
+) -> list[LayerRow]:
+    """The values behind every activation quantizer that the engine's file has, in the file's order, and the logits;
+    ``images`` is (N, C, H, W), normalised, and ``pixels`` the same as uint8, for a file that normalises them itself.
+
+    The engine's runtime computes the file with these values as further outputs, in the engine's precision. It can't fuse
+    operations across a value that it has to show, so a fault of such a fusion may hide. The simulation must be the one the
+    file was exported from, in eval mode on the CPU.
+
+    Raises:
+        UserError: the runtime can't show values in between, or the file has none of this model.
+    """
+    path = engine.path
+    if not shows_layers(engine):
+        raise UserError(f"{engine.backend} shows no values in between; compare {path} in ONNX Runtime or OpenVINO.")
+    proto = onnx.load(path)
+    known = dict(quantizers(simulation))
+    uses: dict[str, list[tuple[int, str]]] = defaultdict(list)
+    for node in proto.graph.node:
+        mark = _MARK.fullmatch(node.output[0])
+        if mark and mark[1] in known:
+            uses[mark[1]].append((int(mark[2] or 0), node.output[0]))
+    wanted = [output for name in uses for _, output in sorted(uses[name])]
+    if not wanted:
+        raise UserError(f"{path} has no quantized layers of this model to compare; was it exported from another one?")
+    for name in wanted:
+        proto.graph.output.append(onnx.ValueInfoProto(name=name))
+    fed = pixels if pixels is not None and engine.input.dtype == "uint8" else images
+    compute = _in_openvino if engine.backend == "openvino" else _in_onnxruntime
+    computed = compute(proto, engine, fed.numpy())
+    wanted = [proto.graph.output[0].name, *wanted]
+    values = {name: torch.from_numpy(value).float() for name, value in zip(wanted, computed, strict=True)}
+    simulated = _behind_quantizers(simulation, images)
+    in_float = _behind_quantizers(float_teacher(simulation), images)
+    seen = {name: [values[output] for _, output in sorted(uses[name])] for name in uses}
+    seen[_LOGITS] = [values[wanted[0]]]
+    # a value that two quantizers with one range round is written once in the file: which use is which, it does not say
+    seen = {name: own for name, own in seen.items() if len(own) == len(simulated[name])}
+    for name, own in seen.items():
+        if [value.shape for value in own] != [value.shape for value in simulated[name]]:
+            raise UserError(f"{path} has another shape than the model at {name}; was it exported from another one?")
+    continued = _behind_quantizers(simulation, images, seen)
+    return [
+        LayerRow(
+            name if len(seen[name]) == 1 else f"{name} (use {use + 1})",
+            _ratio(continued[name][use], value),
+            _ratio(simulated[name][use], value),
+            _ratio(in_float[name][use], simulated[name][use]),
+        )
+        for name in seen
+        for use, value in enumerate(seen[name])
+    ]
+
+
+def shows_layers(engine: Engine) -> bool:
+    """Whether the engine's runtime can be asked for values in between."""
+    return engine.backend in ("onnxruntime", "openvino")
+
+
+def _in_onnxruntime(proto: onnx.ModelProto, engine: Engine, images: NDArray[Any]) -> list[NDArray[Any]]:
+    """All outputs of ``proto``, which is the engine's file with more of them."""
+    import onnxruntime
+
+    options = session_options(read_onnx(engine.path), engine.settings)
+    session = onnxruntime.InferenceSession(proto.SerializeToString(), options, providers=["CPUExecutionProvider"])
+    return session.run(None, {engine.input.name: images})
+
+
+def _in_openvino(proto: onnx.ModelProto, engine: Engine, images: NDArray[Any]) -> list[NDArray[Any]]:
+    """All outputs of ``proto``, which is the engine's file with more of them."""
+    core = shared_core()
+    properties = compile_properties(read_onnx(engine.path), engine.settings)
+    compiled = core.compile_model(core.read_model(proto.SerializeToString()), "CPU", properties)
+    results = compiled([images])
+    return [np.array(results[index]) for index in range(len(proto.graph.output))]
+
+
+def format_layers(rows: list[LayerRow]) -> str:
+    """The table as text; ends with the first layer that departs from the simulation, if one does."""
+    lines = [f"{'values behind':<50} {'engine/simulation':>18} {'of this layer':>14} {'simulation/float':>17}"]
+    lines += [
+        f"{row.name:<50} {row.engine_to_simulation:15.1f} dB {row.by_itself:11.1f} dB {row.simulation_to_float:14.1f} dB"
+        for row in rows
+    ]
+    departing = next((row for row in rows if row.by_itself < FAITHFUL_DB), None)
+    if departing is None:
+        lines.append(f"no layer departs from the simulation (all at {FAITHFUL_DB:.0f} dB or more)")
+    else:
+        lines.append(f"the first layer that departs from the simulation: {departing.name}")
+    return "\n".join(lines)
+
+
+def _behind_quantizers(
+    model: nn.Module, images: Tensor, given: Mapping[str, list[Tensor]] | None = None
+) -> dict[str, list[Tensor]]:
+    """What comes out of every quantizer, use by use, and the logits; the model goes on with the ``given`` values."""
+    seen: dict[str, list[Tensor]] = defaultdict(list)
+
+    def hook(name: str, output: Tensor) -> Tensor:
+        seen[name].append(output.clone())
+        return given[name][len(seen[name]) - 1] if given and name in given else output
+
+    hooks = [
+        quantizer.register_forward_hook(lambda _, args, output, name=name: hook(name, output))
+        for name, quantizer in quantizers(model)
+    ]
+    try:
+        seen[_LOGITS] = [model(images)]
+    finally:
+        for handle in hooks:
+            handle.remove()
+    return seen
+
+
+def _ratio(signal: Tensor, other: Tensor) -> float:
+    """10 log10(|signal|^2 / |other - signal|^2)."""
+    power = signal.double().square().sum().item()
+    noise = (other.double() - signal.double()).square().sum().item()
+    if noise == 0:
+        return math.inf
+    return 10 * math.log10(power / noise) if power else -math.inf

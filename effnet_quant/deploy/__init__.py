@@ -1,1 +1,0 @@
-"""Leaving PyTorch: ONNX export, engines, their verification and their latency."""

@@ -1,0 +1,1 @@
+"""Engines: compiled models behind one interface, one module per runtime."""

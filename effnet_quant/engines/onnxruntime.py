@@ -1,0 +1,59 @@
+"""ONNX Runtime, on the CPU or on a CUDA card."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from effnet_quant.engines.compiled import Compiled, Settings
+from effnet_quant.engines.onnx_file import OnnxFile, read_onnx
+from effnet_quant.errors import UserError
+
+DEVICES = ("cpu", "cuda")
+PRECISIONS = ("fp32",)
+_CUDA = "CUDAExecutionProvider"
+
+
+def compile_file(path: Path, settings: Settings) -> Compiled:
+    """A session of an ONNX file.
+
+    Raises:
+        UserError: ONNX Runtime is missing or has no CUDA, or the file is missing or damaged.
+    """
+    file = read_onnx(path)
+    try:
+        import onnxruntime
+    except ImportError as error:
+        raise UserError("ONNX Runtime is not installed; pip install onnxruntime.") from error
+    providers = ["CPUExecutionProvider"]
+    if settings.device == "cuda":
+        if _CUDA not in onnxruntime.get_available_providers():
+            raise UserError("this ONNX Runtime can't use a GPU; pip install onnxruntime-gpu, or take the device cpu.")
+        import torch  # noqa: F401  # brings the CUDA libraries that ONNX Runtime wants loaded
+
+        providers = [_CUDA, *providers]
+    options = session_options(file, settings)
+    session = onnxruntime.InferenceSession(str(path), options, providers=providers)
+    if settings.device == "cuda" and _CUDA not in session.get_providers():
+        raise UserError("ONNX Runtime found no CUDA card that it can use; take the device cpu.")
+    name = file.input.name
+    return Compiled(
+        lambda images: session.run(None, {name: images})[0], file.input, file.precision("fp32"), file.metadata
+    )
+
+
+def session_options(file: OnnxFile, settings: Settings) -> Any:
+    """The onnxruntime.SessionOptions with which a session computes what a file says."""
+    import onnxruntime
+
+    options = onnxruntime.SessionOptions()
+    options.log_severity_level = 3
+    if settings.threads is not None:
+        options.intra_op_num_threads = settings.threads
+    # On CPUs without VNNI the fast uint8 x int8 kernels saturate at 16 bits; with this entry ONNX Runtime uses kernels
+    # that compute what the graph says (it has no effect where VNNI is present).
+    options.add_session_config_entry("session.x64quantprecision", "1")
+    if file.quantized and file.half:
+        # ONNX Runtime 1.31's optimizer changes what quantized graphs in float16 compute
+        options.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_DISABLE_ALL
+    return options

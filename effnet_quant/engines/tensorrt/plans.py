@@ -1,0 +1,169 @@
+"""compile_engine: from an ONNX file to a plan, built once for each model, card, version and options."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import re
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from effnet_quant.engines.compiled import ImageInput
+from effnet_quant.engines.onnx_file import read_onnx
+from effnet_quant.engines.tensorrt import library
+from effnet_quant.engines.tensorrt.build_options import BuildOptions, Machine, plan_key
+from effnet_quant.engines.tensorrt.inspector import LayerPrecision, read_layers
+from effnet_quant.errors import UserError
+from effnet_quant.files import cache_folder, check_writable, create_folder, replace_file
+
+
+@dataclass(frozen=True)
+class Plan:
+    """A plan's file and what stands beside it, in ``<file>.json``.
+
+    Attributes:
+        path: the plan itself, as TensorRT and Triton take it.
+        sha256: of the plan's bytes.
+        machine: the card and the version it was built with.
+        options: what it was built for.
+        input: what it takes.
+        output: name of the logits.
+        metadata: the ONNX file's: classes, preprocessing, target …
+        layers: TensorRT's report of its layers.
+    """
+
+    path: Path
+    sha256: str
+    machine: Machine
+    options: BuildOptions
+    input: ImageInput
+    output: str
+    metadata: dict[str, Any]
+    layers: list[LayerPrecision]
+
+
+def compile_engine(
+    onnx_path: str | Path,
+    output: str | Path | None = None,
+    options: BuildOptions | None = None,
+    *,
+    timing_cache: str | Path | None = None,
+) -> Plan:
+    """Build a TensorRT plan from an ONNX file, strongly typed: every precision is the one written in the graph.
+
+    A plan that was built before from the same bytes, for the same card, version and options comes from the cache, the
+    folder ``$XDG_CACHE_HOME/effnet-quant/tensorrt`` (``~/.cache/…``).
+
+    Args:
+        onnx_path: a file that ``export_onnx`` wrote for the target "tensorrt".
+        output: where the plan goes, its description beside it as ``<output>.json``; None to leave both in the cache.
+        options: what it is built for.
+        timing_cache: file of layer timings that earlier builds measured, read if it is there and written; None for one
+            in the cache, one for each card and version.
+
+    Raises:
+        UserError: TensorRT or a card is missing, the ONNX file is damaged or refused, or a file can't be written.
+    """
+    onnx_path, options = Path(onnx_path), options or BuildOptions()
+    file = read_onnx(onnx_path)
+    if None in file.input.shape and options.image_size is None:
+        options = replace(options, image_size=file.metadata.get("image_size"))  # what the network was made for
+    made_for = file.metadata.get("target", "tensorrt")
+    if file.quantized and made_for != "tensorrt":
+        raise UserError(
+            f"{onnx_path} is quantized for {made_for}, in numbers that TensorRT does not compute with; export it with "
+            "--target tensorrt."
+        )
+    if output is not None:
+        check_writable(Path(output))
+    trt = library.import_tensorrt()
+    machine = library.this_machine(trt)
+    model = onnx_path.read_bytes()
+    plans = create_folder(cache_folder() / "tensorrt", "XDG_CACHE_HOME")
+    kept = plans / f"{plan_key(model, machine, options)}.plan"
+    plan = find_plan(kept)
+    if plan is None:
+        timings = plans / timings_name(machine) if timing_cache is None else Path(timing_cache)
+        check_writable(timings)
+        measured = timings.read_bytes() if timings.is_file() else b""
+        content, measured = library.build_plan(trt, model, file.input, options, measured)
+        replace_file(timings, measured)
+        try:
+            loaded = library.load_plan(trt, content, options.version_compatible)
+        except UserError as error:
+            raise UserError(f"TensorRT {machine.tensorrt} can't load the plan that it built: {error}") from error
+        layers = read_layers(library.inspect(trt, loaded, file.input, options))
+        takes = with_profile(file.input, options)
+        plan = Plan(
+            kept, hashlib.sha256(content).hexdigest(), machine, options, takes, file.output, file.metadata, layers
+        )
+        write_plan(plan, content)
+    if output is None:
+        return plan
+    given = replace(plan, path=Path(output))
+    write_plan(given, kept.read_bytes())
+    return given
+
+
+def with_profile(image_input: ImageInput, options: BuildOptions) -> ImageInput:
+    """What a plan takes: the sizes that the ONNX file leaves open are the options'."""
+    first, second, third = (options.image_size if size is None else size for size in image_input.shape)
+    batches = (image_input.smallest_batch, image_input.largest_batch)
+    if image_input.largest_batch is None:
+        batches = (options.smallest_batch, options.largest_batch)
+    return ImageInput(image_input.name, image_input.dtype, (first, second, third), *batches)
+
+
+def write_plan(plan: Plan, content: bytes) -> None:
+    """Write description and plan, in this order: where the plan is, its description is complete."""
+    described = {
+        "sha256": plan.sha256,
+        "machine": asdict(plan.machine),
+        "options": plan.options.to_json(),
+        "input": asdict(plan.input),
+        "output": plan.output,
+        "metadata": plan.metadata,
+        "layers": [asdict(layer) for layer in plan.layers],
+    }
+    replace_file(_description(plan.path), json.dumps(described, indent=1).encode())
+    replace_file(plan.path, content)
+
+
+def find_plan(path: Path) -> Plan | None:
+    """The plan at ``path`` with its description; None if one of them is missing, or they do not belong together."""
+    if not path.is_file() or not _description(path).is_file():
+        return None
+    try:
+        values = json.loads(_description(path).read_text(encoding="utf-8"))
+        plan = Plan(
+            path,
+            values["sha256"],
+            Machine(**values["machine"]),
+            BuildOptions(**values["options"]),
+            ImageInput(**{**values["input"], "shape": tuple(values["input"]["shape"])}),
+            values["output"],
+            values["metadata"],
+            [
+                LayerPrecision(**{**layer, "inputs": tuple(layer["inputs"]), "outputs": tuple(layer["outputs"])})
+                for layer in values["layers"]
+            ],
+        )
+    except (ValueError, KeyError, TypeError):
+        return None
+    return plan if hashlib.sha256(path.read_bytes()).hexdigest() == plan.sha256 else None
+
+
+def discard_plan(plan: Plan) -> None:
+    """Remove a plan and its description."""
+    for path in (plan.path, _description(plan.path)):
+        path.unlink(missing_ok=True)
+
+
+def timings_name(machine: Machine) -> str:
+    """The timing cache's file name: timings hold for one card and one version."""
+    return re.sub(r"[^\w.]+", "-", f"{machine.card}-{machine.tensorrt}") + ".timings"
+
+
+def _description(path: Path) -> Path:
+    return path.with_name(f"{path.name}.json")

@@ -1,0 +1,97 @@
+"""What calibration did to every quantizer, in figures."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from effnet_quant.quantization.calibration.histogram import Histogram, HistogramObserver
+from effnet_quant.quantization.calibration.magnitudes import bin_centres
+from effnet_quant.quantization.calibration.methods import CalibrationObserver
+from effnet_quant.quantization.calibration.mse import squared_errors
+from effnet_quant.quantization.placement.insertion import quantizers
+from effnet_quant.quantization.quantized_layers import float_weight
+from effnet_quant.quantization.quantizer import TensorQuantizer
+
+
+@dataclass(frozen=True)
+class RangeReport:
+    """One quantizer.
+
+    Attributes:
+        name: of the quantizer.
+        grid: in words, e.g. "int8, per tensor".
+        seen: smallest and largest value; of a moving average the averages.
+        chosen: ends of the range; of several ranges the outermost.
+        clipped: share of the values that saturate, 0 … 1; None where they were not counted.
+        sqnr: signal to quantization noise ratio in dB; None where it can't be told, infinite without any noise.
+    """
+
+    name: str
+    grid: str
+    seen: tuple[float, float]
+    chosen: tuple[float, float]
+    clipped: float | None
+    sqnr: float | None
+
+    def to_json(self) -> dict[str, Any]:
+        """As plain values."""
+        return asdict(self) | {"sqnr": None if self.sqnr is None or math.isinf(self.sqnr) else self.sqnr}
+
+
+@torch.no_grad()
+def report_ranges(model: nn.Module, observers: Mapping[str, CalibrationObserver]) -> list[RangeReport]:
+    """A RangeReport of every calibrated quantizer, in the order of the definition, from what ``collect`` found."""
+    reports = []
+    for name, quantizer in quantizers(model):
+        amax = quantizer.amax
+        amin = (-amax if quantizer.spec.signed else 0 * amax) if quantizer.amin is None else quantizer.amin
+        if name in observers:
+            observer = observers[name]
+            seen = observer.seen
+            clipped, sqnr = None, None
+            if isinstance(observer, HistogramObserver):
+                clipped, sqnr = _of_histogram(observer.histogram, quantizer, amin.item(), amax.item())
+        else:
+            weight = float_weight(model.get_submodule(name.rpartition(".")[0])).float()
+            seen = (weight.min().item(), weight.max().item())
+            clipped, sqnr = _of_weight(weight, quantizer)
+        chosen = (amin.min().item(), amax.max().item())
+        reports.append(RangeReport(name, str(quantizer.spec), seen, chosen, clipped, sqnr))
+    return reports
+
+
+def _of_histogram(histogram: Histogram, quantizer: TensorQuantizer, amin: float, amax: float) -> tuple[float, float]:
+    counts, centres = histogram.counts.cpu().numpy().astype(np.float64), bin_centres(histogram)
+    low, high = _limits(quantizer)
+    clipped = counts[(centres < low.item()) | (centres > high.item())].sum()
+    signal = noise = float((counts * centres**2).sum())
+    if amax > amin:  # else all is rounded to zero
+        noise = squared_errors(histogram, quantizer.spec, np.array([amin]), np.array([amax])).item()
+    return float(clipped / counts.sum()), _decibels(signal, noise)
+
+
+def _of_weight(weight: Tensor, quantizer: TensorQuantizer) -> tuple[float, float]:
+    low, high = _limits(quantizer)
+    clipped = ((weight < low) | (weight > high)).double().mean().item()
+    noise = (weight.double() - quantizer(weight).double()).square().sum().item()
+    return clipped, _decibels(weight.double().square().sum().item(), noise)
+
+
+def _limits(quantizer: TensorQuantizer) -> tuple[Tensor, Tensor]:
+    """From where on values saturate: half a step beyond the grid."""
+    low, high = quantizer.spec.bounds
+    return (
+        (low - 0.5 - quantizer.zero_point) * quantizer.scale,
+        (high + 0.5 - quantizer.zero_point) * quantizer.scale,
+    )
+
+
+def _decibels(signal: float, noise: float) -> float:
+    return math.inf if noise <= 0 else 10 * math.log10(max(signal, 1e-300) / noise)

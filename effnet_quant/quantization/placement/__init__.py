@@ -1,0 +1,1 @@
+"""Where quantizers go: in marked definitions, and on a traced graph."""

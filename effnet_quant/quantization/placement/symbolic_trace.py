@@ -1,0 +1,80 @@
+"""Finds the operations of a model that have no module of their own, by symbolic tracing (torch.fx)."""
+
+from __future__ import annotations
+
+import inspect
+import types
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import fx, nn
+from torch.nn.modules.batchnorm import _BatchNorm
+
+from effnet_quant.quantization.quantized_layers import QuantAdaptiveAvgPool2d, QuantAvgPool2d
+
+# Modules that stay one node: they carry quantizers, or behave differently in training and evaluation.
+_WHOLE = (nn.Conv2d, nn.Linear, QuantAdaptiveAvgPool2d, QuantAvgPool2d, _BatchNorm)
+
+
+class _Tracer(fx.Tracer):
+    """Goes into every module that has children, except those that must stay whole."""
+
+    def __init__(self, opaque: set[str]) -> None:
+        super().__init__()
+        self._opaque = opaque
+
+    def is_leaf_module(self, module: nn.Module, qualified_name: str) -> bool:
+        """Whether the module stays one node of the graph."""
+        if isinstance(module, _WHOLE) or qualified_name in self._opaque:
+            return True
+        return not any(True for _ in module.children()) or super().is_leaf_module(module, qualified_name)
+
+
+def trace_operations(model: nn.Module) -> tuple[fx.Graph | None, list[str]]:
+    """The graph of a model, and the names of the modules that could not be traced and are one node each in it.
+
+    Returns:
+        The graph (None if the model itself can't be traced) and the opaque modules' names.
+    """
+    opaque: set[str] = set()
+    while True:
+        try:
+            return _Tracer(opaque).trace(model), sorted(opaque)
+        except Exception:  # whatever a model's own code raises when it meets a proxy instead of a tensor
+            found = _untraceable(model, "", opaque)
+            if not found - opaque:
+                return None, sorted(opaque)
+            opaque |= found
+
+
+def _untraceable(module: nn.Module, prefix: str, opaque: set[str]) -> set[str]:
+    """The smallest modules below ``module`` that can't be traced by themselves."""
+    found: set[str] = set()
+    for name, child in module.named_children():
+        path = f"{prefix}{name}"
+        if path in opaque or isinstance(child, (nn.ModuleList, nn.ModuleDict)):
+            if path not in opaque:
+                found |= _untraceable(child, f"{path}.", opaque)
+            continue
+        inner = {name.removeprefix(f"{path}.") for name in opaque if name.startswith(f"{path}.")}
+        try:
+            _Tracer(inner).trace(child, _defaults(child))
+        except Exception:  # see above
+            found |= _untraceable(child, f"{path}.", opaque) or {path}
+    return found
+
+
+def _defaults(module: nn.Module) -> dict[str, Any]:
+    """The arguments of its forward that have defaults, which is how the model calls it as a rule."""
+    parameters = inspect.signature(module.forward).parameters.values()
+    return {parameter.name: parameter.default for parameter in parameters if parameter.default is not parameter.empty}
+
+
+def replace_forward(model: nn.Module, graph: fx.Graph) -> None:
+    """Let ``model`` compute ``graph`` from now on, in place: it becomes an instance of a subclass with that forward, and
+    keeps its modules, their names and its other methods."""
+    generated = fx.GraphModule(model, graph)
+    forward: Callable[..., torch.Tensor] = type(generated).forward
+    own = model.__class__
+    model.__class__ = types.new_class(f"Quantized{own.__name__}", (own,), {}, lambda body: body.update(forward=forward))
