@@ -29,11 +29,12 @@ from torchvision import transforms as pil_transforms
 from torchvision.io import ImageReadMode, decode_jpeg
 from torchvision.transforms import v2
 
+from effnet_quant.card import IMAGENET_MEAN, IMAGENET_STD
 from effnet_quant.data.backends import open_loader
 from effnet_quant.data.folders import FolderSource
 from effnet_quant.data.loaders import Loader
 from effnet_quant.data.sources import EncodedSource, NameTable
-from effnet_quant.data.transforms import IMAGENET_MEAN, IMAGENET_STD, Preprocessing, training_transform
+from effnet_quant.data.transforms import Preprocessing, training_transform
 
 SIZE = 224
 AHEAD = 4  # batches that are not counted: some loaders prepare them while others run

@@ -1,22 +1,24 @@
-"""The public functions that join several rooms; import them from ``effnet_quant``."""
+"""How a model is assembled: which card it gets, and the one function that builds it."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from torch import nn
 
+from effnet_quant.card import HARD_SWISH, ModelCard
 from effnet_quant.errors import UserError
 from effnet_quant.models.activations import replace_silu
 from effnet_quant.models.registry import get_entry
-from effnet_quant.models.weights import Weights, load_weights, read_weights
-from effnet_quant.quantization.placement.insertion import quantize
-from effnet_quant.quantization.spec import QuantSpec
+from effnet_quant.models.weights import Weights, load_weights, other_class_count, read_weights
+from effnet_quant.quantization.placement.insertion import quantize, quantizers
+from effnet_quant.quantization.spec import QuantSpec, resolve_spec, same_grids
 from effnet_quant.quantization.targets import get_target
 
-HARD_SWISH_KEY = "hard_swish"  # in the metadata of checkpoints and weights
+Overrides = Sequence[tuple[str, str]]  # pattern and preset, or "float"
 
 
 def create_model(
@@ -35,13 +37,14 @@ def create_model(
 
     Args:
         name: one of ``list_models()``, or ``timm:<name>`` or ``torchvision:<name>``.
-        num_classes: number of logits; None for as many as the weights have, else the model's own number.
+        num_classes: number of classes; None for as many as the weights have, else the model's own number.
         weights: a ``.safetensors``, ``.pth`` or ``.pth.tar`` file to load; random initialisation without it.
         pretrained: load the published weights instead.
         quantized: whether quantizers are placed (they are off until they have ranges). None: the ``efficientnet-*``
             models as their names say, any other if the weights bring ranges.
         quant_spec: how, as ``resolve_spec`` takes it; None for what the weights say of themselves, else "w8a8".
-        target: the runtime that a quantized network simulates (``simulate_target``); None for ``simulated_target``'s.
+        target: the runtime that a quantized network simulates (``simulate_target``); None for what the weights say of
+            themselves, else "tensorrt" for ``efficientnet-quant-*`` and "onnxruntime" for the others.
         hard_swish: put hard-swish in the place of SiLU (``replace_silu``); None for what the weights say of themselves, else
             SiLU.
         **options: of the network, e.g. ``dropout``, ``bn_momentum``, ``survival_prob``, ``in_channels``, and ``se_as_conv``
@@ -51,32 +54,122 @@ def create_model(
         UserError: unknown name or option, a network without SiLU where ``hard_swish`` is asked for, or weights that are
             missing, damaged or do not fit.
     """
-    entry = get_entry(name)
     if pretrained and weights is not None:
         raise UserError("weights= and pretrained=True both bring weights; give one of them.")
-    given = entry.pretrained() if pretrained else weights
+    given = get_entry(name).pretrained() if pretrained else weights
     if given is not None and not isinstance(given, Weights):
         given = read_weights(given)
+    card = choose_card(
+        name,
+        given,
+        num_classes=num_classes,
+        quantized=quantized,
+        quant_spec=None if quant_spec is None else resolve_spec(quant_spec),
+        target=target,
+        hard_swish=hard_swish,
+    )
+    return build(card, given, **options)
+
+
+def choose_card(
+    name: str,
+    weights: Weights | None = None,
+    *,
+    num_classes: int | None = None,
+    quantized: bool | None = None,
+    quant_spec: QuantSpec | None = None,
+    overrides: Overrides = (),
+    target: str | None = None,
+    hard_swish: bool | None = None,
+) -> ModelCard:
+    """The card of the model that a name, its weights and the arguments mean.
+
+    An argument wins over what the weights say, and that over the model's own defaults. The arguments are those of
+    ``create_model``; ``overrides`` are added to the spec (``QuantSpec.with_overrides``).
+
+    Raises:
+        UserError: unknown name or target, or an override that means nothing.
+    """
+    entry = get_entry(name)
+    said = ModelCard() if weights is None else weights.card
     if quantized is None:
-        quantized = given is not None and given.has_ranges if entry.quantized is None else entry.quantized
+        quantized = weights is not None and weights.has_ranges if entry.quantized is None else entry.quantized
     if num_classes is None:
-        num_classes = entry.num_classes if given is None else entry.class_count(given)
-    model = entry.create(num_classes, **options)
-    said = {} if given is None else given.metadata
-    wanted = said.get(HARD_SWISH_KEY, False) if hard_swish is None else hard_swish
-    if wanted and not replace_silu(model):
-        raise UserError(f"{name} has no SiLU that hard-swish could take the place of; leave it out.")
-    if quantized:
-        if quant_spec is None:
-            quant_spec = said.get("quant_spec", "w8a8")
-        quantize(model, quant_spec, target=target or simulated_target(name, said))
-    if given is not None:
-        load_weights(model, given)
+        num_classes = entry.num_classes if weights is None else entry.class_count(weights)
+    if hard_swish is None:
+        hard_swish = said.activation == HARD_SWISH
+    card = ModelCard(
+        arch=name,
+        task=said.task,
+        num_classes=num_classes,
+        classes=said.classes if said.classes is None or len(said.classes) == num_classes else None,
+        input=said.input or entry.input,
+        activation=HARD_SWISH if hard_swish else None,
+    )
+    if not quantized:
+        return card
+    spec = quant_spec or resolve_spec(said.quant_spec or "w8a8")
+    changed = spec.with_overrides(overrides)
+    # the overrides that the weights were made with, given again, change nothing
+    repeated = quant_spec is None and changed.overrides[len(spec.overrides) :] == spec.overrides[-len(overrides) :]
+    spec = spec if repeated else changed
+    usual = "tensorrt" if entry.quantized else "onnxruntime"  # efficientnet-quant-* compute NVIDIA's numbers
+    return replace(card, quant_spec=spec.to_json(), target=get_target(target or said.target or usual).name)
+
+
+def build(
+    card: ModelCard, weights: Weights | None = None, *, new_classifier: bool = False, **options: Any
+) -> nn.Module:
+    """The model of a card, in training mode, on the CPU. Ranges of ``weights`` that are for other grids or activations are
+    left out (``ranges_fit``).
+
+    Args:
+        card: says arch and num_classes, and what else of the model's form differs from the default.
+        weights: to load; random initialisation without them.
+        new_classifier: where the weights are for another number of classes, keep the model's own classifier.
+        **options: of the network, as ``create_model`` takes them.
+
+    Raises:
+        UserError: as ``create_model``.
+    """
+    if card.arch is None:
+        raise UserError("which model is it? The card names no arch; give one.")
+    entry = get_entry(card.arch)
+    model = entry.create(entry.num_classes if card.num_classes is None else card.num_classes, **options)
+    if card.activation == HARD_SWISH and not replace_silu(model):
+        raise UserError(f"{card.arch} has no SiLU that hard-swish could take the place of; leave it out.")
+    if card.quant_spec is not None:
+        quantize(model, card.quant_spec, **({} if card.target is None else {"target": card.target}))
+    if weights is not None:
+        fitting = weights if ranges_fit(weights, card) else weights.without_ranges()
+        load_weights(model, fitting, new_classifier=new_classifier)
     return model
 
 
-def simulated_target(name: str, metadata: Mapping[str, Any]) -> str:
-    """The runtime that a quantized model of this name simulates where nobody asks for one: what the metadata of its weights
-    says, else "tensorrt" for ``efficientnet-quant-*``, which compute NVIDIA's numbers, and "onnxruntime" for the others."""
-    default = "tensorrt" if get_entry(name).quantized else "onnxruntime"
-    return get_target(str(metadata.get("quant_target", default))).name
+def ranges_fit(weights: Weights, card: ModelCard) -> bool:
+    """Whether the ranges in ``weights``, if there are any, belong to the grids and activations of ``card``. Weights that say
+    nothing of theirs are taken to fit; so are all for a float model, which drops ranges."""
+    said = weights.card
+    if card.quant_spec is None or not weights.has_ranges:
+        return True
+    if said.activation != card.activation:
+        return False
+    return said.quant_spec is None or same_grids(resolve_spec(said.quant_spec), resolve_spec(card.quant_spec))
+
+
+def left_out(weights: Weights, model: nn.Module, card: ModelCard) -> list[str]:
+    """What of ``weights`` the model that ``build`` made of them does not have, as sentences."""
+    sentences = []
+    if not ranges_fit(weights, card):
+        sentences.append(f"the ranges in {weights.source} are for another quantization; they are left out")
+    other = other_class_count(model, weights)
+    if other is not None:
+        sentences.append(f"{weights.source} is for {other} classes; the classifier starts anew")
+    if weights.has_ranges and not card.quantized:
+        sentences.append(f"{card.arch} is a float model here; the ranges in the weights are left out")
+    return sentences
+
+
+def has_ranges(model: nn.Module) -> bool:
+    """Whether every quantizer of the model has a range (True for a float model)."""
+    return all(quantizer.calibrated for _, quantizer in quantizers(model))

@@ -6,8 +6,9 @@ import argparse
 from collections.abc import Sequence
 from typing import Any
 
+from effnet_quant.card import INTERPOLATIONS
 from effnet_quant.data.backends import BACKENDS
-from effnet_quant.data.transforms import AUGMENTATIONS, INTERPOLATIONS
+from effnet_quant.data.transforms import AUGMENTATIONS
 from effnet_quant.training import affinity
 from effnet_quant.training.optimizers import OPTIMIZERS
 from effnet_quant.training.precision import AMP_DTYPES

@@ -21,7 +21,7 @@ def job(arguments: Sequence[str]) -> int:
     parser.add_argument("--ema", action="store_true", help="the moving average of the weights instead of the weights")
     parsed = parser.parse(arguments)
     weights = read_weights(parsed.checkpoint_path, ema=parsed.ema)
-    write_weights(parsed.weight_path, weights.tensors, weights.metadata)
+    write_weights(parsed.weight_path, weights.tensors, weights.card)
     print(f"{parsed.weight_path}: {len(weights.tensors)} tensors")
     return 0
 

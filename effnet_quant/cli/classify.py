@@ -6,18 +6,19 @@ import argparse
 import json
 import sys
 from collections.abc import Callable, Sequence
-from typing import Any
 
 import torch
 from torch import Tensor
 
+from effnet_quant.card import InputSpec, ModelCard
 from effnet_quant.cli.arguments import Parser, add_model_arguments
 from effnet_quant.cli.engines import add_engine_arguments, chosen_engine, is_engine, refuse_unused
 from effnet_quant.cli.inference import load_model, run_engine
 from effnet_quant.cli.process import run
 from effnet_quant.cli.quantization import add_spec_arguments
 from effnet_quant.data.image_arguments import expand, read_named
-from effnet_quant.data.transforms import Preprocessing, evaluation_transform, normalize
+from effnet_quant.data.transforms import evaluation_transform, normalize
+from effnet_quant.engines.engine import Engine
 from effnet_quant.errors import UserError
 from effnet_quant.models.registry import CROP_MARGIN
 
@@ -62,8 +63,8 @@ def job(arguments: Sequence[str]) -> int:
     names = expand(parsed.image)
     # the only image is read before the model is built: a mistake shows at once
     ready = {names[0]: read_named(names[0])} if len(names) == 1 else {}
-    predict, metadata, preprocessing = _classifier(parsed)
-    transform = evaluation_transform(preprocessing)
+    predict, card, spec = _classifier(parsed)
+    transform = evaluation_transform(spec)
     unreadable = 0
     for start in range(0, len(names), parsed.batch_size):
         read: list[str] = []
@@ -79,52 +80,54 @@ def job(arguments: Sequence[str]) -> int:
             with torch.no_grad():
                 probabilities = predict(torch.stack(images)).softmax(1)
             for name, row in zip(read, probabilities, strict=True):
-                _print_top(name, row, metadata.get("classes"), parsed.topk, as_json=parsed.json)
+                _print_top(name, row, card.classes, parsed.topk, as_json=parsed.json)
     return 2 if unreadable else 0
 
 
-def _classifier(parsed: argparse.Namespace) -> tuple[Predict, dict[str, Any], Preprocessing]:
-    """What maps uint8 images (N, 3, H, W) to logits, what its weights say of themselves, and how images are prepared."""
+def _classifier(parsed: argparse.Namespace) -> tuple[Predict, ModelCard, InputSpec]:
+    """What maps uint8 images (N, 3, H, W) to outputs, the model's card, and how images are prepared."""
     if is_engine(parsed.pretrained_from_file or ""):
         refuse_unused(parsed, _OF_WEIGHTS, "an engine is what it was exported as; give weights, or leave this out.")
         engine = chosen_engine(parsed.pretrained_from_file, parsed)
-        preprocessing = _preprocessing(engine.metadata)
+        spec = _input_spec(engine)
         if parsed.image_size is not None:
             if None not in engine.input.shape:
                 raise UserError(
-                    f"{engine.path} takes images of {preprocessing.image_size} px; leave --image-size out, or export it "
-                    "with --dynamic-size."
+                    f"{engine.path} takes images of {spec.image_size} px; leave --image-size out, or export it with "
+                    "--dynamic-size."
                 )
-            preprocessing = preprocessing.resized(parsed.image_size)
-        return (lambda pixels: run_engine(engine, pixels, preprocessing)), engine.metadata, preprocessing
+            spec = spec.resized(parsed.image_size)
+        return (lambda pixels: run_engine(engine, pixels, spec)), engine.card, spec
     of_engines = {"engine_precision": "--engine-precision", "threads": "--threads"}
     refuse_unused(parsed, of_engines, "PyTorch weights are no engine; take --precision, or leave this out.")
     if parsed.backend not in (None, "torch"):
         raise UserError(f"{parsed.backend} takes no weights; export them with model2onnx.py, or leave --backend out.")
     if parsed.device == "cuda" and not torch.cuda.is_available():
         raise UserError("PyTorch finds no CUDA card; leave --device out.")
-    model, metadata = load_model(parsed)
-    preprocessing = _preprocessing(metadata)
+    model, card = load_model(parsed)
+    assert card.input is not None
+    spec = card.input
     device = torch.device(parsed.device or ("cuda" if torch.cuda.is_available() else "cpu"))
     model.to(device)
     dtype = torch.float16 if device.type == "cuda" else torch.bfloat16
 
     def predict(pixels: Tensor) -> Tensor:
         with torch.autocast(device.type, dtype=dtype, enabled=parsed.precision == "AMP"):
-            return model(normalize(pixels.to(device), preprocessing)).float().cpu()
+            return model(normalize(pixels.to(device), spec)).float().cpu()
 
-    return predict, metadata, preprocessing
+    return predict, card, spec
 
 
-def _preprocessing(metadata: dict[str, Any]) -> Preprocessing:
-    if "preprocessing" in metadata:
-        return Preprocessing.from_json(metadata["preprocessing"])
-    if "image_size" not in metadata:
+def _input_spec(engine: Engine) -> InputSpec:
+    if engine.card.input is not None:
+        return engine.card.input
+    size = engine.metadata.get("image_size")
+    if size is None:
         raise UserError("the engine does not say how its images are prepared; export it with model2onnx.py.")
-    return Preprocessing(metadata["image_size"], metadata["image_size"] + CROP_MARGIN)
+    return InputSpec(size, size + CROP_MARGIN)
 
 
-def _print_top(image: str, probabilities: Tensor, classes: list[str] | None, count: int, *, as_json: bool) -> None:
+def _print_top(image: str, probabilities: Tensor, classes: Sequence[str] | None, count: int, *, as_json: bool) -> None:
     values, indices = probabilities.topk(min(count, len(probabilities)))
     top = [
         {"class": classes[index] if classes else f"class {index}", "index": index, "probability": value}

@@ -20,6 +20,7 @@ from torch import nn
 from torchvision.io import write_png
 
 from effnet_quant.api import create_model
+from effnet_quant.card import InputSpec
 from effnet_quant.checks.latency import median_seconds
 from effnet_quant.checks.verify import compare
 from effnet_quant.cli.arguments import Parser
@@ -27,7 +28,7 @@ from effnet_quant.cli.process import run
 from effnet_quant.data.arrays import DigitsSource
 from effnet_quant.data.data_argument import DIGITS
 from effnet_quant.data.loaders import Loader
-from effnet_quant.data.transforms import Preprocessing, evaluation_transform, normalize
+from effnet_quant.data.transforms import evaluation_transform, normalize
 from effnet_quant.engines.cpu import cpu_has_exact_int8
 from effnet_quant.engines.engine import load_engine
 from effnet_quant.errors import UserError
@@ -132,7 +133,7 @@ class _Variant:
 
 def _measure(paths: dict[str, Path]) -> list[Row]:
     """Every variant on the test images, and the speed of all in one interleaved run."""
-    preprocessing = Preprocessing(IMAGE_SIZE, IMAGE_SIZE)
+    preprocessing = InputSpec(IMAGE_SIZE, IMAGE_SIZE)
     loader = Loader(DigitsSource("val"), evaluation_transform(preprocessing), THROUGHPUT_BATCH)
     batches = [(normalize(images, preprocessing), labels) for images, labels in loader.epoch()]
     models = {

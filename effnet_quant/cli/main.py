@@ -6,9 +6,7 @@ from collections.abc import Sequence
 
 from effnet_quant.cli.arguments import Parser, add_training_arguments
 from effnet_quant.cli.process import run
-from effnet_quant.cli.training import prepared, train_or_evaluate
 from effnet_quant.errors import UserError
-from effnet_quant.models.registry import get_entry
 
 
 def build_parser() -> Parser:
@@ -21,10 +19,16 @@ def build_parser() -> Parser:
 def job(arguments: Sequence[str]) -> int:
     """Train or evaluate as the command line says; returns the exit status."""
     parsed = build_parser().parse(arguments)
+    from effnet_quant.cli.training import say_what_is_used, settings, train_or_evaluate
+    from effnet_quant.jobs.run import open_run
+    from effnet_quant.models.registry import get_entry
+
     if get_entry(parsed.arch).quantized:
         raise UserError(f"{parsed.arch} is a quantized model; use quant_main.py for it.")
-    with prepared(parsed, quantized=False) as run_of_this_process:
-        return train_or_evaluate(run_of_this_process, parsed)
+    asked = settings(parsed)
+    with open_run(asked.card, asked.data, asked.config, asked.place, asked.start, evaluate=parsed.evaluate) as ready:
+        say_what_is_used(ready, parsed)
+        return train_or_evaluate(ready, parsed)
 
 
 def main() -> None:

@@ -9,22 +9,24 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import nn
 
+from effnet_quant.card import InputSpec, ModelCard
 from effnet_quant.checks.tuning import Tuning, format_tuning, tune
 from effnet_quant.cli.arguments import Parser, add_model_arguments
 from effnet_quant.cli.engines import refuse_unused
 from effnet_quant.cli.inference import load_model, run_engine
 from effnet_quant.cli.process import run
-from effnet_quant.cli.quantization import TARGET_KEY, add_spec_arguments
+from effnet_quant.cli.quantization import add_spec_arguments
 from effnet_quant.cli.verify import add_verify_arguments, refuse_comparison, verify_engine
 from effnet_quant.data.backends import open_loader
 from effnet_quant.data.data_argument import open_validation
-from effnet_quant.data.transforms import Preprocessing, evaluation_transform
+from effnet_quant.data.transforms import evaluation_transform
 from effnet_quant.engines.engine import load_engine, usable_precisions
 from effnet_quant.engines.tensorrt.plans import compile_engine, discard_plan
 from effnet_quant.errors import UserError
@@ -69,22 +71,23 @@ def job(arguments: Sequence[str]) -> int:
     ExportOptions(opset=parsed.opset)  # a wrong one is said before the model is built
     output = parsed.output or f"{parsed.arch}.onnx".replace(":", "-")
     check_writable(Path(output))
-    model, metadata = load_model(parsed)
-    _note_coarser_grids(model, metadata, parsed.target)
-    preprocessing = metadata["preprocessing"]
+    model, card = load_model(parsed)
+    _note_coarser_grids(model, card, parsed.target)
+    assert card.input is not None
+    image_size = card.input.image_size
     options = ExportOptions(
         opset=parsed.opset,
         dynamic_size=parsed.dynamic_size,
         fp16=parsed.fp16,
-        normalisation=Normalisation(preprocessing["mean"], preprocessing["std"]) if parsed.with_preprocessing else None,
+        normalisation=Normalisation(card.input.mean, card.input.std) if parsed.with_preprocessing else None,
         float_weights=parsed.weights == "float",
     )
-    tuning = _tune(model, metadata, options, parsed) if parsed.tune else None
+    tuning = _tune(model, card, card.input, options, parsed) if parsed.tune else None
     rules = tuning.target if tuning else get_target(parsed.target)
     precision = tuning.precision if tuning else None
     if tuning:
-        metadata["tuned_precision"] = precision
-    export_onnx(model, output, preprocessing["image_size"], target=rules, metadata=metadata, options=options)
+        card = replace(card, tuned_precision=precision)
+    export_onnx(model, output, image_size, target=rules, card=card, options=options)
     print(f"{output}: {os.path.getsize(output):,} bytes, for {parsed.target}, any batch size")
     status = 0
     if tuning is not None and tuning.speedup < 1 and not parsed.allow_slower:
@@ -94,15 +97,13 @@ def job(arguments: Sequence[str]) -> int:
             file=sys.stderr,
         )
         status = 1
-    if parsed.data and not verify_engine(
-        model, metadata, load_engine(output, parsed.target, precision=precision), parsed
-    ):
+    if parsed.data and not verify_engine(model, card, load_engine(output, parsed.target, precision=precision), parsed):
         status = 1
     return status
 
 
-def _note_coarser_grids(model: nn.Module, metadata: dict[str, Any], target: str) -> None:
-    trained = metadata.get(TARGET_KEY)
+def _note_coarser_grids(model: nn.Module, card: ModelCard, target: str) -> None:
+    trained = card.target
     unsigned = any(quantizer.spec.symmetric and not quantizer.spec.signed for _, quantizer in quantizers(model))
     if trained and unsigned and not get_target(target).unsigned:
         print(
@@ -111,25 +112,26 @@ def _note_coarser_grids(model: nn.Module, metadata: dict[str, Any], target: str)
         )
 
 
-def _tune(model: nn.Module, metadata: dict[str, Any], options: ExportOptions, parsed: argparse.Namespace) -> Tuning:
+def _tune(
+    model: nn.Module, card: ModelCard, spec: InputSpec, options: ExportOptions, parsed: argparse.Namespace
+) -> Tuning:
     """Measure placements on one batch of validation images, and print the table."""
-    preprocessing = Preprocessing.from_json(metadata["preprocessing"])
-    source = open_validation(parsed.tune, metadata.get("classes"))
+    source = open_validation(parsed.tune, None if card.classes is None else list(card.classes))
     batch_size = TUNE_BATCH if parsed.batch_size is None else parsed.batch_size
     if batch_size < 1:
         raise UserError("--batch-size must be at least 1.")
-    loader = open_loader("pytorch", source, evaluation_transform(preprocessing), batch_size, torch.device("cpu"))
+    loader = open_loader("pytorch", source, evaluation_transform(spec), batch_size, torch.device("cpu"))
     pixels, _ = next(loader.epoch())
     start = time.monotonic()
     with tempfile.TemporaryDirectory() as folder:
 
         def compile_for(rules: Target, precision: str) -> Callable[[], Any]:
             path = Path(folder, "candidate.onnx")
-            export_onnx(model, path, preprocessing.image_size, target=rules, options=options)
+            export_onnx(model, path, spec.image_size, target=rules, options=options)
             engine = load_engine(path, parsed.target, precision=precision)
             if parsed.target == "tensorrt":
                 discard_plan(compile_engine(path))  # the cache would keep every candidate's
-            return lambda: run_engine(engine, pixels, preprocessing)
+            return lambda: run_engine(engine, pixels, spec)
 
         tuning = tune(
             model,
@@ -144,9 +146,7 @@ def _tune(model: nn.Module, metadata: dict[str, Any], options: ExportOptions, pa
             f"It computes in {tuning.precision} what is not integer: run it with --engine-precision {tuning.precision} "
             f'(load_engine: precision="{tuning.precision}").'
         )
-    print(
-        f"{len(pixels)} images of {preprocessing.image_size} px a batch, {time.monotonic() - start:.0f} s of measuring"
-    )
+    print(f"{len(pixels)} images of {spec.image_size} px a batch, {time.monotonic() - start:.0f} s of measuring")
     return tuning
 
 

@@ -10,6 +10,7 @@ import onnx
 import torch
 from torch import Tensor, nn
 
+from effnet_quant.card import InputSpec, ModelCard
 from effnet_quant.checks.layer_comparison import compare_layers, format_layers, shows_layers
 from effnet_quant.checks.lint import lint_tensorrt
 from effnet_quant.checks.verify import Comparison, compare
@@ -19,11 +20,10 @@ from effnet_quant.cli.inference import load_model, run_engine
 from effnet_quant.cli.process import run
 from effnet_quant.data.backends import open_loader
 from effnet_quant.data.data_argument import open_validation
-from effnet_quant.data.transforms import Preprocessing, evaluation_transform, normalize
+from effnet_quant.data.transforms import evaluation_transform, normalize
 from effnet_quant.engines.engine import Engine
 from effnet_quant.engines.onnx_file import read_onnx
 from effnet_quant.errors import UserError
-from effnet_quant.export.onnx import FLOAT_OPERATIONS
 from effnet_quant.quantization.placement.insertion import output_quantizers, quantizers, simulate_target
 from effnet_quant.quantization.targets import get_target
 
@@ -85,10 +85,10 @@ def _lint(path: str) -> bool:
 def _verify(parsed: argparse.Namespace) -> bool:
     engine = chosen_engine(parsed.engine, parsed)
     if not parsed.arch:
-        parsed.arch = engine.metadata.get("arch")
+        parsed.arch = engine.card.arch
     parsed.image_size = None  # the file's
-    model, metadata = load_model(parsed)
-    return verify_engine(model, metadata, engine, parsed)
+    model, card = load_model(parsed)
+    return verify_engine(model, card, engine, parsed)
 
 
 def add_verify_arguments(parser: argparse.ArgumentParser) -> None:
@@ -108,7 +108,7 @@ def refuse_comparison(parsed: argparse.Namespace) -> None:
     refuse_unused(parsed, _OF_COMPARISON, "nothing is compared without --verify; give it, or leave this out.")
 
 
-def verify_engine(model: nn.Module, metadata: dict[str, Any], engine: Engine, parsed: argparse.Namespace) -> bool:
+def verify_engine(model: nn.Module, card: ModelCard, engine: Engine, parsed: argparse.Namespace) -> bool:
     """Compare on the validation images of ``parsed.data`` and print; whether they agree as far as asked.
 
     ``model`` is set to simulate the engine's target.
@@ -116,18 +116,16 @@ def verify_engine(model: nn.Module, metadata: dict[str, Any], engine: Engine, pa
     batch_size = BATCH if parsed.batch_size is None else parsed.batch_size
     if batch_size < 1:
         raise UserError("--batch-size must be at least 1.")
-    if "target" in engine.metadata:
-        rules = get_target(engine.metadata["target"])
-        simulate_target(model, rules.leaving_in_float(engine.metadata.get(FLOAT_OPERATIONS, ())))
-    if engine.metadata.get("target") == "onnxruntime" and any(
-        place.range is None for place in output_quantizers(model)
-    ):
+    if engine.card.target is not None:
+        simulate_target(model, get_target(engine.card.target).leaving_in_float(engine.card.float_operations))
+    if engine.card.target == "onnxruntime" and any(place.range is None for place in output_quantizers(model)):
         print(
             "note: the weights bring no ranges for the outputs of convolutions; the engine rounds there and the simulation "
             "does not. Weights that quant_main.py calibrated or trained have them."
         )
-    preprocessing = Preprocessing.from_json(engine.metadata.get("preprocessing", metadata["preprocessing"]))
-    source = open_validation(parsed.data, metadata.get("classes"))
+    preprocessing = engine.card.input or card.input
+    assert preprocessing is not None
+    source = open_validation(parsed.data, None if card.classes is None else list(card.classes))
     cpu = torch.device("cpu")
     loader = open_loader(
         "pytorch", source, evaluation_transform(preprocessing), batch_size, cpu, workers=parsed.workers
@@ -144,9 +142,7 @@ def verify_engine(model: nn.Module, metadata: dict[str, Any], engine: Engine, pa
     return agrees and comparison.images >= parsed.min_images
 
 
-def _print_layers(
-    model: nn.Module, engine: Engine, pixels: Tensor, preprocessing: Preprocessing, *, asked: bool
-) -> None:
+def _print_layers(model: nn.Module, engine: Engine, pixels: Tensor, preprocessing: InputSpec, *, asked: bool) -> None:
     """The table of layers, or, if it was asked for, why there is none."""
     if not any(True for _ in quantizers(model)):
         reason = "the model is not quantized"

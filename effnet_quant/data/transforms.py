@@ -5,20 +5,17 @@ from __future__ import annotations
 import math
 import random
 from collections.abc import Callable
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass
 from functools import cached_property, lru_cache
-from typing import Any
 
 import torch
 from torch import Tensor
 from torchvision.transforms import v2
 from torchvision.transforms.v2 import functional as F
 
+from effnet_quant.card import InputSpec
 from effnet_quant.data.decoding import Box, EncodedImage
 
-IMAGENET_MEAN = (0.485, 0.456, 0.406)
-IMAGENET_STD = (0.229, 0.224, 0.225)
-INTERPOLATIONS = ("bilinear", "bicubic")
 # of torchvision's, with the settings of their papers: arXiv:1805.09501 (for ImageNet), 1909.13719, 2103.10158
 AUGMENTATIONS: dict[str, Callable[..., v2.Transform]] = {
     "autoaugment": v2.AutoAugment,
@@ -31,43 +28,7 @@ _CROP_TRIES = 10
 _LONGEST = 8  # times the shorter side; beyond it the ends are cut before an image is scaled
 
 Transform = Callable[[Tensor | EncodedImage], Tensor]
-
-
-@dataclass(frozen=True)
-class Preprocessing:
-    """How an image becomes the network's input at evaluation; travels with the weights.
-
-    Attributes:
-        image_size: height and width of the input, in pixels.
-        resize_size: length that the image's shorter side is scaled to before the centre crop.
-        interpolation: "bilinear" or "bicubic".
-        mean, std: per channel, of values in 0 … 1.
-    """
-
-    image_size: int
-    resize_size: int
-    interpolation: str = "bilinear"
-    mean: tuple[float, float, float] = IMAGENET_MEAN
-    std: tuple[float, float, float] = IMAGENET_STD
-
-    def resized(self, image_size: int) -> Preprocessing:
-        """The same for another image size, with the same margin around the crop."""
-        return replace(self, image_size=image_size, resize_size=image_size + self.resize_size - self.image_size)
-
-    def to_json(self) -> dict[str, Any]:
-        """Plain values for a file's metadata."""
-        return asdict(self)
-
-    @staticmethod
-    def from_json(values: dict[str, Any]) -> Preprocessing:
-        """The inverse of ``to_json``."""
-        return Preprocessing(
-            int(values["image_size"]),
-            int(values["resize_size"]),
-            str(values["interpolation"]),
-            tuple(values["mean"]),
-            tuple(values["std"]),
-        )
+Preprocessing = InputSpec
 
 
 @dataclass(frozen=True)
@@ -198,9 +159,7 @@ def normalize(images: Tensor, preprocessing: Preprocessing) -> Tensor:
 
 
 @lru_cache(maxsize=8)
-def _scale_and_shift(
-    mean: tuple[float, float, float], std: tuple[float, float, float], device: torch.device
-) -> tuple[Tensor, Tensor]:
+def _scale_and_shift(mean: tuple[float, ...], std: tuple[float, ...], device: torch.device) -> tuple[Tensor, Tensor]:
     """(x / 255 - mean) / std as one factor and one summand a channel; copied to the device once, not every batch."""
     deviation = 255 * torch.tensor(std, dtype=torch.float64)
     scale, shift = 1 / deviation, -255 * torch.tensor(mean, dtype=torch.float64) / deviation

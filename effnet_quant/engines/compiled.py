@@ -9,6 +9,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from effnet_quant.card import ModelCard
+
 Runner = Callable[[NDArray[Any]], NDArray[np.float32]]
 
 
@@ -47,13 +49,15 @@ class Compiled:
         run: maps images as ``input`` wants them, within its batches, to logits (N, classes).
         input: what it takes.
         precision: what it computes in: "fp32", "fp16" …, with "int8 + " in front where some of it is quantized.
-        metadata: what the file says of itself.
+        card: what the file says of its model.
+        metadata: the same as plain values, and what else the file says.
         forget: lets go of what was compiled for the shapes of images that came so far; None if nothing is.
     """
 
     run: Runner
     input: ImageInput
     precision: str
+    card: ModelCard = field(default_factory=ModelCard)
     metadata: dict[str, Any] = field(default_factory=dict)
     forget: Callable[[], None] | None = None
 

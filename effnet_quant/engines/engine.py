@@ -25,7 +25,8 @@ class Engine:
         settings: device, precision and threads.
         input: name, type and shape of what it takes.
         precision: what it computes in, e.g. "fp32", or "int8 + bf16".
-        metadata: what the exporter stored in the file: target, image_size and, where known, arch, classes, preprocessing.
+        card: what the file says of its model.
+        metadata: the same as plain values, and what else the exporter stored.
     """
 
     def __init__(self, compiled: Compiled, path: Path, backend: str, settings: Settings) -> None:
@@ -33,6 +34,7 @@ class Engine:
         self._forget = compiled.forget
         self.input = compiled.input
         self.precision = compiled.precision
+        self.card = compiled.card
         self.metadata = compiled.metadata
         self.path = path
         self.backend = backend

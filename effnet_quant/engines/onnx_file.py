@@ -2,16 +2,16 @@
 
 from __future__ import annotations
 
-import json
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import onnx
 
+from effnet_quant.card import ModelCard, parse_json
 from effnet_quant.engines.compiled import ImageInput
 from effnet_quant.errors import UserError
-from effnet_quant.models.weights import METADATA_KEY
+from effnet_quant.models.weights import EXTRA_KEY, METADATA_KEY, SIGNATURE_KEY
 
 _DTYPES = {
     onnx.TensorProto.FLOAT: "float32",
@@ -33,7 +33,8 @@ class OnnxFile:
     Attributes:
         input: what it takes.
         output: name of the logits.
-        metadata: what ``export_onnx`` stored in it; empty for files of other tools.
+        card: what it says of its model; empty for files of other tools.
+        metadata: the same as plain values, with what ``export_onnx`` stored besides.
         quantized: whether it has QuantizeLinear and DequantizeLinear nodes.
         half: whether it has constants in float16.
         fits_16_bits: whether all its weights are stored as integers of 7 bits or fewer, so that two products with 8-bit
@@ -44,6 +45,7 @@ class OnnxFile:
 
     input: ImageInput
     output: str
+    card: ModelCard
     metadata: dict[str, Any]
     quantized: bool
     half: bool
@@ -70,6 +72,7 @@ def read_onnx(path: str | Path) -> OnnxFile:
         return OnnxFile(
             _image_input(model),
             model.graph.output[0].name,
+            read_card(model, str(path)),
             read_metadata(model),
             quantized=any(node.op_type == "DequantizeLinear" for node in model.graph.node),
             half=any(entry.data_type == onnx.TensorProto.FLOAT16 for entry in model.graph.initializer),
@@ -84,10 +87,27 @@ def read_onnx(path: str | Path) -> OnnxFile:
         raise _damaged(path) from error
 
 
+def read_card(model: onnx.ModelProto, source: str = "the file") -> ModelCard:
+    """What a file says of its model.
+
+    Raises:
+        UserError: that can't be used.
+    """
+    return ModelCard.from_text(_properties(model).get(METADATA_KEY, "{}"), source)
+
+
 def read_metadata(model: onnx.ModelProto) -> dict[str, Any]:
-    """What ``export_onnx`` stored in a model; empty for models of other tools."""
-    properties = {entry.key: entry.value for entry in model.metadata_props}
-    return dict(json.loads(properties.get(METADATA_KEY, "{}")))
+    """What ``export_onnx`` stored in a model, as plain values; empty for models of other tools."""
+    properties = _properties(model)
+    values: dict[str, Any] = {}
+    for key in (EXTRA_KEY, SIGNATURE_KEY, METADATA_KEY):
+        entry = parse_json(properties.get(key, "{}"), "the file")
+        values |= entry if isinstance(entry, dict) else {}
+    return values
+
+
+def _properties(model: onnx.ModelProto) -> dict[str, str]:
+    return {entry.key: entry.value for entry in model.metadata_props}
 
 
 def _fits_16_bits(model: onnx.ModelProto) -> bool:

@@ -38,7 +38,11 @@ def compile_file(path: Path, settings: Settings) -> Compiled:
         raise UserError("ONNX Runtime found no CUDA card that it can use; take the device cpu.")
     name = file.input.name
     return Compiled(
-        lambda images: session.run(None, {name: images})[0], file.input, file.precision("fp32"), file.metadata
+        lambda images: session.run(None, {name: images})[0],
+        file.input,
+        file.precision("fp32"),
+        file.card,
+        file.metadata,
     )
 
 

@@ -35,7 +35,7 @@ def compile_file(path: Path, settings: Settings) -> Compiled:
         raise UserError("this CPU does not compute in bfloat16 (AVX512-BF16, AMX); take the precision fp32.")
     core = shared_core()
     run = OpenvinoRunner(core, core.read_model(path), compile_properties(file, settings))
-    return Compiled(run, file.input, file.precision(settings.precision), file.metadata, run.forget)
+    return Compiled(run, file.input, file.precision(settings.precision), file.card, file.metadata, run.forget)
 
 
 def compile_properties(file: OnnxFile, settings: Settings) -> dict[str, Any]:

@@ -34,17 +34,17 @@ def compile_file(path: Path, settings: Settings) -> Compiled:
     if settings.device == "cuda" and not torch.cuda.is_available():
         raise UserError("PyTorch finds no CUDA card; take the device cpu.")
     weights = read_weights(path)
-    name = weights.metadata.get("arch")
+    name = weights.card.arch
     if not name:
         raise UserError(f"{path} does not say which model it is for; take a .safetensors file of checkpoint2model.py.")
     model = create_model(name, weights=weights).eval().to(settings.device)
-    size = weights.metadata.get("preprocessing", {}).get("image_size", get_entry(name).input.image_size)
+    size = (weights.card.input or get_entry(name).input).image_size
     channels = image_channels(model, size)
-    metadata = {"image_size": size, **weights.metadata}
+    metadata = {"image_size": size, **weights.card.to_json()}
     run = _Run(model, torch.device(settings.device), _AUTOCAST.get(settings.precision), settings.threads)
     simulated = any(True for _ in quantizers(model))
     precision = f"int8 simulated in {settings.precision}" if simulated else settings.precision
-    return Compiled(run, ImageInput("input", "float32", (channels, size, size)), precision, metadata)
+    return Compiled(run, ImageInput("input", "float32", (channels, size, size)), precision, weights.card, metadata)
 
 
 class _Run:

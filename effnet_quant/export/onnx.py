@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import operator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor, fx, nn
 
+from effnet_quant.card import ModelCard
 from effnet_quant.errors import UserError
 from effnet_quant.export.graph_writer import GraphWriter
 from effnet_quant.export.image_input import describe, image_input, write_input
@@ -37,14 +39,13 @@ from effnet_quant.export.tracing import (
     trace,
 )
 from effnet_quant.files import replace_file
-from effnet_quant.models.weights import METADATA_KEY
+from effnet_quant.models.weights import EXTRA_KEY, METADATA_KEY, SIGNATURE_KEY
 from effnet_quant.quantization.output_quantizer import affine_uint8
 from effnet_quant.quantization.placement.insertion import quantizers
 from effnet_quant.quantization.targets import Target, get_target
 
 aten = torch.ops.aten
 PLAIN = ExportOptions()
-FLOAT_OPERATIONS = "float_operations"  # metadata: what the target computes with integers and this file does not
 SIZE_TYPES = (int, float, bool, torch.SymInt, torch.SymFloat, torch.SymBool)
 
 _CONVOLUTIONS = frozenset({aten.conv2d.default, aten.conv2d.padding, aten.conv1d.default})
@@ -57,6 +58,7 @@ def export_onnx(
     image_size: int,
     *,
     target: str | Target = "onnxruntime",
+    card: ModelCard | None = None,
     metadata: dict[str, Any] | None = None,
     options: ExportOptions = PLAIN,
 ) -> None:
@@ -73,14 +75,15 @@ def export_onnx(
         path: the file to write; replaced only when the new one is complete.
         image_size: height and width of the images, in pixels.
         target: "onnxruntime", "openvino" or "tensorrt", or rules of one that were changed (``Target.leaving_in_float``).
-        metadata: JSON values to store in the file; an ``Engine`` returns them, with what the file says of itself: target,
-            image_size, and name, type and layout of input and output.
+        card: what the file says of its model; the target and what it leaves in float are added. None for what ``metadata``
+            says of it.
+        metadata: further JSON values to store in the file; ``Engine.metadata`` has them.
         options: the form of the file.
 
     Raises:
         UserError: unknown target, a quantizer without range, or an operation the exporter does not know.
     """
-    proto = build_onnx(model, image_size, target=target, metadata=metadata, options=options)
+    proto = build_onnx(model, image_size, target=target, card=card, metadata=metadata, options=options)
     replace_file(Path(path), proto.SerializeToString(deterministic=True))
 
 
@@ -89,6 +92,7 @@ def build_onnx(
     image_size: int,
     *,
     target: str | Target = "onnxruntime",
+    card: ModelCard | None = None,
     metadata: dict[str, Any] | None = None,
     options: ExportOptions = PLAIN,
 ) -> onnx.ModelProto:
@@ -106,10 +110,14 @@ def build_onnx(
     image = image_input(channels, image_size, options)
     proto = exporter.run(image, options)
     proto.producer_name = "effnet_quant"
-    stored = {"target": rules.name, "image_size": image_size, **describe(image, options), **(metadata or {})}
-    if left := get_target(rules.name).quantized - rules.quantized:
-        stored[FLOAT_OPERATIONS] = sorted(left)
-    onnx.helper.set_model_props(proto, {METADATA_KEY: json.dumps(stored, sort_keys=True)})
+    left = tuple(sorted(get_target(rules.name).quantized - rules.quantized))
+    card = replace(card or ModelCard.from_json(metadata or {}, "metadata"), target=rules.name, float_operations=left)
+    entries = {
+        METADATA_KEY: card.to_json(),
+        SIGNATURE_KEY: {"image_size": image_size, **describe(image, options)},
+        EXTRA_KEY: metadata or {},
+    }
+    onnx.helper.set_model_props(proto, {key: json.dumps(value, sort_keys=True) for key, value in entries.items()})
     onnx.checker.check_model(proto, full_check=True)
     return proto
 

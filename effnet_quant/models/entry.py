@@ -10,29 +10,9 @@ from typing import Any
 import torch
 from torch import nn
 
+from effnet_quant.card import InputSpec
 from effnet_quant.errors import UserError
 from effnet_quant.models.weights import Weights, other_class_count
-
-IMAGENET_MEAN = (0.485, 0.456, 0.406)
-IMAGENET_STD = (0.229, 0.224, 0.225)
-
-
-@dataclass(frozen=True)
-class InputSpec:
-    """The images that a model was designed for, and that its published weights expect.
-
-    Attributes:
-        image_size: height and width, in pixels.
-        resize_size: length that the shorter side is scaled to before the centre crop, in pixels.
-        interpolation: "bilinear" or "bicubic".
-        mean, std: per channel, of values in 0 … 1.
-    """
-
-    image_size: int
-    resize_size: int
-    interpolation: str = "bilinear"
-    mean: tuple[float, ...] = IMAGENET_MEAN
-    std: tuple[float, ...] = IMAGENET_STD
 
 
 @dataclass(frozen=True)
@@ -84,10 +64,7 @@ class ModelEntry:
 
     def class_count(self, weights: Weights) -> int:
         """Classes of the network that ``weights`` belong to."""
-        stated = weights.metadata.get("num_classes")
-        if isinstance(stated, int):
-            return stated
-        return other_class_count(self.shapes(), weights) or self.num_classes
+        return weights.card.num_classes or other_class_count(self.shapes(), weights) or self.num_classes
 
     def shapes(self) -> nn.Module:
         """The float network with the default number of classes, for its names and shapes: without values if possible."""

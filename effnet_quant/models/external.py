@@ -12,9 +12,10 @@ from typing import Any
 
 from torch import nn
 
+from effnet_quant.card import InputSpec, ModelCard
 from effnet_quant.errors import UserError
 from effnet_quant.models.download import fetch
-from effnet_quant.models.entry import InputSpec, ModelEntry
+from effnet_quant.models.entry import ModelEntry
 from effnet_quant.models.weights import Weights, read_weights
 
 # Our options -> the libraries' keywords.
@@ -127,7 +128,7 @@ def _torchvision_entry(model: str) -> ModelEntry:
 
 def _torchvision_weights(weights: Any) -> Weights:
     published = read_weights(fetch(weights.url))
-    return Weights(published.tensors, {"classes": list(weights.meta["categories"])}, published.source)
+    return Weights(published.tensors, ModelCard(classes=tuple(weights.meta["categories"])), published.source)
 
 
 def _build(

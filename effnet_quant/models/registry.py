@@ -7,11 +7,12 @@ import fnmatch
 from dataclasses import dataclass, replace
 from functools import partial
 
+from effnet_quant.card import InputSpec
 from effnet_quant.errors import UserError
 from effnet_quant.models.cifar_resnet import CifarResNet
 from effnet_quant.models.download import fetch
 from effnet_quant.models.efficientnet import EfficientNet
-from effnet_quant.models.entry import InputSpec, ModelEntry
+from effnet_quant.models.entry import ModelEntry
 from effnet_quant.models.external import external_entry, list_external
 from effnet_quant.models.weights import Weights, read_weights
 

@@ -17,10 +17,13 @@ import safetensors.torch
 import torch
 from torch import Tensor, nn
 
+from effnet_quant.card import ModelCard
 from effnet_quant.errors import UserError
 from effnet_quant.files import replace_file
 
-METADATA_KEY = "effnet_quant"
+METADATA_KEY = "effnet_quant"  # of the card, in .safetensors and ONNX files
+SIGNATURE_KEY = "effnet_quant.signature"  # of what an ONNX file takes and gives
+EXTRA_KEY = "effnet_quant.metadata"  # of what else the exporting program had to say
 EMA_KEY = "state_dict_ema"  # in checkpoints, as in NVIDIA's
 _RANGE_SUFFIXES = ("_quantizer._amax", "_quantizer._amin")
 # In torchvision's published files: classifiers that only training from scratch needs, and layers' names of old
@@ -45,12 +48,12 @@ class Weights:
 
     Attributes:
         tensors: state-dict entries as published.
-        metadata: what the file says of itself (arch, classes, preprocessing …); empty where it says nothing.
+        card: what the file says of its model; empty where it says nothing.
         source: the file, for messages.
     """
 
     tensors: dict[str, Tensor]
-    metadata: dict[str, Any] = field(default_factory=dict)
+    card: ModelCard = field(default_factory=ModelCard)
     source: str = "the weights"
 
     @property
@@ -111,26 +114,26 @@ def read_weights(path: str | Path, *, ema: bool = False) -> Weights:
         try:
             with safetensors.safe_open(path, framework="pt") as file:
                 tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
-                metadata = json.loads((file.metadata() or {}).get(METADATA_KEY, "{}"))
+                text = (file.metadata() or {}).get(METADATA_KEY, "{}")
         except (safetensors.SafetensorError, OSError, ValueError) as error:
             raise UserError(
                 f"{path} is truncated, damaged or no safetensors file; get it again from where it came from."
             ) from error
-        return Weights(tensors, metadata if isinstance(metadata, dict) else {}, str(path))
+        return Weights(tensors, ModelCard.from_text(text, str(path)), str(path))
     content = read_torch_file(path)
-    metadata = {}
+    said: Any = None
     if ema and not (isinstance(content, dict) and isinstance(content.get(EMA_KEY), dict)):
         raise _no_average(path)
     if isinstance(content, dict) and isinstance(content.get("state_dict"), dict):
-        metadata = content.get("metadata") or {}
+        said = content.get("metadata")
         content = content[EMA_KEY if ema else "state_dict"]
     if not isinstance(content, dict) or not content or not all(isinstance(value, Tensor) for value in content.values()):
         raise UserError(f"{path} holds no weights: expected a state_dict of tensors or a checkpoint with one.")
-    return Weights(dict(content), metadata, str(path))
+    return Weights(dict(content), ModelCard.from_json({} if said is None else said, str(path)), str(path))
 
 
-def write_weights(path: str | Path, tensors: dict[str, Tensor], metadata: dict[str, Any]) -> None:
-    """Write a state dict as ``.safetensors`` (with its metadata) or ``.pth`` (a plain state dict), by extension.
+def write_weights(path: str | Path, tensors: dict[str, Tensor], card: ModelCard | None = None) -> None:
+    """Write a state dict as ``.safetensors`` (with its card) or ``.pth`` (a plain state dict), by extension.
 
     Raises:
         UserError: another extension, or the file can't be written.
@@ -138,7 +141,9 @@ def write_weights(path: str | Path, tensors: dict[str, Tensor], metadata: dict[s
     path = Path(path)
     tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
     if path.suffix == ".safetensors":
-        content = safetensors.torch.save(tensors, {METADATA_KEY: json.dumps(metadata, sort_keys=True)})
+        content = safetensors.torch.save(
+            tensors, {METADATA_KEY: json.dumps((card or ModelCard()).to_json(), sort_keys=True)}
+        )
     elif path.suffix == ".pth":
         buffer = io.BytesIO()
         torch.save(tensors, buffer)

@@ -13,10 +13,56 @@ from torch.nn import functional as F
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from effnet_quant.errors import UserError
+from effnet_quant.quantization.calibration.methods import check_method
 from effnet_quant.quantization.eager_evaluation import eager_pass
 from effnet_quant.quantization.extremes import extremes
 from effnet_quant.quantization.placement.insertion import output_quantizers, quantizers
 from effnet_quant.quantization.quantizer import TensorQuantizer
+
+
+@dataclass(frozen=True)
+class QatConfig:
+    """How a network is calibrated, and what training with fake quantization adds to training.
+
+    Attributes:
+        calibration_method: a name in calibration.METHODS.
+        percentile: share of the magnitudes that the method "percentile" covers, in percent.
+        calibration_images: training images to calibrate with.
+        gradual_start: epochs over which the quantizers are switched on, one after another; 0 for all at once.
+        follow_ranges: epochs at the start in which fixed ranges follow the data.
+        freeze_bn: the epoch, counted from 0, from which on BatchNorm's statistics stay; None for never.
+        reestimate_bn: whether BatchNorm's statistics are measured anew after every epoch.
+        distill: float weights of the same model, a teacher for the training; None for no teacher.
+        distill_temperature: divides the outputs of teacher and student.
+        distill_weight: the teacher's share of the loss.
+
+    Raises:
+        UserError: a value that means nothing. The message names quant_main.py's flag.
+    """
+
+    calibration_method: str = "percentile"
+    percentile: float = 99.99
+    calibration_images: int = 512
+    gradual_start: int = 0
+    follow_ranges: int = 0
+    freeze_bn: int | None = None
+    reestimate_bn: bool = False
+    distill: str | None = None
+    distill_temperature: float = 2.0
+    distill_weight: float = 0.5
+
+    def __post_init__(self) -> None:
+        check_method(self.calibration_method, self.percentile)
+        if self.calibration_images < 1:
+            raise UserError(f"--calibration-images must be at least 1, not {self.calibration_images}.")
+        for name in ("gradual_start", "follow_ranges", "freeze_bn"):
+            value = getattr(self, name)
+            if value is not None and value < 0:
+                raise UserError(f"--{name.replace('_', '-')} must be 0 or more, not {value}.")
+        if self.distill_temperature <= 0:
+            raise UserError(f"--distill-temperature must be above 0, not {self.distill_temperature}.")
+        if not 0 <= self.distill_weight <= 1:
+            raise UserError(f"--distill-weight must be between 0 and 1, not {self.distill_weight}.")
 
 
 def gradual_start(model: nn.Module, epoch: int, epochs: int) -> None:

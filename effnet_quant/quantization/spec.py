@@ -216,3 +216,13 @@ def _check_keys(given: Mapping[str, Any], known: set[str], what: str) -> None:
     unknown = [str(name) for name in given if name not in known]
     if unknown:
         raise UserError(f"{what} has no entry '{unknown[0]}'; it takes: {', '.join(sorted(known))}.")
+
+
+def same_grids(one: QuantSpec, other: QuantSpec) -> bool:
+    """Whether ranges of one spec mean the same on the other. Fixed ranges may become learned ones."""
+    return _all_learned(one) == _all_learned(other)
+
+
+def _all_learned(spec: QuantSpec) -> QuantSpec:
+    overrides = tuple((name, None if other is None else other.learned()) for name, other in spec.overrides)
+    return replace(spec.learned(), overrides=overrides)

@@ -2,7 +2,57 @@
 
 from __future__ import annotations
 
+import math
+import os
+import re
+from collections.abc import Callable
 from dataclasses import dataclass
+
+from effnet_quant.errors import UserError
+
+
+@dataclass(frozen=True)
+class Allowed:
+    """Which numbers a setting takes: a test, and the same in words."""
+
+    contains: Callable[[float], bool]
+    words: str
+
+
+AT_LEAST_ONE = Allowed(lambda value: value >= 1, "at least 1")
+NOT_NEGATIVE = Allowed(lambda value: 0 <= value < math.inf, "0 or more")
+SHARE = Allowed(lambda value: 0 <= value <= 1, "between 0 and 1")
+ABOVE_ZERO = Allowed(lambda value: value > 0, "above 0")
+_ALLOWED = {
+    "batch_size": AT_LEAST_ONE,
+    "print_freq": AT_LEAST_ONE,
+    "topk": AT_LEAST_ONE,
+    "workers": NOT_NEGATIVE,
+    "epochs": NOT_NEGATIVE,
+    "run_epochs": Allowed(lambda value: value >= -1, "-1 (all that are left) or more"),
+    "warmup": NOT_NEGATIVE,
+    "lr": NOT_NEGATIVE,
+    "end_lr": NOT_NEGATIVE,
+    "momentum": SHARE,
+    "weight_decay": NOT_NEGATIVE,
+    "gather_checkpoints": Allowed(lambda value: value >= -1, "-1 (all) or more"),
+    "checkpoint_every_steps": NOT_NEGATIVE,
+    "mixup": NOT_NEGATIVE,
+    "cutmix": NOT_NEGATIVE,
+    "use_ema": SHARE,
+    "rmsprop_alpha": SHARE,
+    "rmsprop_eps": NOT_NEGATIVE,
+    "seed": Allowed(lambda value: 0 <= value < 2**63, "between 0 and 2**63 - 1"),
+    "static_loss_scale": ABOVE_ZERO,
+    "prof": Allowed(lambda value: value == -1 or value >= 1, "-1 (all batches) or at least 1"),
+    "label_smoothing": SHARE,
+}
+
+
+def check_allowed(name: str, value: float | None, allowed: Allowed) -> None:
+    """Raises UserError where a setting has a number that it can't take; None is not set."""
+    if value is not None and not allowed.contains(value):
+        raise UserError(f"--{name.replace('_', '-')} must be {allowed.words}, not {value}.")
 
 
 @dataclass(frozen=True)
@@ -34,6 +84,10 @@ class TrainConfig:
         topk: k of the second accuracy, val.topk.
         channels_last: memory format NHWC.
         print_freq: batches between two progress lines where there is no terminal.
+        seed: of everything random; None for a random one, which the checkpoints then hold.
+
+    Raises:
+        UserError: a setting has a value that means nothing, or two don't go together. The message names main.py's flag.
     """
 
     epochs: int = 90
@@ -68,10 +122,39 @@ class TrainConfig:
     topk: int = 5
     channels_last: bool = False
     print_freq: int = 10
-    seed: int = 0
+    seed: int | None = 0
     training_only: bool = False
     save_checkpoints: bool = True
     checkpoint_filename: str = "checkpoint.pth.tar"
+
+    def __post_init__(self) -> None:
+        for name, allowed in _ALLOWED.items():
+            check_allowed(name, getattr(self, name), allowed)
+        filename = self.checkpoint_filename
+        if not filename or os.path.basename(filename) != filename:
+            raise UserError(
+                f"--checkpoint-filename names a file in the workspace, without a folder; '{filename}' does not."
+            )
+        if re.fullmatch(r"model_best\.pth\.tar|checkpoint_\d+\.pth\.tar", filename):
+            raise UserError(
+                f"--checkpoint-filename {filename} is the name of the best or of an epoch's checkpoint; choose another."
+            )
+        if self.amp_dtype is not None and not self.amp:
+            raise UserError(f"--amp-dtype {self.amp_dtype} says what --amp computes in; give both.")
+        if self.nesterov and (self.optimizer != "sgd" or self.momentum <= 0):
+            raise UserError("--nesterov goes with --optimizer sgd and a momentum above 0.")
+
+    def check_processes(self, processes: int) -> None:
+        """Raises UserError where the optimizer's batch is no multiple of the batches of that many processes."""
+        together = self.batch_size * processes
+        if self.optimizer_batch_size >= 0 and (
+            self.optimizer_batch_size < together or self.optimizer_batch_size % together
+        ):
+            by = f" by {processes} processes" if processes > 1 else ""
+            raise UserError(
+                f"--optimizer-batch-size {self.optimizer_batch_size} must be a multiple of "
+                f"--batch-size {self.batch_size}{by}."
+            )
 
     def batches_per_step(self, processes: int) -> int:
         """Batches of one process whose gradients are averaged before the optimizer steps."""

@@ -15,10 +15,11 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.nn.parallel import DistributedDataParallel
 
+from effnet_quant.card import ModelCard
 from effnet_quant.data.loaders import Loader
 from effnet_quant.data.mixing import mixed
 from effnet_quant.data.seeding import mix
-from effnet_quant.data.transforms import Preprocessing, normalize
+from effnet_quant.data.transforms import normalize
 from effnet_quant.data.workers import explained_deaths
 from effnet_quant.memory import keep_freed_memory
 from effnet_quant.models.weights import Weights, load_weights
@@ -46,11 +47,10 @@ class Trainer:
     Args:
         model: the network; moved to the device.
         config: hyperparameters and run control.
-        preprocessing: how uint8 images become the model's input.
+        card: what checkpoints say of the model; its ``input`` says how uint8 images become the model's input.
         device: where to compute.
         workspace: folder of the checkpoints.
         recorder: where metrics go.
-        metadata: what checkpoints say of the model (arch, num_classes, preprocessing …), plain values.
         world: the processes that train together.
 
     Attributes:
@@ -62,11 +62,10 @@ class Trainer:
         self,
         model: nn.Module,
         config: TrainConfig,
-        preprocessing: Preprocessing,
+        card: ModelCard,
         device: torch.device,
         workspace: Path,
         recorder: Recorder,
-        metadata: dict[str, Any],
         world: World = ALONE,
     ) -> None:
         self.config = config
@@ -78,10 +77,12 @@ class Trainer:
         self.optimizer = build_optimizer(model, config)
         self.loss: Loss = cross_entropy(config.label_smoothing)
         self.callbacks: list[Callback] = []
-        self._preprocessing = preprocessing
+        assert card.input is not None and config.seed is not None
+        self._seed = config.seed
+        self._input_spec = card.input
         self._workspace = workspace
         self._recorder = recorder
-        self._metadata = metadata
+        self._card = card
         self._world = world
         self._precision = choose_precision(
             device,
@@ -236,7 +237,7 @@ class Trainer:
         save_checkpoint(
             {
                 **self._position.entries(),
-                "arch": self._metadata["arch"],
+                "arch": self._card.arch,
                 "state_dict": _on_cpu(self.model),
                 **averaged,
                 "optimizer": self.optimizer.state_dict(),
@@ -246,7 +247,7 @@ class Trainer:
                 "config": dataclasses.asdict(self.config),
                 "processes": self._world.size,
                 "job": self._world.job,
-                "metadata": self._metadata,
+                "metadata": self._card.to_json(),
             },
             self._workspace,
             self.config.checkpoint_filename,
@@ -351,8 +352,8 @@ class Trainer:
         inputs = self._inputs(images)
         targets = labels.to(self.device, non_blocking=True)
         if self.config.mixup > 0 or self.config.cutmix > 0:
-            seed = mix(self.config.seed, self._position.epoch, self._position.batch, self._world.rank)
-            shares = F.one_hot(targets, int(self._metadata["num_classes"])).float()
+            seed = mix(self._seed, self._position.epoch, self._position.batch, self._world.rank)
+            shares = F.one_hot(targets, self._card.num_classes or -1).float()
             generator = torch.Generator().manual_seed(seed)
             inputs, targets = mixed(inputs, shares, self.config.mixup, self.config.cutmix, generator)
         # gradients travel once for each step of the optimizer
@@ -394,7 +395,7 @@ class Trainer:
 
     def _inputs(self, images: Tensor) -> Tensor:
         images = images.to(self.device, non_blocking=True)
-        return normalize(images, self._preprocessing).contiguous(memory_format=self._memory_format)
+        return normalize(images, self._input_spec).contiguous(memory_format=self._memory_format)
 
     def _batches_of(self, loader: Loader) -> int:
         return len(loader) if self.config.prof < 0 else min(self.config.prof, len(loader))

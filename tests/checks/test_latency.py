@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from effnet_quant import UserError, calibrate, create_model, export_onnx, load_engine, quantize
+from effnet_quant.card import ModelCard
 from effnet_quant.checks.latency import Latency, interleaved_seconds, measure_engines, median_seconds, rounds_for
 from effnet_quant.cli import latency as command
 from effnet_quant.engines.openvino import SHAPES_COMPILED
@@ -21,7 +22,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     torch.manual_seed(0)
     model = create_model("cifar-resnet20").eval()
     export_onnx(model, folder / "float.onnx", 32)
-    write_weights(folder / "float.safetensors", model.state_dict(), {"arch": "cifar-resnet20"})
+    write_weights(folder / "float.safetensors", model.state_dict(), ModelCard(arch="cifar-resnet20"))
     quantize(model)
     calibrate(model, [torch.randn(4, 3, 32, 32)], method="max")
     export_onnx(model, folder / "int8.onnx", 32)

@@ -12,6 +12,7 @@ from onnx import TensorProto, helper, numpy_helper
 from torch import nn
 
 from effnet_quant import UserError, calibrate, create_model, export_onnx, load_engine, quantize
+from effnet_quant.card import ModelCard
 from effnet_quant.engines import cpu, openvino
 from effnet_quant.engines.compiled import run_in_batches
 from effnet_quant.engines.onnx_file import read_onnx
@@ -121,16 +122,15 @@ def test_openvino_compiles_the_first_shapes_apart_and_gives_the_same_logits(path
 @torch.no_grad()
 def test_the_torch_backend_is_the_model_of_a_weights_file(model: torch.nn.Module, tmp_path: Path) -> None:
     weights = tmp_path / "model.safetensors"
-    write_weights(
-        weights, model.state_dict(), {"arch": "cifar-resnet20", "num_classes": 10, "classes": list("abcdefghij")}
-    )
+    card = ModelCard(arch="cifar-resnet20", num_classes=10, classes=tuple("abcdefghij"))
+    write_weights(weights, model.state_dict(), card)
     engine = load_engine(weights, "torch", threads=1)
     images = torch.randn(3, 3, 32, 32)
     expected = simulate_target(copy.deepcopy(model), "onnxruntime")(images)  # as create_model simulates
     threads = torch.get_num_threads()
     np.testing.assert_allclose(engine(images.numpy()), expected.numpy(), rtol=1e-5, atol=1e-5)
     assert torch.get_num_threads() == threads
-    assert engine.metadata["classes"] == list("abcdefghij")
+    assert engine.card == card
     assert engine.input.shape == (3, 32, 32)
     half = load_engine(weights, "torch", precision="bf16")(images.numpy())
     assert half.dtype == np.float32

@@ -6,6 +6,7 @@ import torch
 from torch import nn
 
 from effnet_quant import UserError, create_model
+from effnet_quant.card import ModelCard
 from effnet_quant.models.activations import replace_silu
 from effnet_quant.models.weights import Weights
 
@@ -37,8 +38,8 @@ def test_weights_say_which_activation_they_are_for() -> None:
     with pytest.raises(UserError, match="timm:efficientnet_lite0 has no SiLU"):
         create_model("timm:efficientnet_lite0", 3, hard_swish=True)
     with pytest.raises(UserError, match="has no SiLU"):
-        create_model("timm:efficientnet_lite0", weights=Weights(made.state_dict(), {"hard_swish": True}))
-    weights = Weights(create_model("efficientnet-b0", 3).state_dict(), {"hard_swish": True})
+        create_model("timm:efficientnet_lite0", weights=Weights(made.state_dict(), ModelCard(activation="hard_swish")))
+    weights = Weights(create_model("efficientnet-b0", 3).state_dict(), ModelCard(activation="hard_swish"))
     kinds = {type(module) for module in create_model("efficientnet-b0", weights=weights).modules()}
     assert nn.Hardswish in kinds
     assert nn.SiLU not in kinds

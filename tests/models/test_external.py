@@ -94,7 +94,7 @@ def test_torchvisions_published_weights_load(model: str, tmp_path: Path, monkeyp
         theirs.transform_input = False
     torch.testing.assert_close(ours.eval()(images), theirs.eval()(images), rtol=0, atol=0)
     published = get_entry(f"torchvision:{model}").pretrained()
-    assert published.metadata["classes"][:2] == ["tench", "goldfish"]
+    assert published.card.classes[:2] == ("tench", "goldfish")
 
 
 def test_own_names_starting_with_layer1_stay_as_they_are() -> None:

@@ -11,13 +11,14 @@ import pytest
 import torch
 
 from effnet_quant import create_model
+from effnet_quant.card import InputSpec, ModelCard
 from effnet_quant.errors import UserError
 from effnet_quant.models.registry import get_entry
 from effnet_quant.models.weights import Weights, load_weights, read_torch_file, read_weights, write_weights
 from effnet_quant.quantization.placement.insertion import quantizers
 
 CLASSES = 4
-METADATA = {"arch": "efficientnet-b0", "classes": ["a", "b", "c", "d"], "preprocessing": {"image_size": 32}}
+CARD = ModelCard(arch="efficientnet-b0", classes=("a", "b", "c", "d"), input=InputSpec(32, 36))
 
 
 @pytest.fixture(scope="module")
@@ -164,7 +165,7 @@ def test_the_class_count_is_the_classifiers_whatever_its_name(arch):
     with torch.device("meta"):
         state = get_entry(arch).create(7).state_dict()
     assert get_entry(arch).class_count(Weights(state)) == 7
-    assert get_entry(arch).class_count(Weights({}, {"num_classes": 5})) == 5
+    assert get_entry(arch).class_count(Weights({}, ModelCard(num_classes=5))) == 5
     assert get_entry(arch).class_count(Weights({"nothing.of.this": torch.zeros(3)})) == get_entry(arch).num_classes
 
 
@@ -203,7 +204,7 @@ def test_a_checkpoints_moving_average_is_read_when_asked_for(tmp_path, key):
 
 @pytest.mark.parametrize("suffix", [".safetensors", ".pth"])
 def test_a_file_without_a_moving_average_is_named(tmp_path, suffix):
-    write_weights(tmp_path / f"w{suffix}", {"a": torch.ones(2)}, {})
+    write_weights(tmp_path / f"w{suffix}", {"a": torch.ones(2)})
     with pytest.raises(UserError, match=rf"w\{suffix} holds no moving average.*--ema"):
         read_weights(tmp_path / f"w{suffix}", ema=True)
 
@@ -211,7 +212,7 @@ def test_a_file_without_a_moving_average_is_named(tmp_path, suffix):
 @pytest.mark.parametrize("suffix", [".safetensors", ".pth"])
 def test_round_trip_keeps_every_bit(tmp_path, published, suffix):
     path = tmp_path / f"weights{suffix}"
-    write_weights(path, published, METADATA)
+    write_weights(path, published, CARD)
     weights = read_weights(path)
     assert weights.tensors.keys() == published.keys()
     for name, tensor in published.items():
@@ -222,19 +223,19 @@ def test_round_trip_keeps_every_bit(tmp_path, published, suffix):
 
 
 def test_safetensors_carry_the_metadata(tmp_path):
-    write_weights(tmp_path / "w.safetensors", {"a": torch.ones(2)}, METADATA)
-    assert read_weights(tmp_path / "w.safetensors").metadata == METADATA
+    write_weights(tmp_path / "w.safetensors", {"a": torch.ones(2)}, CARD)
+    assert read_weights(tmp_path / "w.safetensors").card == CARD
 
 
 def test_safetensors_of_other_tools_have_no_metadata(tmp_path):
     from safetensors.torch import save_file
 
     save_file({"a": torch.ones(2)}, tmp_path / "w.safetensors")
-    assert read_weights(tmp_path / "w.safetensors").metadata == {}
+    assert read_weights(tmp_path / "w.safetensors").card == ModelCard()
 
 
 def test_pth_is_a_plain_state_dict_for_other_tools(tmp_path):
-    write_weights(tmp_path / "w.pth", {"a": torch.ones(2)}, METADATA)
+    write_weights(tmp_path / "w.pth", {"a": torch.ones(2)}, CARD)
     loaded = torch.load(tmp_path / "w.pth", weights_only=True)
     assert list(loaded) == ["a"]
     assert torch.equal(loaded["a"], torch.ones(2))
@@ -243,13 +244,13 @@ def test_pth_is_a_plain_state_dict_for_other_tools(tmp_path):
 def test_transposed_tensors_are_written(tmp_path):
     matrix = torch.arange(6.0).reshape(2, 3)
     for suffix in (".safetensors", ".pth"):
-        write_weights(tmp_path / f"w{suffix}", {"a": matrix.T}, {})
+        write_weights(tmp_path / f"w{suffix}", {"a": matrix.T})
         assert torch.equal(read_weights(tmp_path / f"w{suffix}").tensors["a"], matrix.T)
 
 
 def test_unknown_extension_is_refused(tmp_path):
     with pytest.raises(UserError, match=r"w\.bin.*\.safetensors or \.pth"):
-        write_weights(tmp_path / "w.bin", {"a": torch.ones(2)}, {})
+        write_weights(tmp_path / "w.bin", {"a": torch.ones(2)})
     assert list(tmp_path.iterdir()) == []
 
 
@@ -262,15 +263,15 @@ def test_checkpoint_of_nvidias_scripts_holds_weights(tmp_path, model, published)
         path,
     )
     weights = read_weights(path)
-    assert weights.metadata == {}
+    assert weights.card == ModelCard()
     assert load_weights(model, weights) is True
     assert_holds(model, published)
 
 
 def test_checkpoint_of_ours_brings_its_metadata(tmp_path):
-    torch.save({"epoch": 1, "state_dict": {"a": torch.ones(2)}, "metadata": METADATA}, tmp_path / "c.pth.tar")
+    torch.save({"epoch": 1, "state_dict": {"a": torch.ones(2)}, "metadata": CARD.to_json()}, tmp_path / "c.pth.tar")
     weights = read_weights(tmp_path / "c.pth.tar")
-    assert weights.metadata == METADATA
+    assert weights.card == CARD
 
 
 def test_files_of_the_old_pytorch_format_load(tmp_path):
@@ -324,7 +325,7 @@ def test_hostile_bare_pickle_is_refused_and_not_executed(tmp_path, protocol):
 @pytest.mark.parametrize("share", [0.0, 0.001, 0.5, 0.999])
 def test_truncated_file_is_named(tmp_path, published, suffix, share):
     path = tmp_path / f"short{suffix}"
-    write_weights(path, {name: published[name] for name in list(published)[:40]}, METADATA)
+    write_weights(path, {name: published[name] for name in list(published)[:40]}, CARD)
     path.write_bytes(path.read_bytes()[: int(path.stat().st_size * share)])
     with pytest.raises(UserError, match=rf"short\{suffix} is .*damaged.*get it again"):
         read_weights(path)

@@ -92,7 +92,7 @@ def stage(image_folder, tmp_path_factory):
         {"epoch": 1, "batch": 0, "state_dict": model.state_dict(), "optimizer": optimizer.state_dict()}, checkpoint
     )
     weights = root / "good.safetensors"
-    write_weights(weights, model.state_dict(), {})
+    write_weights(weights, model.state_dict())
     return Stage(root, image_folder, checkpoint, weights)
 
 

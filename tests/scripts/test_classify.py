@@ -12,8 +12,8 @@ import torch
 from PIL import Image
 
 from effnet_quant import UserError, create_model, export_onnx
+from effnet_quant.card import InputSpec, ModelCard
 from effnet_quant.cli import classify
-from effnet_quant.data.transforms import Preprocessing
 from effnet_quant.export.options import ExportOptions
 from effnet_quant.models.weights import write_weights
 
@@ -24,10 +24,10 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("classify")
     torch.manual_seed(0)
     model = create_model("cifar-resnet20").eval()
-    metadata = {"arch": "cifar-resnet20", "num_classes": 10, "preprocessing": Preprocessing(32, 36).to_json()}
-    write_weights(folder / "model.safetensors", model.state_dict(), metadata)
-    export_onnx(model, folder / "model.onnx", 32, metadata=metadata)
-    export_onnx(model, folder / "open.onnx", 32, metadata=metadata, options=ExportOptions(dynamic_size=True))
+    card = ModelCard(arch="cifar-resnet20", num_classes=10, input=InputSpec(32, 36))
+    write_weights(folder / "model.safetensors", model.state_dict(), card)
+    export_onnx(model, folder / "model.onnx", 32, card=card)
+    export_onnx(model, folder / "open.onnx", 32, card=card, options=ExportOptions(dynamic_size=True))
     pixels = np.random.default_rng(0).integers(0, 256, (40, 44, 3), dtype=np.uint8)
     Image.fromarray(pixels).save(folder / "photo.png")
     Image.fromarray(pixels).save(folder / "photo.webp", lossless=True)

@@ -9,9 +9,9 @@ import pytest
 import torch
 
 from effnet_quant import UserError, calibrate, create_model
+from effnet_quant.card import InputSpec, ModelCard
 from effnet_quant.checks.tuning import Tuning
 from effnet_quant.cli import model2onnx, verify
-from effnet_quant.data.transforms import Preprocessing
 from effnet_quant.engines.engine import load_engine
 from effnet_quant.models.weights import write_weights
 from effnet_quant.quantization.spec import resolve_spec
@@ -32,8 +32,8 @@ def weights(tmp_path_factory):
     model = create_model("cifar-resnet20", 3, quantized=True).eval()
     calibrate(model, [torch.randn(8, 3, 32, 32)], method="max")
     path = tmp_path_factory.mktemp("weights") / "quantized.safetensors"
-    metadata = {"classes": CLASSES, "preprocessing": Preprocessing(32, 36).to_json()}
-    write_weights(path, model.state_dict(), {**metadata, "quant_spec": resolve_spec("w8a8").to_json()})
+    card = ModelCard(classes=CLASSES, input=InputSpec(32, 36), quant_spec=resolve_spec("w8a8").to_json())
+    write_weights(path, model.state_dict(), card)
     return path
 
 
@@ -151,7 +151,7 @@ def test_verify_says_what_would_do_nothing(weights, tmp_path, capsys, run_script
     with pytest.raises(UserError, match="--min-agreement, --threads: nothing is run without DATA"):
         verify.job(["--lint", "tensorrt", "--engine", str(path), "--threads", "1", "--min-agreement", "90"])
     floats, engine = tmp_path / "float.safetensors", tmp_path / "float.onnx"
-    write_weights(floats, create_model("cifar-resnet20", 3).state_dict(), {"classes": CLASSES})
+    write_weights(floats, create_model("cifar-resnet20", 3).state_dict(), ModelCard(classes=CLASSES))
     succeeded(export(run_script, floats, engine))
     flags = ["--model", str(floats), "--engine", str(engine), "--layers", "--min-images", "18", "--threads", "1"]
     assert verify.job([*flags, str(image_folder)]) == 0
@@ -168,7 +168,7 @@ def test_tuning_needs_an_engine_and_integers(run_script, weights, image_folder, 
     assert "--verify and --tune run the engine" in refused.error_lines[0]
     torch.manual_seed(0)
     floats = tmp_path / "float.safetensors"
-    write_weights(floats, create_model("cifar-resnet20", 3).state_dict(), {"classes": CLASSES})
+    write_weights(floats, create_model("cifar-resnet20", 3).state_dict(), ModelCard(classes=CLASSES))
     refused = export(run_script, floats, tmp_path / "model.onnx", "--tune", image_folder)
     assert refused.code == 2
     assert "nothing to tune" in refused.error_lines[0]

@@ -60,7 +60,7 @@ def test_a_network_is_trained_quantized_and_classifies_under_one_name(run_script
 
 def test_weights_for_other_classes_start_with_a_new_classifier_when_asked(run_script, image_folder, tmp_path):
     weights = tmp_path / "five.safetensors"
-    write_weights(weights, create_model("cifar-resnet20", 5).state_dict(), {})
+    write_weights(weights, create_model("cifar-resnet20", 5).state_dict())
     run = [image_folder, "--arch", "cifar-resnet20", *TRAIN, "--pretrained-from-file", weights, "--epochs", 0]
     result = succeeded(run_script("main.py", *run, "--workspace", tmp_path))
     assert f"note: {weights} is for 5 classes; the classifier starts anew" in result.err

@@ -8,9 +8,11 @@ import shlex
 
 import onnx
 import pytest
+import safetensors.torch
 import torch
 
 from effnet_quant import calibrate, create_model
+from effnet_quant.engines.onnx_file import read_metadata
 from effnet_quant.models.weights import write_weights
 from effnet_quant.quantization.placement.insertion import quantizers
 
@@ -24,7 +26,7 @@ def weights(tmp_path_factory):
     """A float network's."""
     torch.manual_seed(0)
     path = tmp_path_factory.mktemp("weights") / "float.safetensors"
-    write_weights(path, create_model("cifar-resnet20", 3).state_dict(), {})
+    write_weights(path, create_model("cifar-resnet20", 3).state_dict())
     return path
 
 
@@ -84,7 +86,7 @@ def test_weights_carry_the_runtime_they_were_trained_for(run_script, image_folde
         )
         assert result.code == 0, result.err
         checkpoint = tmp_path / target / "checkpoint.pth.tar"
-        assert checkpoint_of(tmp_path / target)["metadata"]["quant_target"] == target
+        assert checkpoint_of(tmp_path / target)["metadata"]["target"] == target
         assert grid(checkpoint) == bounds
         assert "note: these weights are for openvino" not in exported(checkpoint, "onnxruntime")
         assert ("note: these weights are for openvino" in exported(checkpoint, "tensorrt")) == (target == "openvino")
@@ -95,14 +97,15 @@ def test_weights_carry_the_runtime_they_were_trained_for(run_script, image_folde
     assert "Traceback" not in result.err
 
 
-@pytest.mark.parametrize("hostile", ["tpu", ["x"], {"a": 1}, 7, None])
+@pytest.mark.parametrize("hostile", ["tpu", ["x"], {"a": 1}, 7])
 def test_a_target_that_means_nothing_is_refused(run_script, weights, tmp_path, hostile):
     model = calibrate(create_model("cifar-resnet20", 3, quantized=True).eval(), [torch.randn(2, 3, 32, 32)])
-    write_weights(tmp_path / "q.safetensors", model.state_dict(), {"quant_target": hostile})
+    said = {"effnet_quant": json.dumps({"quant_target": hostile})}
+    safetensors.torch.save_file(model.state_dict(), tmp_path / "q.safetensors", said)
     command = ["--arch", "cifar-resnet20", "--pretrained-from-file", tmp_path / "q.safetensors"]
     result = run_script("model2onnx.py", *command, "--output", tmp_path / "q.onnx")
     assert result.code == 2
-    assert "there is no target" in result.err
+    assert ("there is no target" if hostile == "tpu" else "target must be a name") in result.err
 
 
 def test_weights_carry_their_spec_to_the_export(run_script, image_folder, weights, tmp_path):
@@ -182,24 +185,24 @@ def test_hard_swish_is_known_to_all_that_follows(run_script, image_folder, tmp_p
     arch = "timm:test_efficientnet"
     torch.manual_seed(0)
     given = tmp_path / "float.pth"  # says nothing of itself
-    write_weights(given, create_model(arch, 3).state_dict(), {})
+    write_weights(given, create_model(arch, 3).state_dict())
     start = ["--pretrained-from-file", given, "--epochs", 1, "--calibration-images", 6, "--distill", given]
     result = run_script("quant_main.py", image_folder, *TINY, *start, "--hard-swish", "--workspace", tmp_path / "hard")
     assert result.code == 0, result.err
     checkpoint = tmp_path / "hard/checkpoint.pth.tar"
-    assert checkpoint_of(tmp_path / "hard")["metadata"]["hard_swish"] is True
+    assert checkpoint_of(tmp_path / "hard")["metadata"]["activation"] == "hard_swish"
 
     def operators(*flags, code=0):
         exported = run_script("model2onnx.py", "--arch", arch, *flags, "--output", tmp_path / "q.onnx")
         assert exported.code == code, exported.err
         model = onnx.load(tmp_path / "q.onnx")
-        return {node.op_type for node in model.graph.node}, json.loads(model.metadata_props[0].value)
+        return {node.op_type for node in model.graph.node}, read_metadata(model)
 
     extracted = tmp_path / "hard.safetensors"
     assert run_script("checkpoint2model.py", "--checkpoint-path", checkpoint, "--weight-path", extracted).code == 0
     kinds, metadata = operators("--pretrained-from-file", extracted, "--target", "openvino")
     assert "HardSwish" in kinds
-    assert metadata["hard_swish"] is True
+    assert metadata["activation"] == "hard_swish"
     verified = run_script(
         "model2onnx.py", "--arch", arch, "--pretrained-from-file", checkpoint, "--output", tmp_path / "v.onnx",
         "--verify", image_folder, "--min-images", 18, "--min-agreement", 90,
@@ -209,17 +212,17 @@ def test_hard_swish_is_known_to_all_that_follows(run_script, image_folder, tmp_p
 
     resume = ["--resume", checkpoint, "--epochs", 2, "--workspace", tmp_path / "hard"]
     assert run_script("quant_main.py", image_folder, *TINY, *resume).code == 0
-    assert checkpoint_of(tmp_path / "hard")["metadata"]["hard_swish"] is True
+    assert checkpoint_of(tmp_path / "hard")["metadata"]["activation"] == "hard_swish"
 
 
 def test_ranges_of_another_activation_are_left_out(run_script, image_folder, tmp_path):
     torch.manual_seed(0)
     given = tmp_path / "float.pth"
-    write_weights(given, create_model("timm:test_efficientnet", 3).state_dict(), {})
+    write_weights(given, create_model("timm:test_efficientnet", 3).state_dict())
     calibrated = ["--epochs", 0, "--calibration-images", 6, "--workspace", tmp_path]
     result = run_script("quant_main.py", image_folder, *TINY, "--pretrained-from-file", given, *calibrated)
     assert result.code == 0, result.err
-    assert "hard_swish" not in checkpoint_of(tmp_path)["metadata"]
+    assert "activation" not in checkpoint_of(tmp_path)["metadata"]
     started = ["--pretrained-from-file", tmp_path / "checkpoint.pth.tar", "--hard-swish", *calibrated[:-1]]
     result = run_script("quant_main.py", image_folder, *TINY, *started, tmp_path / "hard")
     assert result.code == 0, result.err

@@ -6,14 +6,15 @@ import pytest
 import torch
 from torch import nn
 
+from effnet_quant.card import InputSpec, ModelCard
 from effnet_quant.data.loaders import Loader
-from effnet_quant.data.transforms import Preprocessing, evaluation_transform, training_transform
+from effnet_quant.data.transforms import evaluation_transform, training_transform
 from effnet_quant.training.config import TrainConfig
 from effnet_quant.training.distributed import ALONE
 from effnet_quant.training.metrics import Recorder
 from effnet_quant.training.trainer import Trainer
 
-PREPROCESSING = Preprocessing(8, 8)
+PREPROCESSING = InputSpec(8, 8)
 
 
 class RandomImages:
@@ -69,15 +70,14 @@ def _tiny_network(seed=0, *, batch_norm=True, dropout=0.5):
 
 def _make_trainer(model, workspace, recorder=None, world=ALONE, device="cpu", **config):
     config = {"epochs": 2, "lr": 0.05, "lr_schedule": "cosine", "batch_size": 4, **config}
-    metadata = {"arch": "tiny", "num_classes": 3}
+    card = ModelCard(arch="tiny", num_classes=3, input=PREPROCESSING)
     return Trainer(
         model,
         TrainConfig(**config),
-        PREPROCESSING,
+        card,
         torch.device(device),
         workspace,
         recorder or Recorder(None),
-        metadata,
         world,
     )
 

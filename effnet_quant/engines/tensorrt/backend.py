@@ -11,6 +11,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
+from effnet_quant.card import ModelCard
 from effnet_quant.engines.compiled import Compiled, ImageInput, Settings
 from effnet_quant.engines.tensorrt import library
 from effnet_quant.engines.tensorrt.library import LoadedPlan
@@ -46,8 +47,8 @@ def compile_file(path: Path, settings: Settings) -> Compiled:
     run = _Run(trt, loaded, image_input.name, _output_name(trt, loaded.engine))
     types = {layer.computes_in for layer in plan.layers} if plan is not None else set()
     precision = " + ".join(name for name in _COMPUTED if name in types)
-    metadata = plan.metadata if plan is not None else {}
-    return Compiled(run, image_input, precision or "unknown", metadata, run.forget)
+    card, metadata = (ModelCard(), {}) if plan is None else (plan.card, plan.metadata)
+    return Compiled(run, image_input, precision or "unknown", card, metadata, run.forget)
 
 
 @dataclass(frozen=True)

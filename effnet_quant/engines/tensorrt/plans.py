@@ -9,6 +9,7 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from effnet_quant.card import ModelCard
 from effnet_quant.engines.compiled import ImageInput
 from effnet_quant.engines.onnx_file import read_onnx
 from effnet_quant.engines.tensorrt import library
@@ -29,7 +30,8 @@ class Plan:
         options: what it was built for.
         input: what it takes.
         output: name of the logits.
-        metadata: the ONNX file's: classes, preprocessing, target …
+        card: the ONNX file's.
+        metadata: the ONNX file's, as plain values.
         layers: TensorRT's report of its layers.
     """
 
@@ -39,6 +41,7 @@ class Plan:
     options: BuildOptions
     input: ImageInput
     output: str
+    card: ModelCard
     metadata: dict[str, Any]
     layers: list[LayerPrecision]
 
@@ -69,7 +72,7 @@ def compile_engine(
     file = read_onnx(onnx_path)
     if None in file.input.shape and options.image_size is None:
         options = replace(options, image_size=file.metadata.get("image_size"))  # what the network was made for
-    made_for = file.metadata.get("target", "tensorrt")
+    made_for = file.card.target or "tensorrt"
     if file.quantized and made_for != "tensorrt":
         raise UserError(
             f"{onnx_path} is quantized for {made_for}, in numbers that TensorRT does not compute with; export it with "
@@ -96,7 +99,15 @@ def compile_engine(
         layers = read_layers(library.inspect(trt, loaded, file.input, options))
         takes = with_profile(file.input, options)
         plan = Plan(
-            kept, hashlib.sha256(content).hexdigest(), machine, options, takes, file.output, file.metadata, layers
+            kept,
+            hashlib.sha256(content).hexdigest(),
+            machine,
+            options,
+            takes,
+            file.output,
+            file.card,
+            file.metadata,
+            layers,
         )
         write_plan(plan, content)
     if output is None:
@@ -123,6 +134,7 @@ def write_plan(plan: Plan, content: bytes) -> None:
         "options": plan.options.to_json(),
         "input": asdict(plan.input),
         "output": plan.output,
+        "card": plan.card.to_json(),
         "metadata": plan.metadata,
         "layers": [asdict(layer) for layer in plan.layers],
     }
@@ -143,6 +155,7 @@ def find_plan(path: Path) -> Plan | None:
             BuildOptions(**values["options"]),
             ImageInput(**{**values["input"], "shape": tuple(values["input"]["shape"])}),
             values["output"],
+            ModelCard.from_json(values.get("card", {}), str(_description(path))),
             values["metadata"],
             [
                 LayerPrecision(**{**layer, "inputs": tuple(layer["inputs"]), "outputs": tuple(layer["outputs"])})

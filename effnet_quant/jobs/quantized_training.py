@@ -1,0 +1,208 @@
+"""Calibrating a network and training it with fake quantization: what quant_main.py does."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from effnet_quant.api import Overrides, create_model, has_ranges
+from effnet_quant.card import ModelCard
+from effnet_quant.data.transforms import normalize
+from effnet_quant.data.workers import explained_deaths
+from effnet_quant.errors import UserError
+from effnet_quant.jobs.config import DataConfig, PlaceConfig, StartConfig
+from effnet_quant.jobs.float_training import fit
+from effnet_quant.jobs.run import Run, calibration_loader, open_run
+from effnet_quant.quantization.calibration import collect, report_ranges, set_ranges, track_outputs
+from effnet_quant.quantization.qat import (
+    Distillation,
+    QatConfig,
+    find_not_finite,
+    follow_ranges,
+    freeze_batch_norm,
+    freeze_ranges,
+    gradual_start,
+    reestimate_batch_norm,
+)
+from effnet_quant.report.calibration_page import write_calibration_page
+from effnet_quant.training.callback import Callback
+from effnet_quant.training.config import TrainConfig
+from effnet_quant.training.loss import Loss
+from effnet_quant.training.metrics import Stopwatch, describe
+from effnet_quant.training.progress import progress
+
+
+def finetune_quantized(
+    card: ModelCard,
+    data: DataConfig | str,
+    config: TrainConfig,
+    qat: QatConfig | None = None,
+    place: PlaceConfig | None = None,
+    start: StartConfig | None = None,
+    *,
+    overrides: Overrides = (),
+    report: str | Path | None = None,
+) -> ModelCard:
+    """Calibrate trained weights, then train them with fake quantization; quant_main.py from Python.
+
+    ``TrainConfig(epochs=0)`` stops after the calibration. The arguments are those of ``train``, and:
+
+    Args:
+        qat: calibration and schedule; None for the defaults.
+        overrides: (pattern, preset or "float") on top of the card's quantization spec.
+        report: page of plots of all ranges to write.
+
+    Returns:
+        The card of the quantized model, as its checkpoints have it.
+
+    Raises:
+        UserError: a setting or the data can't be used, or there are no weights to start from.
+        Interrupted: a signal ended the run, with a checkpoint.
+    """
+    data = DataConfig(data) if isinstance(data, str) else data
+    check_start(start)
+    with open_run(card, data, config, place, start, quantized=True, overrides=overrides) as run:
+        prepare_quantized(run, qat or QatConfig(), report)
+        fit(run)
+        return run.card
+
+
+def check_start(start: StartConfig | None) -> None:
+    """Raises UserError where there is nothing to quantize."""
+    if start is None or not (start.resume or start.weights or start.pretrained):
+        raise UserError(
+            "quantization starts from trained weights; give them with --pretrained-from-file, --pretrained or --resume."
+        )
+
+
+def prepare_quantized(run: Run, qat: QatConfig, report: str | Path | None = None) -> None:
+    """Give a quantized run its teacher, its ranges where the weights bring none, and its schedule.
+
+    Raises:
+        UserError: a resumed run has no ranges, or calibration finds none.
+    """
+    if qat.distill:
+        run.trainer.loss = _distilled(run, qat)
+    if not has_ranges(run.model):
+        if run.began_with is not None:
+            raise UserError(
+                "the checkpoint to resume holds no ranges; start from it with --pretrained-from-file to calibrate it."
+            )
+        calibrate_run(run, qat, report)
+    elif run.began_with is None:
+        print("the weights bring their ranges: no calibration", flush=True)
+    # statistics of BatchNorm first: the outputs that are tracked depend on them
+    run.trainer.callbacks.append(QatSchedule(run, qat))
+    run.trainer.callbacks.append(OutputTracking(run, qat))
+
+
+@explained_deaths()
+def calibrate_run(run: Run, qat: QatConfig, report: str | Path | None = None) -> None:
+    """Ranges from training images through the evaluation transform; then a checkpoint.
+
+    Args:
+        report: page of plots of all ranges to write.
+
+    Raises:
+        UserError: calibration finds no range for a quantizer.
+    """
+    loader, world = calibration_loader(run, qat.calibration_images), run.world
+    stopwatch = Stopwatch(world.size)
+    seen = torch.zeros((), dtype=torch.int64, device=run.device)
+    assert run.card.input is not None
+    spec = run.card.input
+
+    def batches() -> Iterator[Tensor]:
+        for images, _ in progress(loader.epoch(), len(loader), "calibrate", run.config.print_freq):
+            stopwatch.data_ready()
+            yield normalize(images.to(run.device, non_blocking=True), spec)
+            stopwatch.batch_done(len(images))
+            seen.add_(len(images))
+
+    method = qat.calibration_method
+    # the shares and the noise on the page of plots come from histograms
+    observers = collect(run.model, batches(), "mse" if report and method == "max" else method)
+    set_ranges(run.model, observers, method, qat.percentile)
+    ranges = [row.to_json() for row in report_ranges(run.model, observers)]
+    if report and world.is_main:
+        write_calibration_page(ranges, Path(report))
+    images = int(world.sum(seen))
+    metrics: dict[str, float] = {"calib.images": images, **stopwatch.metrics("calib")}
+    if not run.config.training_only:
+        metrics |= run.trainer.evaluate(run.val, "calib", "evaluate the calibrated model")
+    run.recorder.record({**metrics, "calib.ranges": ranges})
+    print(f"calibrated on {images} images: {describe(metrics)}", flush=True)
+    run.trainer.save()
+
+
+class QatSchedule(Callback):
+    """What happens to quantizers and BatchNorm between the epochs of a training.
+
+    Every epoch ends with all quantizers on: what is validated, and may be the best, is the network that will be used.
+    """
+
+    def __init__(self, run: Run, qat: QatConfig) -> None:
+        self._run = run
+        self._model = run.trainer.model
+        self._qat = qat
+
+    def on_epoch_start(self, epoch: int) -> None:
+        gradual_start(self._model, epoch, self._qat.gradual_start)
+        freeze_ranges(self._model)
+        if epoch < self._qat.follow_ranges:
+            follow_ranges(self._model)
+        if self._frozen(epoch):
+            freeze_batch_norm(self._model)
+
+    def on_divergence(self, images: Tensor) -> str | None:
+        return find_not_finite(self._model, images)
+
+    def on_epoch_end(self, epoch: int) -> None:
+        gradual_start(self._model, epoch, 0)
+        # an early stop, or the best epoch, may be any; frozen statistics are in use until the last
+        if self._qat.reestimate_bn and (not self._frozen(epoch) or epoch + 1 == self._run.config.epochs):
+            for model in self._run.trainer.models:
+                reestimate_batch_norm(model, _calibration_inputs(self._run, self._qat, "BatchNorm"))
+
+    def _frozen(self, epoch: int) -> bool:
+        return self._qat.freeze_bn is not None and epoch >= self._qat.freeze_bn
+
+
+class OutputTracking(Callback):
+    """Brings the ranges of the convolutions' outputs up to date with the trained weights."""
+
+    def __init__(self, run: Run, qat: QatConfig) -> None:
+        self._run = run
+        self._qat = qat
+
+    def on_epoch_end(self, epoch: int) -> None:
+        for model in self._run.trainer.models:
+            track_outputs(model, _calibration_inputs(self._run, self._qat, "track output ranges"))
+
+
+def _calibration_inputs(run: Run, qat: QatConfig, title: str) -> Iterator[Tensor]:
+    """The calibration images as the network takes them."""
+    loader = calibration_loader(run, qat.calibration_images)
+    assert run.card.input is not None
+    for images, _ in progress(loader.epoch(), len(loader), title, run.config.print_freq):
+        yield normalize(images.to(run.device), run.card.input)
+
+
+def _distilled(run: Run, qat: QatConfig) -> Loss:
+    """The run's loss mixed with that of the teacher, on the run's device."""
+    card, config = run.card, run.config
+    teacher = create_model(str(card.arch), card.num_classes, qat.distill, quantized=False, **run.options)
+    memory_format = torch.channels_last if config.channels_last else torch.contiguous_format
+    teacher = teacher.to(run.device, memory_format=memory_format).eval().requires_grad_(False)  # type: ignore[call-overload]
+    if config.compile:
+        teacher.compile()
+    distillation = Distillation(teacher, qat.distill_temperature, qat.distill_weight)
+    loss = run.trainer.loss
+
+    def mixed(outputs: Tensor, targets: Tensor, inputs: Tensor) -> Tensor:
+        return distillation.loss(loss(outputs, targets, inputs), outputs, inputs)
+
+    return mixed
