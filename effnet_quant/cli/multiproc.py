@@ -30,10 +30,6 @@ _LINES_SHOWN = 20
 def job(arguments: Sequence[str]) -> int:
     """Start the processes as the command line says and wait for them; returns the exit status."""
     parsed = _parser().parse_args(arguments)
-    from torch.distributed.elastic.multiprocessing import SignalException
-    from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
-    from torch.distributed.launcher.api import elastic_launch
-
     if not Path(parsed.training_script).is_file():
         raise UserError(f"there is no script {parsed.training_script}; check the path.")
     if parsed.nproc_per_node < 1:
@@ -41,6 +37,10 @@ def job(arguments: Sequence[str]) -> int:
     if parsed.max_restarts < 0:
         raise UserError(f"--max_restarts must be 0 or more, not {parsed.max_restarts}.")
     create_folder(Path(parsed.log_dir), "--log_dir")
+    from torch.distributed.elastic.multiprocessing import SignalException
+    from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
+    from torch.distributed.launcher.api import elastic_launch
+
     # the engine tells of every step of its own; what matters is said below
     logging.getLogger("torch.distributed.elastic").setLevel(logging.CRITICAL)
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
