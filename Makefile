@@ -9,7 +9,7 @@ BIN := $(VENV)/bin
 .PHONY: demo test lint install clean
 
 demo: install
-	$(BIN)/python -m effnet_quant.cli.demo
+	$(BIN)/effnet-quant demo
 
 test: lint
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto --dist loadfile

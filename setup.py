@@ -25,6 +25,7 @@ setup(
     license="Apache-2.0",
     python_requires=">=3.10",
     packages=find_packages(include=["effnet_quant", "effnet_quant.*"]),
+    entry_points={"console_scripts": ["effnet-quant = effnet_quant.cli.app:main"]},
     package_data={"effnet_quant.recipes": ["*.yml"]},
     install_requires=[
         "torch>=2.8",

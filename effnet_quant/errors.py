@@ -1,4 +1,4 @@
-"""The one exception type for mistakes a user can make."""
+"""The exceptions that a script ends with in a sentence of its own."""
 
 
 class UserError(Exception):
@@ -6,3 +6,7 @@ class UserError(Exception):
 
     Scripts print the sentence and exit with status 2; library callers catch it like any exception.
     """
+
+
+class PeerLost(Exception):
+    """Another process of the job has ended, so this one can't go on; the other one knows why."""

@@ -113,9 +113,3 @@ def rounds_for(seconds: float, run_seconds: float) -> tuple[int, int]:
     if FEWEST_ROUNDS * turn <= seconds:
         return min(int(seconds / turn), MOST_ROUNDS), RUNS_A_TURN
     return FEWEST_ROUNDS, 2
-
-
-if __name__ == "__main__":
-    from effnet_quant.cli.latency import main
-
-    main()

@@ -79,9 +79,3 @@ def compare(
         worst_error=difference.max().item(),
         worst_image=int(difference.amax(1).argmax()),
     )
-
-
-if __name__ == "__main__":
-    from effnet_quant.cli.verify import main
-
-    main()

@@ -6,20 +6,16 @@ import argparse
 from collections.abc import Sequence
 from typing import Any
 
-from effnet_quant.card import INTERPOLATIONS
-from effnet_quant.data.backends import BACKENDS
-from effnet_quant.data.transforms import AUGMENTATIONS
-from effnet_quant.training import affinity
-from effnet_quant.training.optimizers import OPTIMIZERS
-from effnet_quant.training.precision import AMP_DTYPES
-from effnet_quant.training.schedules import SCHEDULES
+from effnet_quant.cli.process import typed_command
+from effnet_quant.data.choices import AUGMENTATIONS, BACKENDS, INTERPOLATIONS
+from effnet_quant.training.choices import AFFINITIES, AMP_DTYPES, OPTIMIZERS, SCHEDULES
 
 
 class Parser(argparse.ArgumentParser):
     """Parses arguments and notes in ``explicit`` which destinations the user gave."""
 
     def __init__(self, description: str) -> None:
-        super().__init__(description=description, allow_abbrev=False)
+        super().__init__(prog=typed_command(), description=description, allow_abbrev=False)
         self.add_argument("--debug", action="store_true", help="show the traceback of an error")
 
     def parse(self, arguments: Sequence[str]) -> argparse.Namespace:
@@ -149,7 +145,7 @@ def _add_compute_arguments(parser: argparse.ArgumentParser) -> None:
     add("--compile", action="store_true", help="torch.compile")
     add("--jit", choices=("no", "script"), default="no", help="script means --compile")
     add("--memory-format", choices=("nchw", "nhwc"), default="nchw", help="memory layout of images and activations")
-    add("--gpu-affinity", choices=affinity.MODES, default="none", help="bind processes to the GPU's CPU cores")
+    add("--gpu-affinity", choices=AFFINITIES, default="none", help="bind processes to the GPU's CPU cores")
 
 
 def _add_run_arguments(parser: argparse.ArgumentParser) -> None:

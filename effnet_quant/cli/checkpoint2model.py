@@ -6,7 +6,6 @@ from collections.abc import Sequence
 
 from effnet_quant.cli.arguments import Parser
 from effnet_quant.cli.process import run
-from effnet_quant.models.weights import read_weights, write_weights
 
 
 def job(arguments: Sequence[str]) -> int:
@@ -20,6 +19,8 @@ def job(arguments: Sequence[str]) -> int:
     )
     parser.add_argument("--ema", action="store_true", help="the moving average of the weights instead of the weights")
     parsed = parser.parse(arguments)
+    from effnet_quant.models.weights import read_weights, write_weights
+
     weights = read_weights(parsed.checkpoint_path, ema=parsed.ema)
     write_weights(parsed.weight_path, weights.tensors, weights.card)
     print(f"{parsed.weight_path}: {len(weights.tensors)} tensors")

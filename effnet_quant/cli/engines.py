@@ -5,9 +5,13 @@ from __future__ import annotations
 import argparse
 from collections.abc import Mapping
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-from effnet_quant.engines.engine import BACKENDS, Engine, load_engine
+from effnet_quant.engines.runtimes import BACKENDS
 from effnet_quant.errors import UserError
+
+if TYPE_CHECKING:
+    from effnet_quant.engines.engine import Engine
 
 _BACKEND_OF = {".onnx": "onnxruntime", ".plan": "tensorrt"}
 
@@ -38,6 +42,8 @@ def usual_backend(path: str) -> str:
 
 def chosen_engine(path: str, parsed: argparse.Namespace) -> Engine:
     """The engine of a file, as the flags say."""
+    from effnet_quant.engines.engine import load_engine
+
     return load_engine(
         path,
         parsed.backend or usual_backend(path),

@@ -1,4 +1,4 @@
-"""python -m effnet_quant.checks.latency: how long do these engines take, in turns on this machine?"""
+"""effnet-quant latency: how long do these engines take, in turns on this machine?"""
 
 from __future__ import annotations
 
@@ -8,18 +8,19 @@ import re
 from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from effnet_quant.checks.latency import Latency, measure_engines
 from effnet_quant.cli.arguments import Parser
 from effnet_quant.cli.engines import usual_backend
 from effnet_quant.cli.process import run
 from effnet_quant.engines.cpu import NOTABLE, cpu_flags
-from effnet_quant.engines.engine import BACKENDS, Engine, load_engine
-from effnet_quant.engines.runtimes import get_backend
+from effnet_quant.engines.runtimes import BACKENDS, get_backend
 from effnet_quant.errors import UserError
 from effnet_quant.files import check_writable, replace_file
-from effnet_quant.training.machine import describe_machine
+
+if TYPE_CHECKING:
+    from effnet_quant.checks.latency import Latency
+    from effnet_quant.engines.engine import Engine
 
 BATCH_SIZES = (1, 2, 4, 8, 16, 32, 64, 128, 256)  # as in NVIDIA's tables
 _RUNTIMES = ("torch", "onnxruntime", "openvino", "tensorrt")
@@ -49,6 +50,8 @@ def job(arguments: Sequence[str]) -> int:
         raise UserError("--batch-sizes and --seconds must be positive.")
     if parsed.json:
         check_writable(Path(parsed.json))
+    from effnet_quant.checks.latency import measure_engines
+
     engines = [_load(text, parsed.device, parsed.threads) for text in parsed.engines]
     if parsed.image_size is not None and not any(None in engine.input.shape for engine in engines):
         raise UserError("these engines take images of one size; leave --image-size out.")
@@ -71,6 +74,8 @@ def job(arguments: Sequence[str]) -> int:
 
 def describe_engines_machine(threads: int | None) -> dict[str, Any]:
     """``describe_machine``, and what decides how fast engines are: threads, the CPU's number formats, versions."""
+    from effnet_quant.training.machine import describe_machine
+
     flags = cpu_flags()
     return {
         **describe_machine(),
@@ -91,6 +96,8 @@ def machine_line(machine: dict[str, Any]) -> str:
 
 
 def _load(text: str, device: str | None, threads: int | None) -> Engine:
+    from effnet_quant.engines.engine import load_engine
+
     path, backend, precision = _ENGINE.fullmatch(text).groups()  # type: ignore[union-attr]  # any text matches
     if backend is None and "@" in path and not Path(path).is_file():
         raise UserError(f"there is no file {path}; a backend after the @ is one of: {', '.join(BACKENDS)}.")
@@ -142,5 +149,5 @@ def _record(engine: Engine, latency: Latency, first: Latency) -> dict[str, Any]:
 
 
 def main() -> None:
-    """Entry point of ``python -m effnet_quant.checks.latency``."""
+    """Entry point of ``effnet-quant latency``."""
     run(job)

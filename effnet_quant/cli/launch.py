@@ -5,16 +5,14 @@ from __future__ import annotations
 import argparse
 import shlex
 from collections.abc import Sequence
+from types import ModuleType
 from typing import Any
 
 import yaml
 
-from effnet_quant.cli import main as main_script
-from effnet_quant.cli import quant_main as quant_script
 from effnet_quant.cli.arguments import Parser
-from effnet_quant.cli.process import run
+from effnet_quant.cli.process import run, typed_command
 from effnet_quant.errors import UserError
-from effnet_quant.models.registry import get_entry
 from effnet_quant.recipes.recipe import Recipes, load_recipes, nearest, resolve
 
 QUANTIZING_MODES = ("calibration", "qat")
@@ -23,6 +21,7 @@ QUANTIZING_MODES = ("calibration", "qat")
 def job(arguments: Sequence[str]) -> int:
     """Run the recipe that the command line names; the other flags are the script's and win over it."""
     parser = argparse.ArgumentParser(
+        prog=typed_command(),
         description="Train, evaluate, calibrate or benchmark with a recipe. Flags of main.py or quant_main.py that follow "
         "win over the recipe's values.",
         allow_abbrev=False,
@@ -37,9 +36,12 @@ def job(arguments: Sequence[str]) -> int:
     parser.add_argument("--list", action="store_true", help="show the recipes and exit")
     parser.add_argument("--dry-run", action="store_true", help="show the resolved configuration and exit")
     parsed, rest = parser.parse_known_args(arguments)
+    from effnet_quant.cli import main as main_script
+    from effnet_quant.cli import quant_main as quant_script
+
     recipes = load_recipes(parsed.cfg_file)
     source = parsed.cfg_file or "the recipe"
-    _check_keys(recipes, source)
+    _check_keys(recipes, _actions(main_script.build_parser()) | _actions(quant_script.build_parser()), source)
     if parsed.list:
         print(_listing(recipes))
         return 0
@@ -48,6 +50,8 @@ def job(arguments: Sequence[str]) -> int:
     if missing:
         raise UserError(f"{', '.join(missing)} must be given; --list shows what there is.")
     values = resolve(recipes, **chosen)
+    from effnet_quant.models.registry import get_entry
+
     quantized = get_entry(values["arch"]).quantized
     if quantized is None:  # the name leaves it open
         quantized = parsed.mode in QUANTIZING_MODES
@@ -56,10 +60,19 @@ def job(arguments: Sequence[str]) -> int:
     if parsed.dry_run:
         resolved = vars(script.build_parser().parse(command))
         del resolved["explicit"]
-        name = script.__name__.rpartition(".")[2]
-        print(f"# python {name}.py {shlex.join(command)}\n{yaml.safe_dump(resolved, sort_keys=True)}", end="")
+        name = _command_of(script, parser.prog)
+        print(f"# {name} {shlex.join(command)}\n{yaml.safe_dump(resolved, sort_keys=True)}", end="")
         return 0
     return script.job(command)
+
+
+def _command_of(script: ModuleType, typed: str) -> str:
+    """How the user, who typed "launch.py" or "effnet-quant launch", starts a script without a recipe."""
+    name = script.__name__.rpartition(".")[2]
+    program, _, verb = typed.rpartition(" ")
+    if verb != "launch":
+        return f"python {name}.py"
+    return f"{program} {'quantize' if name == 'quant_main' else 'train'}"
 
 
 def _flags(values: dict[str, Any], parser: Parser, source: str) -> list[str]:
@@ -83,9 +96,8 @@ def _actions(parser: Parser) -> dict[str, argparse.Action]:
     return {action.dest: action for action in parser._actions if action.option_strings}
 
 
-def _check_keys(recipes: Recipes, source: str) -> None:
+def _check_keys(recipes: Recipes, actions: dict[str, argparse.Action], source: str) -> None:
     """See whether every row, chosen or not, speaks of flags that one of the scripts has."""
-    actions = _actions(main_script.build_parser()) | _actions(quant_script.build_parser())
     rows = [values for section in ("precision", "platform", "mode") for values in recipes[section].values()]
     rows += [row for modes in _mappings(recipes["model_mode"]) for row in modes.values()]
     rows += [row for rows_of in _mappings(recipes["models"]) for part in _mappings(rows_of) for row in part.values()]

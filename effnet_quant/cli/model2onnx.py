@@ -66,7 +66,7 @@ def job(arguments: Sequence[str]) -> int:
     if (parsed.data or parsed.tune) and parsed.target == "tensorrt" and importlib.util.find_spec("tensorrt") is None:
         raise UserError(
             "--verify and --tune run the engine, and TensorRT is not installed; check the graph with "
-            "python -m effnet_quant.checks.verify --lint tensorrt."
+            "effnet-quant verify --lint tensorrt."
         )
     ExportOptions(opset=parsed.opset)  # a wrong one is said before the model is built
     output = parsed.output or f"{parsed.arch}.onnx".replace(":", "-")

@@ -10,7 +10,6 @@ from effnet_quant.cli.arguments import Parser
 from effnet_quant.cli.process import run
 from effnet_quant.engines.tensorrt.build_options import HARDWARE_COMPATIBILITY, BuildOptions
 from effnet_quant.engines.tensorrt.inspector import format_layers, summarize
-from effnet_quant.engines.tensorrt.plans import compile_engine
 from effnet_quant.errors import UserError
 
 _USUAL = BuildOptions()
@@ -56,6 +55,8 @@ def job(arguments: Sequence[str]) -> int:
         parsed.version_compatible,
         parsed.hardware_compatible,
     )
+    from effnet_quant.engines.tensorrt.plans import compile_engine
+
     print("building the plan; unless it is kept from before, that takes minutes", file=sys.stderr, flush=True)
     plan = compile_engine(parsed.onnx, output, options, timing_cache=parsed.timing_cache)
     print(format_layers(plan.layers) if parsed.layers else summarize(plan.layers))

@@ -13,15 +13,15 @@ import uuid
 from collections.abc import Sequence
 from pathlib import Path
 from types import FrameType
-from typing import NoReturn
+from typing import TYPE_CHECKING, NoReturn
 
-from torch.distributed.elastic.multiprocessing import DefaultLogsSpecs, SignalException, Std
-from torch.distributed.elastic.multiprocessing.errors import ChildFailedError, ProcessFailure
-from torch.distributed.launcher.api import LaunchConfig, elastic_launch
-
-from effnet_quant.cli.process import LOST_PEER_STATUS, run
+from effnet_quant.cli.process import LOST_PEER_STATUS, run, typed_command
 from effnet_quant.errors import UserError
 from effnet_quant.files import create_folder
+
+if TYPE_CHECKING:
+    from torch.distributed.elastic.multiprocessing.errors import ProcessFailure
+    from torch.distributed.launcher.api import LaunchConfig
 
 _CHECKPOINT_SECONDS = 600  # from a signal to the kill; the engine's 30 are too few for a long step and a slow disk
 _LINES_SHOWN = 20
@@ -37,6 +37,10 @@ def job(arguments: Sequence[str]) -> int:
     if parsed.max_restarts < 0:
         raise UserError(f"--max_restarts must be 0 or more, not {parsed.max_restarts}.")
     create_folder(Path(parsed.log_dir), "--log_dir")
+    from torch.distributed.elastic.multiprocessing import SignalException
+    from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
+    from torch.distributed.launcher.api import elastic_launch
+
     # the engine tells of every step of its own; what matters is said below
     logging.getLogger("torch.distributed.elastic").setLevel(logging.CRITICAL)
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
@@ -61,6 +65,7 @@ def job(arguments: Sequence[str]) -> int:
 
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
+        prog=typed_command(),
         description="Run a script in several processes that train together. The output of process 0 is shown, that of the "
         "others goes to files; when one dies, all end.",
         allow_abbrev=False,
@@ -89,6 +94,9 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def _launch_config(parsed: argparse.Namespace) -> LaunchConfig:
+    from torch.distributed.elastic.multiprocessing import DefaultLogsSpecs, Std
+    from torch.distributed.launcher.api import LaunchConfig
+
     least, _, most = parsed.nnodes.partition(":")
     try:
         nodes = int(least), int(most or least)
@@ -125,6 +133,8 @@ def _launch_config(parsed: argparse.Namespace) -> LaunchConfig:
 
 def _stop(number: int, frame: FrameType | None) -> NoReturn:
     """The engine passes the signal of this exception on to the processes and waits for their end."""
+    from torch.distributed.elastic.multiprocessing import SignalException
+
     raise SignalException(f"got signal {number}", signal.Signals(number))
 
 

@@ -7,10 +7,14 @@ import os
 import sys
 from collections.abc import Callable, Sequence
 
-from effnet_quant.errors import UserError
-from effnet_quant.training.distributed import PeerLost
+from effnet_quant.errors import PeerLost, UserError
 
 LOST_PEER_STATUS = 75  # EX_TEMPFAIL: nothing is wrong with this process itself
+
+
+def typed_command() -> str:
+    """What the user typed to start this process, e.g. "main.py" or "effnet-quant verify", for lines of usage."""
+    return os.path.basename(sys.argv[0])
 
 
 def run(job: Callable[[Sequence[str]], int]) -> None:

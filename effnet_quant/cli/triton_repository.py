@@ -1,4 +1,4 @@
-"""python -m effnet_quant.serving.triton_repository: an engine's file where Triton Inference Server finds it."""
+"""effnet-quant serve: an engine's file where Triton Inference Server finds it."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from effnet_quant.cli.arguments import Parser
 from effnet_quant.cli.engines import usual_backend
 from effnet_quant.cli.process import run
-from effnet_quant.serving.triton_repository import FILE_NAMES, MAX_BATCH, QUEUE_DELAY_US, Serving, write_model
+from effnet_quant.serving.settings import FILE_NAMES, MAX_BATCH, QUEUE_DELAY_US, Serving
 
 
 def job(arguments: Sequence[str]) -> int:
@@ -33,6 +33,8 @@ def job(arguments: Sequence[str]) -> int:
         help=f"how long a request may wait for others to join it (default: {QUEUE_DELAY_US})",
     )
     parsed = parser.parse(arguments)
+    from effnet_quant.serving.triton_repository import write_model
+
     backend = parsed.backend or usual_backend(parsed.engine)
     device = parsed.device or ("cuda" if backend == "tensorrt" else "cpu")
     serving = Serving(backend, device, parsed.instances, parsed.max_batch, parsed.queue_delay)
@@ -44,5 +46,5 @@ def job(arguments: Sequence[str]) -> int:
 
 
 def main() -> None:
-    """Entry point of ``python -m effnet_quant.serving.triton_repository``."""
+    """Entry point of ``effnet-quant serve``."""
     run(job)

@@ -1,31 +1,23 @@
-"""python -m effnet_quant.checks.verify: does the engine do what the simulation says, and would TensorRT take the graph?"""
+"""effnet-quant verify: does the engine do what the simulation says, and would TensorRT take the graph?"""
 
 from __future__ import annotations
 
 import argparse
 from collections.abc import Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import onnx
-import torch
-from torch import Tensor, nn
-
-from effnet_quant.card import InputSpec, ModelCard
-from effnet_quant.checks.layer_comparison import compare_layers, format_layers, shows_layers
-from effnet_quant.checks.lint import lint_tensorrt
-from effnet_quant.checks.verify import Comparison, compare
 from effnet_quant.cli.arguments import Parser, add_model_arguments
 from effnet_quant.cli.engines import add_engine_arguments, chosen_engine, refuse_unused
-from effnet_quant.cli.inference import load_model, run_engine
 from effnet_quant.cli.process import run
-from effnet_quant.data.backends import open_loader
-from effnet_quant.data.data_argument import open_validation
-from effnet_quant.data.transforms import evaluation_transform, normalize
-from effnet_quant.engines.engine import Engine
-from effnet_quant.engines.onnx_file import read_onnx
 from effnet_quant.errors import UserError
-from effnet_quant.quantization.placement.insertion import output_quantizers, quantizers, simulate_target
 from effnet_quant.quantization.targets import get_target
+
+if TYPE_CHECKING:
+    from torch import Tensor, nn
+
+    from effnet_quant.card import InputSpec, ModelCard
+    from effnet_quant.checks.verify import Comparison
+    from effnet_quant.engines.engine import Engine
 
 # of images on which engine and simulation give the same class, in percent
 AGREEMENT = 99.5
@@ -74,6 +66,11 @@ def job(arguments: Sequence[str]) -> int:
 
 
 def _lint(path: str) -> bool:
+    import onnx
+
+    from effnet_quant.checks.lint import lint_tensorrt
+    from effnet_quant.engines.onnx_file import read_onnx
+
     read_onnx(path)  # a file that is missing or damaged is said there
     findings = lint_tensorrt(onnx.load(path))
     for finding in findings:
@@ -83,6 +80,8 @@ def _lint(path: str) -> bool:
 
 
 def _verify(parsed: argparse.Namespace) -> bool:
+    from effnet_quant.cli.inference import load_model
+
     engine = chosen_engine(parsed.engine, parsed)
     if not parsed.arch:
         parsed.arch = engine.card.arch
@@ -113,6 +112,15 @@ def verify_engine(model: nn.Module, card: ModelCard, engine: Engine, parsed: arg
 
     ``model`` is set to simulate the engine's target.
     """
+    import torch
+
+    from effnet_quant.checks.verify import compare
+    from effnet_quant.cli.inference import run_engine
+    from effnet_quant.data.backends import open_loader
+    from effnet_quant.data.data_argument import open_validation
+    from effnet_quant.data.transforms import evaluation_transform, normalize
+    from effnet_quant.quantization.placement.insertion import output_quantizers, simulate_target
+
     batch_size = BATCH if parsed.batch_size is None else parsed.batch_size
     if batch_size < 1:
         raise UserError("--batch-size must be at least 1.")
@@ -144,6 +152,10 @@ def verify_engine(model: nn.Module, card: ModelCard, engine: Engine, parsed: arg
 
 def _print_layers(model: nn.Module, engine: Engine, pixels: Tensor, preprocessing: InputSpec, *, asked: bool) -> None:
     """The table of layers, or, if it was asked for, why there is none."""
+    from effnet_quant.checks.layer_comparison import compare_layers, format_layers, shows_layers
+    from effnet_quant.data.transforms import normalize
+    from effnet_quant.quantization.placement.insertion import quantizers
+
     if not any(True for _ in quantizers(model)):
         reason = "the model is not quantized"
     elif not shows_layers(engine):
@@ -181,5 +193,5 @@ def _print(comparison: Comparison, engine: Engine, parsed: argparse.Namespace) -
 
 
 def main() -> None:
-    """Entry point of ``python -m effnet_quant.checks.verify``."""
+    """Entry point of ``effnet-quant verify``."""
     run(job)

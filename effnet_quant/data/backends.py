@@ -16,8 +16,6 @@ from effnet_quant.data.synthetic import SyntheticLoader
 from effnet_quant.data.transforms import EvaluationTransform, TrainingTransform
 from effnet_quant.errors import UserError
 
-BACKENDS = ("pytorch", "synthetic", "dali-gpu", "dali-cpu")
-
 
 def open_loader(
     backend: str,
@@ -30,7 +28,7 @@ def open_loader(
     """The loader of a backend; "pytorch" and DALI's two give the same batches in the same order.
 
     Args:
-        backend: one of ``BACKENDS``; where the source is shards or synthetic, what it says makes no difference.
+        backend: one of ``choices.BACKENDS``; where the source is shards or synthetic, what it says makes no difference.
         source, transform, batch_size: see ``Loader``; ``ShardLoader``, ``SyntheticLoader``.
         device: where the model is; with "dali-gpu" the batches are there too.
         options: the other arguments of ``Loader``.

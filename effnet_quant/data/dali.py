@@ -141,9 +141,7 @@ class DaliLoader(Loader):
             return batch
         self._spare = batch = batch or self._spare
         if not batch:
-            raise UserError(
-                "no image of a batch can be read; check DATA with python -m effnet_quant.data DATA --check."
-            )
+            raise UserError("no image of a batch can be read; check DATA with effnet-quant data DATA --check.")
         return [batch[position % len(batch)] for position in range(self._order.share)]
 
     def _feed(self) -> tuple[list[Any], ...]:

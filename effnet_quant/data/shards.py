@@ -240,7 +240,7 @@ def _read_index(root: str) -> dict[str, Any]:
     if index is None:
         raise UserError(
             f"there is no {_join(root, INDEX)}, which says what the shards hold; "
-            "python -m effnet_quant.data PATTERN --index makes it."
+            "effnet-quant data PATTERN --index makes it."
         )
     return index
 

@@ -14,14 +14,9 @@ from torchvision.transforms import v2
 from torchvision.transforms.v2 import functional as F
 
 from effnet_quant.card import InputSpec
+from effnet_quant.data.choices import AUGMENTATIONS
 from effnet_quant.data.decoding import Box, EncodedImage
 
-# of torchvision's, with the settings of their papers: arXiv:1805.09501 (for ImageNet), 1909.13719, 2103.10158
-AUGMENTATIONS: dict[str, Callable[..., v2.Transform]] = {
-    "autoaugment": v2.AutoAugment,
-    "randaugment": v2.RandAugment,
-    "trivialaugment": v2.TrivialAugmentWide,
-}
 _AREA = (0.08, 1.0)  # of a training crop, as a share of the image's
 _ASPECT = (3 / 4, 4 / 3)  # of a training crop, width to height
 _CROP_TRIES = 10
@@ -119,7 +114,7 @@ class TrainingTransform:
     @cached_property
     def _policy(self) -> v2.Transform:
         assert self.augmentation is not None
-        return AUGMENTATIONS[self.augmentation]()
+        return getattr(v2, AUGMENTATIONS[self.augmentation])()
 
 
 def evaluation_transform(preprocessing: Preprocessing) -> EvaluationTransform:

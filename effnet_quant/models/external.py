@@ -168,5 +168,5 @@ def _unknown(name: str) -> UserError:
     library, _, model = name.partition(":")
     names = [full.partition(":")[2] for full in list_external(library)]
     near = [f"{library}:{match}" for match in difflib.get_close_matches(model, names, n=3, cutoff=0.5)]
-    hint = f"did you mean: {', '.join(near)}?" if near else f"python -m effnet_quant.models '{library}:*' lists them."
+    hint = f"did you mean: {', '.join(near)}?" if near else f"effnet-quant models '{library}:*' lists them."
     return UserError(f"{library} has no model '{model}'; {hint}")

@@ -150,6 +150,6 @@ def get_entry(name: str) -> ModelEntry:
     if name not in _ENTRIES:
         near = difflib.get_close_matches(name, [*_ENTRIES, *_NVIDIAS_NAMES], n=3, cutoff=0.5)
         near += [full for full in list_external("torchvision") if full == f"torchvision:{name}"]
-        hint = f"did you mean: {', '.join(near)}?" if near else "python -m effnet_quant.models lists them."
+        hint = f"did you mean: {', '.join(near)}?" if near else "effnet-quant models lists them."
         raise UserError(f"there is no model '{name}'; {hint}")
     return _ENTRIES[name]

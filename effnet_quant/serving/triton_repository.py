@@ -19,44 +19,10 @@ from effnet_quant.engines.onnx_file import read_onnx
 from effnet_quant.engines.tensorrt.plans import find_plan
 from effnet_quant.errors import UserError
 from effnet_quant.files import replace_file
+from effnet_quant.serving.settings import FILE_NAMES, MAX_BATCH, QUEUE_DELAY_US, Serving
 
-# backend -> name of the file in a version's folder
-FILE_NAMES = {"onnxruntime": "model.onnx", "openvino": "model.onnx", "tensorrt": "model.plan"}
 _TYPES = {"float32": "TYPE_FP32", "float16": "TYPE_FP16", "uint8": "TYPE_UINT8"}
 _LABELS = "labels.txt"
-MAX_BATCH = 32
-QUEUE_DELAY_US = 100
-
-
-@dataclass(frozen=True)
-class Serving:
-    """How Triton serves a model.
-
-    Attributes:
-        backend: "onnxruntime", "openvino" or "tensorrt".
-        device: "cpu" or "cuda".
-        instances: copies of the model that run beside each other, on each device.
-        max_batch: most images that Triton joins to one batch; None for 32, or what a plan was built for.
-        queue_delay_us: how long a request may wait for others to join it, in microseconds; None for 100.
-
-    Raises:
-        UserError: values that no server could use.
-    """
-
-    backend: str
-    device: str = "cpu"
-    instances: int = 1
-    max_batch: int | None = None
-    queue_delay_us: int | None = None
-
-    def __post_init__(self) -> None:
-        if self.backend not in FILE_NAMES:
-            raise UserError(f"Triton has no backend '{self.backend}'; choose one of: {', '.join(FILE_NAMES)}.")
-        needed = {"openvino": "cpu", "tensorrt": "cuda"}.get(self.backend, self.device)
-        if self.device != needed:
-            raise UserError(f"{self.backend} serves on the device {needed}, not on {self.device}.")
-        if self.instances < 1 or (self.queue_delay_us or 0) < 0 or (self.max_batch is not None and self.max_batch < 1):
-            raise UserError("instances and the largest batch must be at least 1, and the delay must not be negative.")
 
 
 @dataclass(frozen=True)
@@ -197,9 +163,3 @@ def _block(field: str, lines: Any) -> Iterator[str]:
 def _text(value: str) -> str:
     """A string of protobuf's text format; JSON's escapes are among its own."""
     return json.dumps(value, ensure_ascii=False)
-
-
-if __name__ == "__main__":
-    from effnet_quant.cli.triton_repository import main
-
-    main()

@@ -9,14 +9,6 @@ from typing import Any
 
 import torch
 
-MODES = (
-    "none",
-    "socket",
-    "socket_single",
-    "socket_single_unique",
-    "socket_unique_interleaved",
-    "socket_unique_contiguous",
-)
 _CPUS = Path("/sys/devices/system/cpu")
 _PCI = Path("/sys/bus/pci/devices")
 
@@ -25,7 +17,7 @@ def bind_to_gpu(mode: str, gpu: int) -> str:
     """Bind this process, and those it will start, to cores near its GPU; returns what was done, for people.
 
     Args:
-        mode: one of ``MODES``, see ``choose_cores``.
+        mode: one of ``choices.AFFINITIES``, see ``choose_cores``.
         gpu: number of the GPU.
     """
     if not torch.cuda.is_available() or not hasattr(os, "sched_setaffinity"):
@@ -45,7 +37,7 @@ def choose_cores(mode: str, gpu: int, near: Sequence[set[int]], first_sibling: d
     GPUs, in turn or in blocks, each with its hardware threads.
 
     Args:
-        mode: one of ``MODES`` but "none".
+        mode: one of ``choices.AFFINITIES`` but "none".
         gpu: number of the GPU.
         near: for each GPU, the cores of its socket.
         first_sibling: for each core, the first hardware thread of the same physical core.

@@ -11,11 +11,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from effnet_quant.errors import UserError
-
-
-class PeerLost(Exception):
-    """Another process of the job has ended, so this one can't go on; the other one knows why."""
+from effnet_quant.errors import PeerLost, UserError
 
 
 @dataclass(frozen=True)

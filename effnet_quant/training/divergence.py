@@ -9,9 +9,9 @@ import torch
 from torch import Tensor, nn
 
 from effnet_quant.data.loaders import Loader
-from effnet_quant.errors import UserError
+from effnet_quant.errors import PeerLost, UserError
 from effnet_quant.files import replace_file
-from effnet_quant.training.distributed import PeerLost, World
+from effnet_quant.training.distributed import World
 from effnet_quant.training.metrics import LossMeter
 from effnet_quant.training.optimizers import learned_ranges
 

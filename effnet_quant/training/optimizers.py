@@ -10,7 +10,6 @@ from torch import Tensor, nn
 from effnet_quant.errors import UserError
 from effnet_quant.training.config import TrainConfig
 
-OPTIMIZERS = ("sgd", "rmsprop")
 _RANGES = ("_quantizer._amax", "_quantizer._amin")
 _KERNELS = ("fused", "foreach")  # what a parameter group calls them
 

@@ -6,7 +6,8 @@ from dataclasses import dataclass
 
 import torch
 
-AMP_DTYPES = {"fp16": torch.float16, "bf16": torch.bfloat16}
+from effnet_quant.training.choices import AMP_DTYPES
+
 _DYNAMIC_GROWTH_INTERVAL = 100  # steps without overflow before a dynamic scale doubles, as in NVIDIA's scripts
 _NEVER = 10**9
 
@@ -45,7 +46,7 @@ def choose_precision(
     """
     dtype = None
     if amp:
-        dtype = AMP_DTYPES[amp_dtype or ("fp16" if device.type == "cuda" else "bf16")]
+        dtype = getattr(torch, AMP_DTYPES[amp_dtype or ("fp16" if device.type == "cuda" else "bf16")])
     scaler = torch.amp.GradScaler(
         device.type,
         init_scale=loss_scale,

@@ -6,7 +6,6 @@ import math
 
 STEP_MILESTONES = (30, 60, 80)
 STEP_FACTOR = 0.1
-SCHEDULES = ("step", "linear", "cosine")
 
 
 def learning_rate(

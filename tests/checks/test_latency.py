@@ -147,7 +147,10 @@ def test_a_file_may_have_an_at_in_its_name(folder: Path, tmp_path: Path) -> None
 
 def test_threads_and_device_go_to_the_engines_that_have_them(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     asked = []
-    monkeypatch.setattr(command, "load_engine", lambda path, backend, **settings: asked.append((backend, settings)))
+    monkeypatch.setattr(
+        "effnet_quant.engines.engine.load_engine",
+        lambda path, backend, **settings: asked.append((backend, settings)),
+    )
     for text in ("a.onnx", "a.onnx@openvino", "a.plan"):
         command._load(text, "cuda", 2)
         command._load(text, None, 2)

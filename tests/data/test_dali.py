@@ -13,10 +13,11 @@ import torch
 from PIL import Image
 
 from effnet_quant.data.arrays import DigitsSource
+from effnet_quant.data.choices import AUGMENTATIONS
 from effnet_quant.data.dali import DaliLoader
 from effnet_quant.data.folders import FolderSource
 from effnet_quant.data.loaders import Loader
-from effnet_quant.data.transforms import AUGMENTATIONS, Preprocessing, evaluation_transform, training_transform
+from effnet_quant.data.transforms import Preprocessing, evaluation_transform, training_transform
 from effnet_quant.errors import UserError
 
 pytest.importorskip("nvidia.dali", reason="needs the extra 'dali'")

@@ -1,23 +1,19 @@
-"""``python -m effnet_quant.data`` as a user runs it."""
+"""``effnet-quant data`` as a user runs it."""
 
 from __future__ import annotations
 
-import runpy
 import shutil
-import sys
 
 import pytest
 
-from effnet_quant.data.__main__ import main
-
 
 @pytest.fixture
-def tool(capsys):
+def tool(run_script):
     """Runs the tool: (*arguments) -> (status, standard output, standard error)."""
 
     def run(*arguments):
-        status = main([*map(str, arguments)])
-        return status, *capsys.readouterr()
+        result = run_script("effnet_quant/__main__.py", "data", *arguments)
+        return result.code, result.out, result.err
 
     return run
 
@@ -74,14 +70,3 @@ def test_mistakes_are_one_sentence(tool, tmp_path):
     assert (status, out) == (2, "")
     assert err.startswith("error: there is no data at ")
     assert tool("digits", "--pack", tmp_path)[2].startswith("error: --pack takes image files")
-
-
-def test_it_is_a_module_to_run(capsys, monkeypatch):
-    monkeypatch.setattr(sys, "argv", ["effnet_quant.data", "digits", "-j0"])
-    monkeypatch.delitem(sys.modules, "effnet_quant.data.__main__")
-    with pytest.raises(SystemExit) as end:
-        runpy.run_module("effnet_quant.data", run_name="__main__")
-    assert end.value.code == 0
-    out = capsys.readouterr().out
-    assert out.startswith("train: 1437 images, 10 classes")
-    assert "size of 360 of them: 8 to 8 x 8 to 8" in out

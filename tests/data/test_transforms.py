@@ -10,8 +10,8 @@ import torch
 from PIL import Image
 from torchvision import transforms as pil_transforms
 
+from effnet_quant.data.choices import AUGMENTATIONS
 from effnet_quant.data.transforms import (
-    AUGMENTATIONS,
     Preprocessing,
     evaluation_transform,
     normalize,

@@ -27,8 +27,8 @@ def test_libraries_are_listed_by_patterns_that_name_them() -> None:
         ("resnet5O", "resnet50"),
         ("timm:resnet5O", "timm:resnet50"),
         ("torchvision:mnasnet1.0", "torchvision:mnasnet1_0"),
-        ("qqqqqq", "python -m effnet_quant.models lists them"),
-        ("torchvision:zzz", "python -m effnet_quant.models 'torchvision:*'"),
+        ("qqqqqq", "effnet-quant models lists them"),
+        ("torchvision:zzz", "effnet-quant models 'torchvision:*'"),
     ],
 )
 def test_an_unknown_name_gets_the_nearest_ones(name: str, near: str) -> None:

@@ -18,7 +18,8 @@ from effnet_quant.engines.compiled import ImageInput
 from effnet_quant.engines.openvino import shared_core
 from effnet_quant.engines.tensorrt.build_options import BuildOptions, Machine
 from effnet_quant.engines.tensorrt.plans import Plan, write_plan
-from effnet_quant.serving.triton_repository import Serving, model_config, write_model
+from effnet_quant.serving.settings import Serving
+from effnet_quant.serving.triton_repository import model_config, write_model
 
 CLASSES = ["ship", 'a "quoted" dog', "Käfer", "two\nlines", *"efghij"]
 PREPROCESSING = {"image_size": 32, "mean": [0.5, 0.5, 0.5]}

@@ -6,7 +6,8 @@ import os
 
 import pytest
 
-from effnet_quant.training.affinity import MODES, bind_to_gpu, choose_cores
+from effnet_quant.training.affinity import bind_to_gpu, choose_cores
+from effnet_quant.training.choices import AFFINITIES
 
 # the second threads of cores 0-3 are 8-11, those of 4-7 are 12-15
 FIRST, SECOND = {0, 1, 2, 3, 8, 9, 10, 11}, {4, 5, 6, 7, 12, 13, 14, 15}
@@ -28,13 +29,13 @@ def test_cores_of_each_gpu(mode, expected):
     assert [choose_cores(mode, gpu, NEAR, FIRST_SIBLING) for gpu in range(4)] == expected
 
 
-@pytest.mark.parametrize("mode", MODES[1:])
+@pytest.mark.parametrize("mode", AFFINITIES[1:])
 def test_more_gpus_than_cores_still_get_one_each(mode):
     for gpu in range(4):
         assert choose_cores(mode, gpu, [{0, 1}] * 4, {0: 0, 1: 0})
 
 
-@pytest.mark.parametrize("mode", MODES[1:])
+@pytest.mark.parametrize("mode", AFFINITIES[1:])
 def test_a_process_that_may_use_second_threads_only_stays_there(mode):
     assert choose_cores(mode, 0, [{8, 9, 10, 11}], FIRST_SIBLING) <= {8, 9, 10, 11}
 

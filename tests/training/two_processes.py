@@ -13,9 +13,9 @@ sys.path[:0] = [str(Path(__file__).parents[2]), str(Path(__file__).parents[1])]
 
 import torch
 
-from effnet_quant.errors import UserError
+from effnet_quant.errors import PeerLost, UserError
 from effnet_quant.training.checkpoint import load_checkpoint
-from effnet_quant.training.distributed import PeerLost, joined_world
+from effnet_quant.training.distributed import joined_world
 from effnet_quant.training.metrics import Recorder
 from effnet_quant.training.signals import Interrupted
 from training.conftest import WatchedLoader, _make_loaders, _make_trainer, _tiny_network

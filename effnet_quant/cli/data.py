@@ -1,4 +1,4 @@
-"""``python -m effnet_quant.data DATA``: what is there, whether it is whole, and shards of it."""
+"""effnet-quant data: what is in a data set, whether it is whole, and shards of it."""
 
 from __future__ import annotations
 
@@ -8,20 +8,22 @@ import statistics
 import sys
 from collections.abc import Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-from effnet_quant.data.data_argument import is_split, open_sources, open_training, open_validation
-from effnet_quant.data.inspection import Findings, counts, is_random_access, look
-from effnet_quant.data.shards import is_one_set, pack, write_index
-from effnet_quant.data.sources import EncodedSource, ImageSource
+from effnet_quant.cli.arguments import Parser
+from effnet_quant.cli.process import run
 from effnet_quant.errors import UserError
+
+if TYPE_CHECKING:
+    from effnet_quant.data.sources import ImageSource
 
 _SAMPLE = 1000  # images whose size is looked up without --check
 _SHOWN = 20  # classes or broken files that are listed
 
 
-def main(words: Sequence[str] | None = None) -> int:
-    """Entry point; returns the exit status: 1 if ``--check`` found broken images, 2 for a user's mistake."""
-    parser = argparse.ArgumentParser(prog="python -m effnet_quant.data", description=__doc__)
+def job(arguments: Sequence[str]) -> int:
+    """Look at a data set as the command line says; returns the exit status, 1 if there are broken images."""
+    parser = Parser("Show what is in a data set, check its images and pack them into shards.")
     parser.add_argument("data", metavar="DATA", help="what main.py takes; docs/data.md lists it")
     parser.add_argument("--check", action="store_true", help="decode every image and name the broken ones")
     parser.add_argument("--pack", metavar="FOLDER", type=Path, help="write the images as WebDataset shards into FOLDER")
@@ -30,18 +32,13 @@ def main(words: Sequence[str] | None = None) -> int:
     parser.add_argument(
         "-j", "--workers", type=int, default=os.cpu_count(), help="processes that read (default: all cores)"
     )
-    arguments = parser.parse_args(words)
-    try:
-        return _run(arguments)
-    except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    except KeyboardInterrupt:
-        print("stopped", file=sys.stderr)
-        return 130
+    return _run(parser.parse(arguments))
 
 
 def _run(arguments: argparse.Namespace) -> int:
+    from effnet_quant.data.shards import write_index
+    from effnet_quant.data.sources import EncodedSource
+
     if arguments.images_per_shard < 1 or arguments.workers < 0:
         raise UserError("--images-per-shard must be at least 1 and --workers at least 0.")
     if arguments.index:
@@ -60,6 +57,9 @@ def _run(arguments: argparse.Namespace) -> int:
 
 
 def _splits(data: str) -> dict[str, ImageSource]:
+    from effnet_quant.data.data_argument import is_split, open_sources, open_training, open_validation
+    from effnet_quant.data.shards import is_one_set
+
     if is_one_set(data):
         return {"shards": open_validation(data)}
     if is_split(data, "train") and not is_split(data, "val"):
@@ -72,6 +72,8 @@ def _splits(data: str) -> dict[str, ImageSource]:
 
 def _describe(split: str, source: ImageSource, arguments: argparse.Namespace) -> int:
     """Print what a split holds; the number of broken images."""
+    from effnet_quant.data.inspection import Findings, counts, is_random_access, look
+
     print(f"{split}: {len(source)} images, {len(source.classes)} classes", flush=True)
     if is_random_access(source):
         _print_counts(source.classes, counts(source).tolist())
@@ -106,6 +108,9 @@ def _print_counts(classes: list[str], by_class: list[int]) -> None:
 
 
 def _pack(split: str, source: ImageSource, folder: Path, images_per_shard: int) -> None:
+    from effnet_quant.data.shards import pack
+    from effnet_quant.data.sources import EncodedSource
+
     assert isinstance(source, EncodedSource)
     for written in pack(source, folder / split, images_per_shard):
         if written % 1000 == 0:
@@ -113,5 +118,6 @@ def _pack(split: str, source: ImageSource, folder: Path, images_per_shard: int) 
     print(f"  packed into {folder / split}")
 
 
-if __name__ == "__main__":
-    sys.exit(main())
+def main() -> None:
+    """Entry point of ``effnet-quant data``."""
+    run(job)

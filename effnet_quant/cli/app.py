@@ -1,0 +1,106 @@
+"""``effnet-quant``: one command, whose first word says which script it is."""
+
+from __future__ import annotations
+
+import difflib
+import importlib
+import os
+import sys
+from dataclasses import dataclass
+
+from effnet_quant import __version__
+
+
+@dataclass(frozen=True)
+class Verb:
+    """What stands behind a word of the command line.
+
+    Attributes:
+        module: of ``effnet_quant.cli``; its ``main`` does the work.
+        summary: a line for the list of verbs.
+        example: arguments, as a user may type them behind the verb.
+    """
+
+    module: str
+    summary: str
+    example: str
+
+
+VERBS = {
+    "train": Verb("main", "train or evaluate a float network (main.py)", "DATA --arch efficientnet-b0 --epochs 90"),
+    "quantize": Verb(
+        "quant_main",
+        "calibrate a network, and fine-tune it with fake quantization (quant_main.py)",
+        "DATA --arch efficientnet-quant-b0 --pretrained-from-file fp32.safetensors",
+    ),
+    "export": Verb(
+        "model2onnx",
+        "write an ONNX file for one runtime (model2onnx.py)",
+        "--arch efficientnet-quant-b0 --pretrained-from-file qat.safetensors --target openvino",
+    ),
+    "compile": Verb("model2trt", "build a TensorRT plan from an ONNX file (model2trt.py)", "int8.onnx --max-batch 64"),
+    "classify": Verb(
+        "classify", "name what is in images (classify.py)", "--pretrained-from-file int8.onnx --image cat.jpg"
+    ),
+    "verify": Verb(
+        "verify",
+        "compare an engine with its simulation on real images",
+        "DATA --model qat.safetensors --engine int8.onnx",
+    ),
+    "latency": Verb("latency", "time engines in turns", "fp32.onnx int8.onnx int8.onnx@openvino --batch-sizes 1 32"),
+    "data": Verb("data", "count, check and pack the images of a data set", "DATA --check"),
+    "models": Verb("models", "list the networks", "'efficientnet-*'"),
+    "serve": Verb(
+        "triton_repository", "put an engine into a model repository of Triton Inference Server", "int8.onnx repository"
+    ),
+    "launch": Verb(
+        "launch",
+        "train or quantize with a recipe's values (launch.py)",
+        "--model efficientnet-b0 --mode convergence --platform H100 --precision AMP DATA",
+    ),
+    "demo": Verb("demo", "do all of it on handwritten digits, from the repository's root", "--workspace runs/demo"),
+}
+
+
+def main() -> None:
+    """Entry point of ``effnet-quant`` and of ``python -m effnet_quant``: hand over to the verb's module."""
+    path, *words = sys.argv
+    program = os.path.basename(path)
+    if program == "__main__.py":
+        program = "python -m effnet_quant"
+    if not words:
+        print(_help(program), file=sys.stderr)
+        sys.exit(2)
+    verb, *arguments = words
+    if verb in ("-h", "--help"):
+        print(_help(program))
+    elif verb == "--version":
+        print(f"effnet-quant {__version__}")
+    elif verb in VERBS:
+        # the module sees the command line of a script of its own, whose name is what the user typed
+        sys.argv = [f"{program} {verb}", *arguments]
+        importlib.import_module(f"effnet_quant.cli.{VERBS[verb].module}").main()
+    else:
+        near = difflib.get_close_matches(verb, VERBS)
+        hint = f"did you mean: {', '.join(near)}?" if near else f"{program} -h lists them."
+        print(f"error: there is no verb '{verb}'; {hint}", file=sys.stderr)
+        sys.exit(2)
+
+
+def _help(program: str) -> str:
+    lines = [
+        f"usage: {program} VERB [ARGUMENTS]",
+        "",
+        "Take a network from training to a verified 8-bit engine.",
+        "",
+        "verbs:",
+    ]
+    for name, verb in VERBS.items():
+        lines += [f"  {name:<10}{verb.summary}", f"  {'':<10}  {program} {name} {verb.example}"]
+    lines += [
+        "",
+        "options:",
+        "  -h, --help  show this list; after a verb: show its flags",
+        "  --version   show the version",
+    ]
+    return "\n".join(lines)
