@@ -6,23 +6,22 @@ import argparse
 import json
 import sys
 from collections.abc import Callable, Sequence
-
-import torch
-from torch import Tensor
+from typing import TYPE_CHECKING
 
 from effnet_quant.card import InputSpec, ModelCard
 from effnet_quant.cli.arguments import Parser, add_model_arguments
 from effnet_quant.cli.engines import add_engine_arguments, chosen_engine, is_engine, refuse_unused
-from effnet_quant.cli.inference import load_model, run_engine
 from effnet_quant.cli.process import run
 from effnet_quant.cli.quantization import add_spec_arguments
-from effnet_quant.data.image_arguments import expand, read_named
-from effnet_quant.data.transforms import evaluation_transform, normalize
-from effnet_quant.engines.engine import Engine
 from effnet_quant.errors import UserError
-from effnet_quant.models.registry import CROP_MARGIN
 
-Predict = Callable[[Tensor], Tensor]
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from effnet_quant.engines.engine import Engine
+
+    Predict = Callable[[Tensor], Tensor]
+
 # what says how weights become a model; an engine is one already
 _OF_WEIGHTS = {
     "num_classes": "--num-classes",
@@ -60,6 +59,11 @@ def job(arguments: Sequence[str]) -> int:
         )
     if min(parsed.batch_size, parsed.topk) < 1:
         raise UserError("--batch-size and --topk must be at least 1.")
+    import torch
+
+    from effnet_quant.data.image_arguments import expand, read_named
+    from effnet_quant.data.transforms import evaluation_transform
+
     names = expand(parsed.image)
     # the only image is read before the model is built: a mistake shows at once
     ready = {names[0]: read_named(names[0])} if len(names) == 1 else {}
@@ -86,6 +90,12 @@ def job(arguments: Sequence[str]) -> int:
 
 def _classifier(parsed: argparse.Namespace) -> tuple[Predict, ModelCard, InputSpec]:
     """What maps uint8 images (N, 3, H, W) to outputs, the model's card, and how images are prepared."""
+    import torch
+
+    from effnet_quant.cli.inference import load_model
+    from effnet_quant.data.transforms import normalize
+    from effnet_quant.jobs.inference import run_engine
+
     if is_engine(parsed.pretrained_from_file or ""):
         refuse_unused(parsed, _OF_WEIGHTS, "an engine is what it was exported as; give weights, or leave this out.")
         engine = chosen_engine(parsed.pretrained_from_file, parsed)
@@ -119,6 +129,8 @@ def _classifier(parsed: argparse.Namespace) -> tuple[Predict, ModelCard, InputSp
 
 
 def _input_spec(engine: Engine) -> InputSpec:
+    from effnet_quant.models.registry import CROP_MARGIN
+
     if engine.card.input is not None:
         return engine.card.input
     size = engine.metadata.get("image_size")

@@ -1,5 +1,4 @@
-"""What model2onnx.py, classify.py and verify have in common: a model in eval mode from flags and a weights file, and an
-engine on pixels."""
+"""What model2onnx.py, classify.py and verify have in common: a model in eval mode from flags and a weights file."""
 
 from __future__ import annotations
 
@@ -7,15 +6,12 @@ import argparse
 import sys
 from dataclasses import replace
 
-import torch
-from torch import Tensor, nn
+from torch import nn
 
 from effnet_quant.api import build, choose_card, has_ranges, left_out
-from effnet_quant.card import InputSpec, ModelCard
+from effnet_quant.card import ModelCard
 from effnet_quant.cli.arguments import model_options
 from effnet_quant.cli.quantization import asked_overrides, asked_spec
-from effnet_quant.data.transforms import normalize
-from effnet_quant.engines.engine import Engine
 from effnet_quant.errors import UserError
 from effnet_quant.jobs.config import StartConfig
 from effnet_quant.jobs.run import starting_weights
@@ -57,10 +53,3 @@ def load_model(parsed: argparse.Namespace) -> tuple[nn.Module, ModelCard]:
             "the float model."
         )
     return model.eval(), card
-
-
-def run_engine(engine: Engine, pixels: Tensor, spec: InputSpec) -> Tensor:
-    """Outputs of uint8 images (N, C, H, W), normalised here unless the engine does that itself."""
-    if engine.input.dtype == "uint8":
-        return torch.from_numpy(engine(pixels.numpy()))
-    return torch.from_numpy(engine(normalize(pixels, spec).numpy()))

@@ -6,35 +6,27 @@ import argparse
 import importlib.util
 import os
 import sys
-import tempfile
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
-
-import torch
-from torch import nn
+from typing import TYPE_CHECKING
 
 from effnet_quant.card import InputSpec, ModelCard
-from effnet_quant.checks.tuning import Tuning, format_tuning, tune
 from effnet_quant.cli.arguments import Parser, add_model_arguments
 from effnet_quant.cli.engines import refuse_unused
-from effnet_quant.cli.inference import load_model, run_engine
 from effnet_quant.cli.process import run
 from effnet_quant.cli.quantization import add_spec_arguments
 from effnet_quant.cli.verify import add_verify_arguments, refuse_comparison, verify_engine
-from effnet_quant.data.backends import open_loader
-from effnet_quant.data.data_argument import open_validation
-from effnet_quant.data.transforms import evaluation_transform
-from effnet_quant.engines.engine import load_engine, usable_precisions
-from effnet_quant.engines.tensorrt.plans import compile_engine, discard_plan
 from effnet_quant.errors import UserError
-from effnet_quant.export.onnx import export_onnx
 from effnet_quant.export.options import OPSETS, ExportOptions, Normalisation
 from effnet_quant.files import check_writable
-from effnet_quant.quantization.placement.insertion import quantizers
-from effnet_quant.quantization.targets import TARGETS, Target, get_target
+from effnet_quant.quantization.targets import TARGETS, get_target
+
+if TYPE_CHECKING:
+    from torch import nn
+
+    from effnet_quant.checks.tuning import Tuning
 
 TUNE_BATCH = 8
 
@@ -62,6 +54,10 @@ def job(arguments: Sequence[str]) -> int:
     )
     add_verify_arguments(parser)
     parsed = parser.parse(arguments)
+    from effnet_quant.cli.inference import load_model
+    from effnet_quant.engines.engine import load_engine
+    from effnet_quant.export.onnx import export_onnx
+
     _refuse_idle_flags(parsed)
     if (parsed.data or parsed.tune) and parsed.target == "tensorrt" and importlib.util.find_spec("tensorrt") is None:
         raise UserError(
@@ -103,6 +99,8 @@ def job(arguments: Sequence[str]) -> int:
 
 
 def _note_coarser_grids(model: nn.Module, card: ModelCard, target: str) -> None:
+    from effnet_quant.quantization.placement.insertion import quantizers
+
     trained = card.target
     unsigned = any(quantizer.spec.symmetric and not quantizer.spec.signed for _, quantizer in quantizers(model))
     if trained and unsigned and not get_target(target).unsigned:
@@ -116,36 +114,17 @@ def _tune(
     model: nn.Module, card: ModelCard, spec: InputSpec, options: ExportOptions, parsed: argparse.Namespace
 ) -> Tuning:
     """Measure placements on one batch of validation images, and print the table."""
-    source = open_validation(parsed.tune, None if card.classes is None else list(card.classes))
+    from effnet_quant.checks.tuning import format_tuning
+    from effnet_quant.engines.engine import usable_precisions
+    from effnet_quant.jobs.inference import tune_on, validation_loader
+
     batch_size = TUNE_BATCH if parsed.batch_size is None else parsed.batch_size
-    if batch_size < 1:
-        raise UserError("--batch-size must be at least 1.")
-    loader = open_loader("pytorch", source, evaluation_transform(spec), batch_size, torch.device("cpu"))
-    pixels, _ = next(loader.epoch())
+    pixels, _ = next(validation_loader(parsed.tune, card, spec, batch_size).epoch())
     start = time.monotonic()
-    with tempfile.TemporaryDirectory() as folder:
-
-        def compile_for(rules: Target, precision: str) -> Callable[[], Any]:
-            path = Path(folder, "candidate.onnx")
-            export_onnx(model, path, spec.image_size, target=rules, options=options)
-            engine = load_engine(path, parsed.target, precision=precision)
-            if parsed.target == "tensorrt":
-                discard_plan(compile_engine(path))  # the cache would keep every candidate's
-            return lambda: run_engine(engine, pixels, spec)
-
-        tuning = tune(
-            model,
-            get_target(parsed.target),
-            compile_for,
-            lambda line: print(line, file=sys.stderr, flush=True),
-            usable_precisions(parsed.target),
-        )
+    tuning = tune_on(pixels, model, spec, parsed.target, options, lambda line: print(line, file=sys.stderr, flush=True))
     print(format_tuning(tuning))
     if tuning.precision != usable_precisions(parsed.target)[0]:
-        print(
-            f"It computes in {tuning.precision} what is not integer: run it with --engine-precision {tuning.precision} "
-            f'(load_engine: precision="{tuning.precision}").'
-        )
+        print(f"It computes in {tuning.precision} what is not integer; load_engine does so for this file.")
     print(f"{len(pixels)} images of {spec.image_size} px a batch, {time.monotonic() - start:.0f} s of measuring")
     return tuning
 

@@ -10,7 +10,6 @@ from effnet_quant.cli.arguments import Parser, add_model_arguments
 from effnet_quant.cli.engines import add_engine_arguments, chosen_engine, refuse_unused
 from effnet_quant.cli.process import run
 from effnet_quant.errors import UserError
-from effnet_quant.quantization.targets import get_target
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
@@ -112,45 +111,28 @@ def verify_engine(model: nn.Module, card: ModelCard, engine: Engine, parsed: arg
 
     ``model`` is set to simulate the engine's target.
     """
-    import torch
+    from effnet_quant.jobs.inference import compare_on, simulate_engine, validation_loader
+    from effnet_quant.quantization.placement.insertion import output_quantizers
 
-    from effnet_quant.checks.verify import compare
-    from effnet_quant.cli.inference import run_engine
-    from effnet_quant.data.backends import open_loader
-    from effnet_quant.data.data_argument import open_validation
-    from effnet_quant.data.transforms import evaluation_transform, normalize
-    from effnet_quant.quantization.placement.insertion import output_quantizers, simulate_target
-
-    batch_size = BATCH if parsed.batch_size is None else parsed.batch_size
-    if batch_size < 1:
-        raise UserError("--batch-size must be at least 1.")
-    if engine.card.target is not None:
-        simulate_target(model, get_target(engine.card.target).leaving_in_float(engine.card.float_operations))
+    simulate_engine(model, engine)
     if engine.card.target == "onnxruntime" and any(place.range is None for place in output_quantizers(model)):
         print(
             "note: the weights bring no ranges for the outputs of convolutions; the engine rounds there and the simulation "
             "does not. Weights that quant_main.py calibrated or trained have them."
         )
-    preprocessing = engine.card.input or card.input
-    assert preprocessing is not None
-    source = open_validation(parsed.data, None if card.classes is None else list(card.classes))
-    cpu = torch.device("cpu")
-    loader = open_loader(
-        "pytorch", source, evaluation_transform(preprocessing), batch_size, cpu, workers=parsed.workers
-    )
-    comparison = compare(
-        lambda pixels: run_engine(engine, torch.from_numpy(pixels), preprocessing).numpy(),
-        lambda pixels: model(normalize(pixels, preprocessing)),
-        loader.epoch(),
-    )
+    spec = engine.card.input or card.input
+    assert spec is not None
+    batch_size = BATCH if parsed.batch_size is None else parsed.batch_size
+    loader = validation_loader(parsed.data, card, spec, batch_size, parsed.workers)
+    comparison = compare_on(loader, engine, model, spec)
     _print(comparison, engine, parsed)
     agrees = comparison.agreement >= parsed.min_agreement
     if parsed.layers or not agrees:
-        _print_layers(model, engine, next(iter(loader.epoch()))[0][:LAYER_IMAGES], preprocessing, asked=parsed.layers)
+        _print_layers(model, engine, next(iter(loader.epoch()))[0][:LAYER_IMAGES], spec, asked=parsed.layers)
     return agrees and comparison.images >= parsed.min_images
 
 
-def _print_layers(model: nn.Module, engine: Engine, pixels: Tensor, preprocessing: InputSpec, *, asked: bool) -> None:
+def _print_layers(model: nn.Module, engine: Engine, pixels: Tensor, spec: InputSpec, *, asked: bool) -> None:
     """The table of layers, or, if it was asked for, why there is none."""
     from effnet_quant.checks.layer_comparison import compare_layers, format_layers, shows_layers
     from effnet_quant.data.transforms import normalize
@@ -161,7 +143,7 @@ def _print_layers(model: nn.Module, engine: Engine, pixels: Tensor, preprocessin
     elif not shows_layers(engine):
         reason = f"{engine.backend} shows no values in between; verify the ONNX file in ONNX Runtime or OpenVINO"
     else:
-        print(format_layers(compare_layers(engine, model, normalize(pixels, preprocessing), pixels)))
+        print(format_layers(compare_layers(engine, model, normalize(pixels, spec), pixels)))
         return
     if asked:
         print(f"note: there is no table of layers: {reason}.")

@@ -81,10 +81,6 @@ class StartConfig:
     options: Mapping[str, Any] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
-        if self.resume and (self.weights or self.pretrained):
-            raise UserError(
-                "--resume and --pretrained-from-file (or --pretrained) both bring weights; give one of them."
-            )
         if self.pretrained and self.weights:
             raise UserError("--pretrained and --pretrained-from-file both bring weights; give one of them.")
         if self.ema and not self.weights:

@@ -129,6 +129,8 @@ def _prepare(
     asked = replace(asked, input=asked.input or entry.input)
     start = _started_again(start, config, place, world)
     checkpoint = load_checkpoint(start.resume) if start.resume else None
+    if checkpoint is not None and (start.weights or start.pretrained):
+        raise UserError("--resume and --pretrained-from-file (or --pretrained) both bring weights; give one of them.")
     config = _with_seed(config, checkpoint, world)
     config.check_processes(world.size)
     with world.main_first() if fills_cache(data.data) else nullcontext():

@@ -101,19 +101,18 @@ def test_one_process_downloads_for_all(run_process, repository, tmp_path, monkey
 def test_a_flag_for_timms_crop(image_folder):
     timm_data = pytest.importorskip("timm.data")
     from effnet_quant.cli.main import build_parser
-    from effnet_quant.cli.training import _preprocessing
+    from effnet_quant.cli.training import settings
     from effnet_quant.data.decoding import EncodedImage
     from effnet_quant.data.transforms import evaluation_transform
-    from effnet_quant.models.registry import get_entry
 
     flags = shlex.split("--arch efficientnet-b0 --image-size 112 --crop-pct 0.875 --interpolation bicubic")
-    preprocessing = _preprocessing(build_parser().parse([str(image_folder), *flags]), get_entry("efficientnet-b0"))
+    spec = settings(build_parser().parse([str(image_folder), *flags])).card.input
     theirs = timm_data.create_transform(112, interpolation="bicubic", crop_pct=0.875, normalize=False)
     differences = []
     for path in sorted((image_folder / "val").rglob("*.png")):
         with Image.open(path) as image:
             expected = torch.as_tensor(np.array(theirs(image.convert("RGB"))))
-        ours = evaluation_transform(preprocessing)(EncodedImage(np.fromfile(path, dtype=np.uint8)))
+        ours = evaluation_transform(spec)(EncodedImage(np.fromfile(path, dtype=np.uint8)))
         assert ours.shape == expected.shape == (3, 112, 112)
         differences.append((ours.float() - expected).abs().mean().item())
     assert max(differences) < 1.5

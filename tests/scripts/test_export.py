@@ -11,8 +11,9 @@ import torch
 from effnet_quant import UserError, calibrate, create_model
 from effnet_quant.card import InputSpec, ModelCard
 from effnet_quant.checks.tuning import Tuning
-from effnet_quant.cli import model2onnx, verify
+from effnet_quant.cli import verify
 from effnet_quant.engines.engine import load_engine
+from effnet_quant.jobs import inference
 from effnet_quant.models.weights import write_weights
 from effnet_quant.quantization.spec import resolve_spec
 from effnet_quant.quantization.targets import get_target
@@ -121,7 +122,7 @@ def test_a_network_that_is_slower_than_in_float_is_no_success(
 ):
     rules = get_target("openvino")
     tuning = Tuning({"target's own": seconds, "float": 1.0}, "target's own", rules, "fp32", 1.0)
-    monkeypatch.setattr(model2onnx, "tune", lambda *arguments: tuning)
+    monkeypatch.setattr(inference, "tune", lambda *arguments: tuning)
     path = tmp_path / "model.onnx"
     result = export(run_script, weights, path, "--target", "openvino", "--tune", image_folder, *flags)
     assert result.code == code

@@ -10,10 +10,9 @@ import pytest
 import torch
 
 from effnet_quant.cli.arguments import Parser, add_model_arguments, add_training_arguments
-from effnet_quant.cli.training import train_config
+from effnet_quant.cli.training import settings
 from effnet_quant.errors import UserError
 from effnet_quant.training.config import TrainConfig
-from effnet_quant.training.distributed import ALONE
 
 REFERENCE = json.loads((Path(__file__).parents[1] / "reference" / "cli_flags.json").read_text())
 FLAGS = [pytest.param(entry, id=entry["flags"][0]) for part in ("training", "model") for entry in REFERENCE[part]]
@@ -143,7 +142,7 @@ FIELDS = [
 
 def configured(parser, flags):
     given = [] if "--seed" in flags else ["--seed", "0"]
-    return train_config(parser.parse(["DATA", *flags.split(), *given]), None, ALONE)
+    return settings(parser.parse(["DATA", *flags.split(), *given])).config
 
 
 @pytest.mark.parametrize(("flags", "expected"), FIELDS, ids=[flags for flags, _ in FIELDS])

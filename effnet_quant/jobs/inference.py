@@ -1,0 +1,102 @@
+"""An engine on the images of a data set: beside its simulation, and in search of the fastest placement."""
+
+from __future__ import annotations
+
+import tempfile
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from effnet_quant.card import InputSpec, ModelCard
+from effnet_quant.checks.tuning import Tuning, tune
+from effnet_quant.checks.verify import Comparison, compare
+from effnet_quant.data.backends import open_loader
+from effnet_quant.data.data_argument import open_validation
+from effnet_quant.data.loaders import Loader
+from effnet_quant.data.transforms import evaluation_transform, normalize
+from effnet_quant.engines.engine import Engine, load_engine, usable_precisions
+from effnet_quant.engines.tensorrt.plans import compile_engine, discard_plan
+from effnet_quant.errors import UserError
+from effnet_quant.export.onnx import export_onnx
+from effnet_quant.export.options import ExportOptions
+from effnet_quant.quantization.placement.insertion import simulate_target
+from effnet_quant.quantization.targets import Target, get_target
+
+
+def run_engine(engine: Engine, pixels: Tensor, spec: InputSpec) -> Tensor:
+    """Outputs of uint8 images (N, C, H, W), normalised here unless the engine does that itself."""
+    if engine.input.dtype == "uint8":
+        return torch.from_numpy(engine(pixels.numpy()))
+    return torch.from_numpy(engine(normalize(pixels, spec).numpy()))
+
+
+def validation_loader(data: str, card: ModelCard, spec: InputSpec, batch_size: int, workers: int = 0) -> Loader:
+    """The validation images of ``data`` as the model takes them, with labels of the card's classes where it names them.
+
+    Raises:
+        UserError: there are no such images, or a batch has no size.
+    """
+    if batch_size < 1:
+        raise UserError("--batch-size must be at least 1.")
+    source = open_validation(data, None if card.classes is None else list(card.classes))
+    return open_loader("pytorch", source, evaluation_transform(spec), batch_size, torch.device("cpu"), workers=workers)
+
+
+def simulate_engine(model: nn.Module, engine: Engine) -> nn.Module:
+    """Let a model round where an engine does, as the engine's card says; in place, returns the model."""
+    card = engine.card
+    if card.target is None:
+        return model
+    return simulate_target(model, get_target(card.target).leaving_in_float(card.float_operations))
+
+
+def compare_on(loader: Loader, engine: Engine, model: nn.Module, spec: InputSpec) -> Comparison:
+    """An engine beside its simulation, on the images of a loader.
+
+    Raises:
+        UserError: there are no images, or the two have other outputs.
+    """
+    return compare(
+        lambda pixels: run_engine(engine, torch.from_numpy(pixels), spec).numpy(),
+        lambda pixels: model(normalize(pixels, spec)),
+        loader.epoch(),
+    )
+
+
+def tune_on(
+    pixels: Tensor,
+    model: nn.Module,
+    spec: InputSpec,
+    target: str,
+    options: ExportOptions,
+    say: Callable[[str], None],
+    precisions: Sequence[str] | None = None,
+) -> Tuning:
+    """Measure on a batch of images which operations ``target`` had better leave in float, on this machine.
+
+    Args:
+        pixels: uint8 (N, C, H, W).
+        model: the calibrated quantized network.
+        spec: how pixels become its input.
+        target: the runtime.
+        options: the form of the file.
+        say: gets progress, one line at a time.
+        precisions: to try for what is float; None for all that this machine can use.
+
+    Raises:
+        UserError: the model is not quantized, or the runtime is missing.
+    """
+    with tempfile.TemporaryDirectory() as folder:
+
+        def compile_for(rules: Target, precision: str) -> Callable[[], Any]:
+            path = Path(folder, "candidate.onnx")
+            export_onnx(model, path, spec.image_size, target=rules, options=options)
+            engine = load_engine(path, target, precision=precision)
+            if target == "tensorrt":
+                discard_plan(compile_engine(path))  # the cache would keep every candidate's
+            return lambda: run_engine(engine, pixels, spec)
+
+        return tune(model, get_target(target), compile_for, say, precisions or usable_precisions(target))
