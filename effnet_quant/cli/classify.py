@@ -20,6 +20,7 @@ from effnet_quant.data.image_arguments import expand, read_named
 from effnet_quant.data.transforms import Preprocessing, evaluation_transform, normalize
 from effnet_quant.errors import UserError
 from effnet_quant.models.registry import CROP_MARGIN
+from effnet_quant.tasks.classification import CLASSIFICATION
 
 Predict = Callable[[Tensor], Tensor]
 # what says how weights become a model; an engine is one already
@@ -77,14 +78,18 @@ def job(arguments: Sequence[str]) -> int:
                 unreadable += 1
         if images:
             with torch.no_grad():
-                probabilities = predict(torch.stack(images)).softmax(1)
-            for name, row in zip(read, probabilities, strict=True):
-                _print_top(name, row, metadata.get("classes"), parsed.topk, as_json=parsed.json)
+                outputs = predict(torch.stack(images))
+            answers = CLASSIFICATION.answers(outputs, metadata.get("classes"), parsed.topk)
+            for name, answer in zip(read, answers, strict=True):
+                if parsed.json:
+                    print(json.dumps({"image": name, **answer}), flush=True)
+                else:
+                    print(name, CLASSIFICATION.answer_text(answer), sep="\n", flush=True)
     return 2 if unreadable else 0
 
 
 def _classifier(parsed: argparse.Namespace) -> tuple[Predict, dict[str, Any], Preprocessing]:
-    """What maps uint8 images (N, 3, H, W) to logits, what its weights say of themselves, and how images are prepared."""
+    """What maps uint8 images (N, 3, H, W) to outputs, what its weights say of themselves, and how images are prepared."""
     if is_engine(parsed.pretrained_from_file or ""):
         refuse_unused(parsed, _OF_WEIGHTS, "an engine is what it was exported as; give weights, or leave this out.")
         engine = chosen_engine(parsed.pretrained_from_file, parsed)
@@ -122,20 +127,6 @@ def _preprocessing(metadata: dict[str, Any]) -> Preprocessing:
     if "image_size" not in metadata:
         raise UserError("the engine does not say how its images are prepared; export it with model2onnx.py.")
     return Preprocessing(metadata["image_size"], metadata["image_size"] + CROP_MARGIN)
-
-
-def _print_top(image: str, probabilities: Tensor, classes: list[str] | None, count: int, *, as_json: bool) -> None:
-    values, indices = probabilities.topk(min(count, len(probabilities)))
-    top = [
-        {"class": classes[index] if classes else f"class {index}", "index": index, "probability": value}
-        for value, index in zip(values.tolist(), indices.tolist(), strict=True)
-    ]
-    if as_json:
-        print(json.dumps({"image": image, "top": top}), flush=True)
-        return
-    print(image)
-    for entry in top:
-        print(f"  {100 * entry['probability']:6.2f} %  {entry['class']}", flush=True)
 
 
 def main() -> None:

@@ -76,7 +76,7 @@ def load_model(arguments: argparse.Namespace) -> tuple[nn.Module, dict[str, Any]
 
 
 def run_engine(engine: Engine, pixels: Tensor, preprocessing: Preprocessing) -> Tensor:
-    """Logits (N, classes) of uint8 images (N, C, H, W), normalised here unless the engine does that itself."""
+    """The outputs for uint8 images (N, C, H, W), normalised here unless the engine does that itself."""
     if engine.input.dtype == "uint8":
         return torch.from_numpy(engine(pixels.numpy()))
     return torch.from_numpy(engine(normalize(pixels, preprocessing).numpy()))

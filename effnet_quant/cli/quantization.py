@@ -24,8 +24,8 @@ from effnet_quant.quantization.qat import (
     reestimate_batch_norm,
 )
 from effnet_quant.quantization.spec import PRESETS, QuantSpec, resolve_spec
+from effnet_quant.tasks.task import Loss
 from effnet_quant.training.callback import Callback
-from effnet_quant.training.loss import Loss
 from effnet_quant.training.trainer import Trainer
 
 SPEC_KEY, TARGET_KEY = "quant_spec", "quant_target"  # in the metadata of checkpoints and weights

@@ -26,8 +26,10 @@ from effnet_quant.errors import UserError
 from effnet_quant.export.onnx import FLOAT_OPERATIONS
 from effnet_quant.quantization.placement.insertion import output_quantizers, quantizers, simulate_target
 from effnet_quant.quantization.targets import get_target
+from effnet_quant.tasks.classification import CLASSIFICATION
+from effnet_quant.tasks.task import Task
 
-# of images on which engine and simulation give the same class, in percent
+# of images on which engine and simulation agree, in percent
 AGREEMENT = 99.5
 IMAGES = 1000
 BATCH = 32
@@ -128,6 +130,7 @@ def verify_engine(model: nn.Module, metadata: dict[str, Any], engine: Engine, pa
         )
     preprocessing = Preprocessing.from_json(engine.metadata.get("preprocessing", metadata["preprocessing"]))
     source = open_validation(parsed.data, metadata.get("classes"))
+    task = CLASSIFICATION
     cpu = torch.device("cpu")
     loader = open_loader(
         "pytorch", source, evaluation_transform(preprocessing), batch_size, cpu, workers=parsed.workers
@@ -136,8 +139,9 @@ def verify_engine(model: nn.Module, metadata: dict[str, Any], engine: Engine, pa
         lambda pixels: run_engine(engine, torch.from_numpy(pixels), preprocessing).numpy(),
         lambda pixels: model(normalize(pixels, preprocessing)),
         loader.epoch(),
+        task,
     )
-    _print(comparison, engine, parsed)
+    _print(comparison, task, engine, parsed)
     agrees = comparison.agreement >= parsed.min_agreement
     if parsed.layers or not agrees:
         _print_layers(model, engine, next(iter(loader.epoch()))[0][:LAYER_IMAGES], preprocessing, asked=parsed.layers)
@@ -159,17 +163,18 @@ def _print_layers(
         print(f"note: there is no table of layers: {reason}.")
 
 
-def _print(comparison: Comparison, engine: Engine, parsed: argparse.Namespace) -> None:
+def _print(comparison: Comparison, task: Task, engine: Engine, parsed: argparse.Namespace) -> None:
     gate = parsed.min_agreement
+    score = comparison.score
     rows: dict[str, Any] = {
         "engine": f"{engine.backend}, {engine.precision}",
         "images": f"{comparison.images}",
-        "top-1, simulation": f"{comparison.simulation_top1:.2f} %",
-        "top-1, engine": f"{comparison.engine_top1:.2f} %",
-        "same class": f"{comparison.agreement:.2f} % (at least {gate:g} %)",
-        "logit error, mean": f"{comparison.mean_error:.3g}",
-        "logit error, worst": f"{comparison.worst_error:.3g} (image {comparison.worst_image})",
-        "logit error, relative L2": f"{comparison.logit_error:.2e}",
+        f"{score.title}, simulation": f"{comparison.simulation_score:.2f} {score.unit}",
+        f"{score.title}, engine": f"{comparison.engine_score:.2f} {score.unit}",
+        task.agreement_title: f"{comparison.agreement:.2f} % (at least {gate:g} %)",
+        f"{task.error_title}, mean": f"{comparison.mean_error:.3g}",
+        f"{task.error_title}, worst": f"{comparison.worst_error:.3g} (image {comparison.worst_image})",
+        f"{task.error_title}, relative L2": f"{comparison.relative_error:.2e}",
     }
     for title, text in rows.items():
         print(f"{title:<26} {text}")
