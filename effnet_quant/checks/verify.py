@@ -1,17 +1,19 @@
-"""Does the engine do what the simulation said? Both on the same images."""
+"""Does the engine do what the simulation said? Both on the same examples."""
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import Any
 
-import numpy as np
 import torch
-from numpy.typing import NDArray
 from torch import Tensor
 
 from effnet_quant.errors import UserError
+from effnet_quant.structure import in_float32, map_leaves
+from effnet_quant.tasks.classification import CLASSIFICATION
+from effnet_quant.tasks.task import Inputs, Outputs, Score, Targets, Task
 
 
 @dataclass(frozen=True)
@@ -19,63 +21,133 @@ class Comparison:
     """An engine beside its simulation.
 
     Attributes:
-        images: how many were compared.
-        engine_top1, simulation_top1: accuracies in percent.
-        agreement: share of the images, in percent, to which both give the same class.
-        logit_error: ||engine - simulation|| / ||simulation|| over all logits.
-        mean_error, worst_error: mean and largest absolute difference of a logit.
-        worst_image: position of the image with the largest difference.
+        images: how many examples were compared; images, for most tasks.
+        engine, simulation: the figures of the task's metric.
+        score: which of these figures counts.
+        agreement: share of the examples, in percent, on which both agree; what that means is the task's.
+        relative_error: ||engine - simulation|| / ||simulation|| over all numbers of the outputs; NaN if there are none.
+        mean_error, worst_error: mean and largest absolute difference of such a number.
+        worst_image: position of the example with the largest difference.
     """
 
     images: int
-    engine_top1: float
-    simulation_top1: float
+    engine: dict[str, float]
+    simulation: dict[str, float]
+    score: Score
     agreement: float
-    logit_error: float
+    relative_error: float
     mean_error: float
     worst_error: float
     worst_image: int
 
+    @property
+    def engine_score(self) -> float:
+        """What the engine reaches, in the score's unit."""
+        return self.engine[self.score.key]
+
+    @property
+    def simulation_score(self) -> float:
+        """What the simulation reaches, in the score's unit."""
+        return self.simulation[self.score.key]
+
 
 @torch.no_grad()
 def compare(
-    engine: Callable[[NDArray[Any]], NDArray[np.float32]],
-    simulation: Callable[[Tensor], Tensor],
-    batches: Iterable[tuple[Tensor, Tensor]],
+    engine: Callable[..., Any],
+    simulation: Callable[..., Outputs],
+    batches: Iterable[tuple[Inputs, Targets]],
+    task: Task = CLASSIFICATION,
 ) -> Comparison:
-    """Run both on batches of images (N, C, H, W), normalised or whatever else both take, and labels (N,).
+    """Run both on the same batches.
 
-    Both give logits (N, classes) on the CPU; a network is to be in eval mode and is left as it is.
+    Args:
+        engine: from NumPy arrays to outputs of the simulation's structure, with arrays in the place of tensors.
+        simulation: from tensors on the CPU to outputs there; a network is to be in eval mode and is left as it is.
+        batches: inputs, a tensor or a tuple of the arguments of both, normalised or whatever else both take; and targets,
+            as ``task`` takes them.
+        task: what the network is for.
 
     Raises:
-        UserError: there are no images.
+        UserError: there are no examples, or the outputs of the two have different shapes.
     """
-    engine_logits, simulation_logits, all_labels = [], [], []
-    for images, labels in batches:
-        engine_logits.append(torch.from_numpy(engine(images.numpy())))
-        simulation_logits.append(simulation(images))
-        all_labels.append(labels)
-    if not all_labels:
+    cpu = torch.device("cpu")
+    engine_metric, simulation_metric = task.metric(cpu), task.metric(cpu)
+    errors = _Errors()
+    agreements: list[Tensor] = []
+    for inputs, targets in batches:
+        arguments = inputs if isinstance(inputs, tuple) else (inputs,)
+        got = in_float32(map_leaves(torch.from_numpy, engine(*(tensor.numpy() for tensor in arguments))))
+        expected = in_float32(simulation(*arguments))
+        errors.add(task.compared(got), task.compared(expected))
+        engine_metric.add(got, targets)
+        simulation_metric.add(expected, targets)
+        agreements.append(task.agreement(task.predictions(got), task.predictions(expected)))
+    if not agreements:
         raise UserError("there are no images to compare the engine and its simulation on.")
-    got, expected, truth = torch.cat(engine_logits), torch.cat(simulation_logits), torch.cat(all_labels)
-
-    if got.shape != expected.shape:
-        raise UserError(
-            f"the engine has {got.shape[1]} classes and the model {expected.shape[1]}; give the weights that the engine "
-            "was exported from."
-        )
-    difference = (got - expected).abs()
-
-    def percent(hits: Tensor) -> float:
-        return 100 * hits.double().mean().item()
-
+    agreement = torch.cat(agreements)
     return Comparison(
-        images=len(truth),
-        engine_top1=percent(got.argmax(1) == truth),
-        simulation_top1=percent(expected.argmax(1) == truth),
-        agreement=percent(got.argmax(1) == expected.argmax(1)),
-        logit_error=((got - expected).norm() / expected.norm()).item(),
-        mean_error=difference.mean().item(),
-        worst_error=difference.max().item(),
-        worst_image=int(difference.amax(1).argmax()),
+        images=len(agreement),
+        engine=engine_metric.results(),
+        simulation=simulation_metric.results(),
+        score=task.score,
+        agreement=100 * agreement.mean().item(),
+        relative_error=errors.relative,
+        mean_error=errors.mean,
+        worst_error=errors.worst,
+        worst_image=errors.worst_example,
     )
+
+
+class _Errors:
+    """Differences of outputs, summed over batches in float64."""
+
+    def __init__(self) -> None:
+        self._sum = self._squares = self._expected_squares = 0.0
+        self._numbers = 0
+        self._worst: list[Tensor] = []  # of each example
+
+    def add(self, got: dict[str, Tensor], expected: dict[str, Tensor]) -> None:
+        shapes, wanted = _shapes(got), _shapes(expected)
+        if shapes != wanted:
+            raise UserError(
+                f"the engine's outputs have the shape {_words(shapes)} and the model's {_words(wanted)}; give the weights "
+                "that the engine was exported from."
+            )
+        worst = []
+        for path, simulated in expected.items():
+            difference = (got[path] - simulated).double().abs()
+            self._sum += difference.sum().item()
+            self._squares += difference.square().sum().item()
+            self._expected_squares += simulated.double().square().sum().item()
+            self._numbers += difference.numel()
+            if difference.numel():
+                worst.append(difference.reshape(len(difference), -1).amax(1))
+        if worst:
+            self._worst.append(torch.stack(worst).amax(0))
+
+    @property
+    def relative(self) -> float:
+        if self._expected_squares == 0:
+            return math.nan if self._squares == 0 else math.inf
+        return math.sqrt(self._squares / self._expected_squares)
+
+    @property
+    def mean(self) -> float:
+        return self._sum / self._numbers if self._numbers else math.nan
+
+    @property
+    def worst(self) -> float:
+        return torch.cat(self._worst).max().item() if self._worst else math.nan
+
+    @property
+    def worst_example(self) -> int:
+        return int(torch.cat(self._worst).argmax()) if self._worst else 0
+
+
+def _shapes(outputs: dict[str, Tensor]) -> dict[str, tuple[int, ...]]:
+    return {path: tuple(tensor.shape) for path, tensor in outputs.items()}
+
+
+def _words(shapes: dict[str, tuple[int, ...]]) -> str:
+    named = [f"{path} {shape}".strip() for path, shape in sorted(shapes.items())]
+    return ", ".join(named) or "of nothing"

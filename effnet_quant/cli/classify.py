@@ -14,6 +14,7 @@ from effnet_quant.cli.engines import add_engine_arguments, chosen_engine, is_eng
 from effnet_quant.cli.process import run
 from effnet_quant.cli.quantization import add_spec_arguments
 from effnet_quant.errors import UserError
+from effnet_quant.tasks import get_task
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -68,7 +69,7 @@ def job(arguments: Sequence[str]) -> int:
     # the only image is read before the model is built: a mistake shows at once
     ready = {names[0]: read_named(names[0])} if len(names) == 1 else {}
     predict, card, spec = _classifier(parsed)
-    transform = evaluation_transform(spec)
+    transform, task = evaluation_transform(spec), get_task(card.task)
     unreadable = 0
     for start in range(0, len(names), parsed.batch_size):
         read: list[str] = []
@@ -82,9 +83,12 @@ def job(arguments: Sequence[str]) -> int:
                 unreadable += 1
         if images:
             with torch.no_grad():
-                probabilities = predict(torch.stack(images)).softmax(1)
-            for name, row in zip(read, probabilities, strict=True):
-                _print_top(name, row, card.classes, parsed.topk, as_json=parsed.json)
+                outputs = predict(torch.stack(images))
+            for name, answer in zip(read, task.answers(outputs, card.classes, parsed.topk), strict=True):
+                if parsed.json:
+                    print(json.dumps({"image": name, **answer}), flush=True)
+                else:
+                    print(name, task.answer_text(answer), sep="\n", flush=True)
     return 2 if unreadable else 0
 
 
@@ -137,20 +141,6 @@ def _input_spec(engine: Engine) -> InputSpec:
     if size is None:
         raise UserError("the engine does not say how its images are prepared; export it with model2onnx.py.")
     return InputSpec(size, size + CROP_MARGIN)
-
-
-def _print_top(image: str, probabilities: Tensor, classes: Sequence[str] | None, count: int, *, as_json: bool) -> None:
-    values, indices = probabilities.topk(min(count, len(probabilities)))
-    top = [
-        {"class": classes[index] if classes else f"class {index}", "index": index, "probability": value}
-        for value, index in zip(values.tolist(), indices.tolist(), strict=True)
-    ]
-    if as_json:
-        print(json.dumps({"image": image, "top": top}), flush=True)
-        return
-    print(image)
-    for entry in top:
-        print(f"  {100 * entry['probability']:6.2f} %  {entry['class']}", flush=True)
 
 
 def main() -> None:

@@ -10,6 +10,7 @@ from effnet_quant.cli.arguments import Parser, add_model_arguments
 from effnet_quant.cli.engines import add_engine_arguments, chosen_engine, refuse_unused
 from effnet_quant.cli.process import run
 from effnet_quant.errors import UserError
+from effnet_quant.tasks import get_task
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
@@ -17,8 +18,9 @@ if TYPE_CHECKING:
     from effnet_quant.card import InputSpec, ModelCard
     from effnet_quant.checks.verify import Comparison
     from effnet_quant.engines.engine import Engine
+    from effnet_quant.tasks.task import Task
 
-# of images on which engine and simulation give the same class, in percent
+# of images on which engine and simulation agree, in percent
 AGREEMENT = 99.5
 IMAGES = 1000
 BATCH = 32
@@ -124,8 +126,9 @@ def verify_engine(model: nn.Module, card: ModelCard, engine: Engine, parsed: arg
     assert spec is not None
     batch_size = BATCH if parsed.batch_size is None else parsed.batch_size
     loader = validation_loader(parsed.data, card, spec, batch_size, parsed.workers)
-    comparison = compare_on(loader, engine, model, spec)
-    _print(comparison, engine, parsed)
+    task = get_task(card.task)
+    comparison = compare_on(loader, engine, model, spec, task)
+    _print(comparison, task, engine, parsed)
     agrees = comparison.agreement >= parsed.min_agreement
     if parsed.layers or not agrees:
         _print_layers(model, engine, next(iter(loader.epoch()))[0][:LAYER_IMAGES], spec, asked=parsed.layers)
@@ -149,17 +152,18 @@ def _print_layers(model: nn.Module, engine: Engine, pixels: Tensor, spec: InputS
         print(f"note: there is no table of layers: {reason}.")
 
 
-def _print(comparison: Comparison, engine: Engine, parsed: argparse.Namespace) -> None:
+def _print(comparison: Comparison, task: Task, engine: Engine, parsed: argparse.Namespace) -> None:
     gate = parsed.min_agreement
+    score = comparison.score
     rows: dict[str, Any] = {
         "engine": f"{engine.backend}, {engine.precision}",
         "images": f"{comparison.images}",
-        "top-1, simulation": f"{comparison.simulation_top1:.2f} %",
-        "top-1, engine": f"{comparison.engine_top1:.2f} %",
-        "same class": f"{comparison.agreement:.2f} % (at least {gate:g} %)",
-        "logit error, mean": f"{comparison.mean_error:.3g}",
-        "logit error, worst": f"{comparison.worst_error:.3g} (image {comparison.worst_image})",
-        "logit error, relative L2": f"{comparison.logit_error:.2e}",
+        f"{score.title}, simulation": f"{comparison.simulation_score:.2f} {score.unit}",
+        f"{score.title}, engine": f"{comparison.engine_score:.2f} {score.unit}",
+        task.agreement_title: f"{comparison.agreement:.2f} % (at least {gate:g} %)",
+        f"{task.error_title}, mean": f"{comparison.mean_error:.3g}",
+        f"{task.error_title}, worst": f"{comparison.worst_error:.3g} (image {comparison.worst_image})",
+        f"{task.error_title}, relative L2": f"{comparison.relative_error:.2e}",
     }
     for title, text in rows.items():
         print(f"{title:<26} {text}")

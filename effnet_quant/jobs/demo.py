@@ -158,7 +158,7 @@ def _measure(paths: dict[str, Path]) -> list[Row]:
     return [
         Row(
             variant.title,
-            comparison.engine_top1,
+            comparison.engine_score,
             1e3 * seconds_of_one,
             len(many) / seconds_of_many,
             variant.path.stat().st_size,

@@ -24,6 +24,7 @@ from effnet_quant.export.onnx import export_onnx
 from effnet_quant.export.options import ExportOptions
 from effnet_quant.quantization.placement.insertion import simulate_target
 from effnet_quant.quantization.targets import Target, get_target
+from effnet_quant.tasks.task import Task
 
 
 def run_engine(engine: Engine, pixels: Tensor, spec: InputSpec) -> Tensor:
@@ -53,7 +54,7 @@ def simulate_engine(model: nn.Module, engine: Engine) -> nn.Module:
     return simulate_target(model, get_target(card.target).leaving_in_float(card.float_operations))
 
 
-def compare_on(loader: Loader, engine: Engine, model: nn.Module, spec: InputSpec) -> Comparison:
+def compare_on(loader: Loader, engine: Engine, model: nn.Module, spec: InputSpec, task: Task) -> Comparison:
     """An engine beside its simulation, on the images of a loader.
 
     Raises:
@@ -63,6 +64,7 @@ def compare_on(loader: Loader, engine: Engine, model: nn.Module, spec: InputSpec
         lambda pixels: run_engine(engine, torch.from_numpy(pixels), spec).numpy(),
         lambda pixels: model(normalize(pixels, spec)),
         loader.epoch(),
+        task,
     )
 
 

@@ -28,9 +28,9 @@ from effnet_quant.quantization.qat import (
     reestimate_batch_norm,
 )
 from effnet_quant.report.calibration_page import write_calibration_page
+from effnet_quant.tasks.task import Inputs, Loss, Outputs, Targets
 from effnet_quant.training.callback import Callback
 from effnet_quant.training.config import TrainConfig
-from effnet_quant.training.loss import Loss
 from effnet_quant.training.metrics import Stopwatch, describe
 from effnet_quant.training.progress import progress
 
@@ -199,10 +199,10 @@ def _distilled(run: Run, qat: QatConfig) -> Loss:
     teacher = teacher.to(run.device, memory_format=memory_format).eval().requires_grad_(False)  # type: ignore[call-overload]
     if config.compile:
         teacher.compile()
-    distillation = Distillation(teacher, qat.distill_temperature, qat.distill_weight)
+    distillation = Distillation(teacher, qat.distill_temperature, qat.distill_weight, run.trainer.task)
     loss = run.trainer.loss
 
-    def mixed(outputs: Tensor, targets: Tensor, inputs: Tensor) -> Tensor:
+    def mixed(outputs: Outputs, targets: Targets, inputs: Inputs) -> Tensor:
         return distillation.loss(loss(outputs, targets, inputs), outputs, inputs)
 
     return mixed

@@ -9,7 +9,6 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor, distributed, nn
-from torch.nn import functional as F
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from effnet_quant.errors import UserError
@@ -18,6 +17,8 @@ from effnet_quant.quantization.eager_evaluation import eager_pass
 from effnet_quant.quantization.extremes import extremes
 from effnet_quant.quantization.placement.insertion import output_quantizers, quantizers
 from effnet_quant.quantization.quantizer import TensorQuantizer
+from effnet_quant.tasks.classification import CLASSIFICATION
+from effnet_quant.tasks.task import Outputs, Task
 
 
 @dataclass(frozen=True)
@@ -190,31 +191,24 @@ class Distillation:
     """Distillation from a float network (Hinton et al. 2015).
 
     Attributes:
-        teacher: gives logits; stays in eval mode and is not trained. See ``float_teacher``.
-        temperature: above 0; divides both networks' logits.
-        weight: 0 … 1, the teacher's share of the loss; the labels have the rest.
+        teacher: stays in eval mode and is not trained. See ``float_teacher``.
+        temperature: above 0; see ``Task.distillation_loss``.
+        weight: 0 … 1, the teacher's share of the loss; the targets have the rest.
+        task: what both networks are for.
     """
 
     teacher: nn.Module
     temperature: float = 2.0
     weight: float = 0.5
+    task: Task = CLASSIFICATION
 
-    def loss(self, label_loss: Tensor, logits: Tensor, images: Tensor) -> Tensor:
-        """The mixed loss. ``images`` are what the trained network made ``logits`` of; the teacher sees them in the autocast
+    def loss(self, target_loss: Tensor, outputs: Outputs, images: Tensor) -> Tensor:
+        """The mixed loss. ``images`` are what the trained network made ``outputs`` of; the teacher sees them in the autocast
         around the call."""
         with torch.no_grad():
-            target = self.teacher(images)
-        return (1 - self.weight) * label_loss + self.weight * distillation_loss(logits, target, self.temperature)
-
-
-def distillation_loss(logits: Tensor, teacher_logits: Tensor, temperature: float) -> Tensor:
-    """temperature**2 * KL(teacher || student) of the softened probabilities, mean over the batch; float32 of shape ().
-
-    The factor keeps the size of its gradients beside the labels' whatever the temperature.
-    """
-    student = F.log_softmax(logits.float() / temperature, dim=1)
-    teacher = F.log_softmax(teacher_logits.float() / temperature, dim=1)
-    return F.kl_div(student, teacher, reduction="batchmean", log_target=True) * temperature**2
+            taught = self.teacher(images)
+        distilled = self.task.distillation_loss(outputs, taught, self.temperature)
+        return (1 - self.weight) * target_loss + self.weight * distilled
 
 
 def float_teacher(model: nn.Module) -> nn.Module:

@@ -10,6 +10,8 @@ from pathlib import Path
 
 from effnet_quant.errors import UserError
 from effnet_quant.files import replace_file
+from effnet_quant.tasks.classification import CLASSIFICATION
+from effnet_quant.tasks.task import Score
 
 
 @dataclass(frozen=True)
@@ -18,34 +20,37 @@ class Row:
 
     Attributes:
         variant: what it is called.
-        top1: accuracy in percent, of the variant itself on the test images.
+        score: the task's score of the variant itself on the test images, in the score's unit.
         latency_ms: median milliseconds of a batch of 1.
         images_per_s: images a second at the median time of a batch of 32.
         size_bytes: of its file.
-        agreement: for engines, percent of the test images to which it gives the class that its PyTorch model gives.
+        agreement: for engines, percent of the test images on which it agrees with its PyTorch model.
     """
 
     variant: str
-    top1: float
+    score: float
     latency_ms: float
     images_per_s: float
     size_bytes: int
     agreement: float | None = None
 
 
-def write_summary(rows: Sequence[Row], path: Path) -> None:
-    """Write the rows as a JSON list of objects; ``agreement`` only where there is one."""
-    values = [{name: value for name, value in asdict(row).items() if value is not None} for row in rows]
+def write_summary(rows: Sequence[Row], path: Path, score: Score = CLASSIFICATION.score) -> None:
+    """Write the rows as a JSON list of objects; the score stands under its key, ``agreement`` only where there is one."""
+    values = [
+        {score.key if name == "score" else name: value for name, value in asdict(row).items() if value is not None}
+        for row in rows
+    ]
     replace_file(path, (json.dumps(values, indent=2) + "\n").encode())
 
 
-def format_table(rows: Sequence[Row]) -> str:
+def format_table(rows: Sequence[Row], score: Score = CLASSIFICATION.score) -> str:
     """The rows as a table in plain text."""
-    header = ("variant", "top-1 %", "ms, batch 1", "img/s, batch 32", "size MB", "agreement %")
+    header = ("variant", f"{score.title} {score.unit}", "ms, batch 1", "img/s, batch 32", "size MB", "agreement %")
     cells = [
         (
             row.variant,
-            f"{row.top1:.2f}",
+            f"{row.score:.2f}",
             f"{row.latency_ms:.2f}",
             f"{row.images_per_s:.0f}",
             f"{row.size_bytes / 1e6:.2f}",
@@ -64,8 +69,8 @@ def format_table(rows: Sequence[Row]) -> str:
     return "\n".join([line(header), line(["-" * width for width in widths]), *(line(row) for row in cells)])
 
 
-def draw_summary(rows: Sequence[Row], path: Path, title: str) -> None:
-    """Draw the rows as bars, one panel each for accuracy, throughput and size, to a PNG file.
+def draw_summary(rows: Sequence[Row], path: Path, title: str, score: Score = CLASSIFICATION.score) -> None:
+    """Draw the rows as bars, one panel each for score, throughput and size, to a PNG file.
 
     Raises:
         UserError: matplotlib is not installed.
@@ -78,7 +83,7 @@ def draw_summary(rows: Sequence[Row], path: Path, title: str) -> None:
     from matplotlib import pyplot as plt
 
     panels = (
-        ("top-1 (%)", [row.top1 for row in rows], "{:.1f}"),
+        (f"{score.title} ({score.unit})", [row.score for row in rows], "{:.1f}"),
         ("images/s, batch 32", [row.images_per_s for row in rows], "{:.0f}"),
         ("file size (MB)", [row.size_bytes / 1e6 for row in rows], "{:.1f}"),
     )
@@ -90,7 +95,7 @@ def draw_summary(rows: Sequence[Row], path: Path, title: str) -> None:
         axis.bar_label(bars, [style.format(value) for value in values], padding=3, fontsize=9)
         axis.set_xlabel(label)
         axis.set_xlim(0, max(values) * 1.22)
-        if axis is axes[0]:
+        if axis is axes[0] and score.unit == "%":
             axis.set_xticks(range(0, 101, 25))
         axis.spines[["top", "right"]].set_visible(False)
     axes[0].invert_yaxis()

@@ -78,10 +78,10 @@ class TrainConfig:
         static_loss_scale: the scale of the loss under float16; fixed, unless ``dynamic_loss_scale`` lets it grow.
         compile: torch.compile.
         prof: batches an epoch, -1 for all; the first tenth is warm-up and left out of the speeds.
-        early_stopping_patience: epochs without a better top-1 before training stops, -1 for never.
+        early_stopping_patience: epochs without a better score before training stops, -1 for never.
         gather_checkpoints: how many epochs' checkpoints to keep beside the latest and the best, -1 for all.
         checkpoint_every_steps: optimizer steps between two checkpoints within an epoch, 0 for none.
-        topk: k of the second accuracy, val.topk.
+        topk: k of a classifier's second accuracy, val.topk.
         channels_last: memory format NHWC.
         print_freq: batches between two progress lines where there is no terminal.
         seed: of everything random; None for a random one, which the checkpoints then hold.

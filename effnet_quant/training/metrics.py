@@ -129,26 +129,6 @@ class Stopwatch:
         return {f"{prefix}.compute_latency": times.mean().item(), **quantiles}
 
 
-class Accuracy:
-    """Loss, top-1 and top-k of a classifier over an epoch, each image counted once, summed on the device."""
-
-    def __init__(self, k: int, device: torch.device) -> None:
-        self._k = k
-        self._sums = torch.zeros(4, dtype=torch.float64, device=device)
-
-    def add(self, loss: Tensor, logits: Tensor, labels: Tensor) -> None:
-        """Count a batch: its mean loss, logits (N, classes) and labels (N,)."""
-        top = logits.topk(min(self._k, logits.shape[1]), dim=1).indices == labels[:, None]
-        images = torch.full((), len(labels), dtype=torch.float64, device=loss.device)
-        self._sums += torch.stack([loss.double() * images, top[:, 0].sum().double(), top.sum().double(), images])
-
-    def metrics(self, prefix: str, world: World = ALONE) -> dict[str, float]:
-        """``<prefix>.loss`` and the accuracies ``<prefix>.top1``, ``<prefix>.top<k>`` in percent, of all processes."""
-        *sums, images = world.sum(self._sums).tolist()
-        loss, top1, topk = (value / max(1.0, images) for value in sums)
-        return {f"{prefix}.loss": loss, f"{prefix}.top1": 100 * top1, f"{prefix}.top{self._k}": 100 * topk}
-
-
 class LossMeter:
     """The mean loss over an epoch, summed on the device, and the first batch whose loss was no number.
 

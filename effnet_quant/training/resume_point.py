@@ -24,14 +24,14 @@ class Position:
         epoch: that is under way or comes next, counted from 0.
         batch: of the epoch; not 0 only within it.
         step: of the optimizer, since the training began.
-        best_top1: in percent, -inf before the first validation.
+        best_score: the best of the task's scores, as ``Score.ranked`` gives it; -inf before the first validation.
         epochs_since_best: validations since then.
     """
 
     epoch: int = 0
     batch: int = 0
     step: int = 0
-    best_top1: float = -math.inf
+    best_score: float = -math.inf
     epochs_since_best: int = 0
 
     @staticmethod
@@ -47,7 +47,7 @@ class Position:
                 epoch=int(checkpoint["epoch"]),
                 batch=int(checkpoint.get("batch", 0)),
                 step=int(checkpoint.get("step", 0)),
-                best_top1=-math.inf if best is None else float(best),
+                best_score=-math.inf if best is None else float(best),
                 epochs_since_best=int(checkpoint.get("epochs_since_best", 0)),
             )
         except (ValueError, TypeError) as error:
@@ -59,14 +59,14 @@ class Position:
             "epoch": self.epoch,
             "batch": self.batch,
             "step": self.step,
-            "best_prec1": self.best_top1,
+            "best_prec1": self.best_score,
             "epochs_since_best": self.epochs_since_best,
         }
 
-    def note_top1(self, top1: float) -> bool:
-        """Take a validation into account; whether it is the best so far."""
-        is_best = top1 > self.best_top1
-        self.best_top1 = max(self.best_top1, top1)
+    def note_score(self, score: float) -> bool:
+        """Take a validation into account, more being better; whether it is the best so far."""
+        is_best = score > self.best_score
+        self.best_score = max(self.best_score, score)
         self.epochs_since_best = 0 if is_best else self.epochs_since_best + 1
         return is_best
 

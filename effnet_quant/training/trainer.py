@@ -12,25 +12,25 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 from torch.nn.parallel import DistributedDataParallel
 
 from effnet_quant.card import ModelCard
 from effnet_quant.data.loaders import Loader
-from effnet_quant.data.mixing import mixed
 from effnet_quant.data.seeding import mix
 from effnet_quant.data.transforms import normalize
 from effnet_quant.data.workers import explained_deaths
 from effnet_quant.memory import keep_freed_memory
 from effnet_quant.models.weights import Weights, load_weights
+from effnet_quant.structure import in_float32, map_leaves
+from effnet_quant.tasks import get_task
+from effnet_quant.tasks.task import Loss, Targets, Task
 from effnet_quant.training.callback import Callback
 from effnet_quant.training.checkpoint import save_checkpoint
 from effnet_quant.training.config import TrainConfig
 from effnet_quant.training.distributed import ALONE, World
 from effnet_quant.training.divergence import DivergenceWatch, check_weights
 from effnet_quant.training.ema import WeightAverage
-from effnet_quant.training.loss import Loss, cross_entropy
-from effnet_quant.training.metrics import Accuracy, LossMeter, Recorder, Stopwatch, describe
+from effnet_quant.training.metrics import LossMeter, Recorder, Stopwatch, describe
 from effnet_quant.training.optimizers import build_optimizer, learned_ranges, load_optimizer_state
 from effnet_quant.training.precision import choose_precision
 from effnet_quant.training.progress import progress
@@ -52,9 +52,11 @@ class Trainer:
         workspace: folder of the checkpoints.
         recorder: where metrics go.
         world: the processes that train together.
+        task: what the network is for; None for what the card says.
 
     Attributes:
-        loss: what training minimises; cross entropy with the configured label smoothing until another is put there.
+        task: with the options that the configuration gives it.
+        loss: what training minimises; the task's until another is put there.
         callbacks: told when training reaches certain points, in this order; empty at first.
     """
 
@@ -67,15 +69,17 @@ class Trainer:
         workspace: Path,
         recorder: Recorder,
         world: World = ALONE,
+        task: Task | None = None,
     ) -> None:
         self.config = config
+        self.task = (task or get_task(card.task)).configured(config)
         self.device = device
         if device.type == "cpu":
             keep_freed_memory()
         self._memory_format = torch.channels_last if config.channels_last else torch.contiguous_format
         self.model = model.to(device, memory_format=self._memory_format)  # type: ignore[call-overload]
         self.optimizer = build_optimizer(model, config)
-        self.loss: Loss = cross_entropy(config.label_smoothing)
+        self.loss: Loss = self.task.loss
         self.callbacks: list[Callback] = []
         assert card.input is not None and config.seed is not None
         self._seed = config.seed
@@ -117,7 +121,7 @@ class Trainer:
             Interrupted: a signal arrived.
             UserError: an image can't be read, a checkpoint can't be written, or the loss is not finite.
         """
-        config, position = self.config, self._position
+        config, position, score = self.config, self._position, self.task.score
         position.check_agreement(self._world)
         if 0 < config.epochs <= position.epoch:
             print(f"nothing left to train: {position.epoch} of {config.epochs} epochs are done", flush=True)
@@ -137,12 +141,13 @@ class Trainer:
                     metrics |= self.validate(val, f"{title} val")
                 self._recorder.record(metrics, epoch=position.epoch)
                 print(f"{title}: {describe(metrics)}", flush=True)
-                is_best = "val.top1" in metrics and position.note_top1(metrics["val.top1"])
+                reached = metrics.get(f"val.{score.key}")
+                is_best = reached is not None and position.note_score(score.ranked(reached))
                 position.epoch, position.batch, self._loss_sums = position.epoch + 1, 0, None
                 self.save(is_best=is_best)
                 self._stop_if_signalled(save=False)
         if position.epoch < last:
-            print(f"stopped early: {position.epochs_since_best} epochs without a better top-1", flush=True)
+            print(f"stopped early: {position.epochs_since_best} epochs without a better {score.title}", flush=True)
 
     def validate(self, loader: Loader, title: str = "evaluate") -> dict[str, float]:
         """``evaluate`` under ``val.``, and of the averaged weights under ``val_ema.`` where there are any."""
@@ -156,31 +161,31 @@ class Trainer:
     def evaluate(
         self, loader: Loader, prefix: str = "val", title: str = "evaluate", model: nn.Module | None = None
     ) -> dict[str, float]:
-        """Loss, accuracies and speeds under ``<prefix>.``, in eval mode, each image of the job's loaders counted once.
+        """The task's metrics and speeds under ``<prefix>.``, in eval mode, each image of the job's loaders counted once.
 
         ``model`` is another one than the trainer's own.
         """
         model = (self.model if model is None else model).eval()
-        accuracy = Accuracy(self.config.topk, self.device)
+        metric = self.task.metric(self.device)
         total = self._batches_of(loader)
         most = self._world.any(total)
         stopwatch = self._stopwatch(total)
         done = 0
-        for images, labels in progress(islice(loader.epoch(), total), total, title, self.config.print_freq):
+        for images, targets in progress(islice(loader.epoch(), total), total, title, self.config.print_freq):
             done += 1
             stopwatch.data_ready()
             with self._precision.autocast():
-                logits = model(self._inputs(images))
-            truth = labels.to(self.device, non_blocking=True)
-            logits = logits.float()
-            accuracy.add(F.cross_entropy(logits, truth), logits, truth)
+                outputs = model(self._inputs(images))
+            metric.add(in_float32(outputs), self._targets(targets))
             self._synchronize()
-            stopwatch.batch_done(len(labels))
+            stopwatch.batch_done(len(images))
             self._stop_if_signalled()
         self._wait_for_device(stopwatch)
         for _ in range(most - done):  # other processes have more batches, and ask for signals after each
             self._stop_if_signalled()
-        return accuracy.metrics(prefix, self._world) | self._speeds(stopwatch, prefix)
+        metric.merge(self._world)
+        results = {f"{prefix}.{name}": value for name, value in metric.results().items()}
+        return results | self._speeds(stopwatch, prefix)
 
     def load(self, checkpoint: dict[str, Any], source: str) -> bool:
         """Take up the weights of a checkpoint and, with ``use_ema``, the averaged ones, whatever trained them.
@@ -304,17 +309,17 @@ class Trainer:
         stopwatch = self._stopwatch(total - first)
         title = f"epoch {position.epoch + 1}/{config.epochs} train"
         batches = islice(loader.epoch(position.epoch, first), max(0, total - first))
-        for images, labels in progress(batches, total - first, title, config.print_freq):
+        for images, targets in progress(batches, total - first, title, config.print_freq):
             stopwatch.data_ready()
             before = position.batch % self._batches_per_step
             # at the end of an epoch the optimizer's batch may hold fewer batches
             accumulated = min(self._batches_per_step, total - (position.batch - before))
             complete = before + 1 == accumulated
-            self._forward_backward(network, images, labels, accumulated, complete, meter, watch)
+            self._forward_backward(network, images, targets, accumulated, complete, meter, watch)
             if complete:
                 self._optimizer_step()
             self._synchronize()
-            stopwatch.batch_done(len(labels))
+            stopwatch.batch_done(len(images))
             position.batch += 1
             if complete and position.batch < total:
                 every = config.checkpoint_every_steps
@@ -343,26 +348,23 @@ class Trainer:
         self,
         network: nn.Module,
         images: Tensor,
-        labels: Tensor,
+        targets: Targets,
         accumulated: int,
         complete: bool,
         meter: LossMeter,
         watch: DivergenceWatch,
     ) -> None:
-        inputs = self._inputs(images)
-        targets = labels.to(self.device, non_blocking=True)
-        if self.config.mixup > 0 or self.config.cutmix > 0:
-            seed = mix(self._seed, self._position.epoch, self._position.batch, self._world.rank)
-            shares = F.one_hot(targets, self._card.num_classes or -1).float()
-            generator = torch.Generator().manual_seed(seed)
-            inputs, targets = mixed(inputs, shares, self.config.mixup, self.config.cutmix, generator)
+        seed = mix(self._seed, self._position.epoch, self._position.batch, self._world.rank)
+        inputs, targets = self.task.mixed(
+            self._inputs(images), self._targets(targets), self._card.num_classes or -1, seed
+        )
         # gradients travel once for each step of the optimizer
         local = not complete and isinstance(network, DistributedDataParallel)
         with network.no_sync() if local else nullcontext():  # type: ignore[operator]
             with self._precision.autocast():
-                logits = network(inputs)
-                loss = self.loss(logits.float(), targets, inputs)
-            meter.add(loss.detach(), len(labels), self._position.batch)
+                outputs = network(inputs)
+                loss = self.loss(in_float32(outputs), targets, inputs)
+            meter.add(loss.detach(), len(images), self._position.batch)
             # a GPU is asked now and then only, or it would have to be waited for
             if self.device.type == "cpu" or self._position.batch % self.config.print_freq == 0:
                 watch.check()
@@ -396,6 +398,14 @@ class Trainer:
     def _inputs(self, images: Tensor) -> Tensor:
         images = images.to(self.device, non_blocking=True)
         return normalize(images, self._input_spec).contiguous(memory_format=self._memory_format)
+
+    def _targets(self, targets: Targets) -> Targets:
+        """On the trainer's device, but for what is no tensor, such as text."""
+
+        def moved(target: Any) -> Any:
+            return target.to(self.device, non_blocking=True) if isinstance(target, Tensor) else target
+
+        return map_leaves(moved, targets)
 
     def _batches_of(self, loader: Loader) -> int:
         return len(loader) if self.config.prof < 0 else min(self.config.prof, len(loader))

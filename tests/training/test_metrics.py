@@ -1,40 +1,15 @@
-"""Accuracies, speeds and the raport file."""
+"""Speeds and the raport file."""
 
 from __future__ import annotations
 
 import json
 import time
 
-import numpy as np
 import pytest
-import torch
-from torch.nn import functional as F
 
 from effnet_quant.errors import UserError
 from effnet_quant.training import metrics as metrics_module
-from effnet_quant.training.metrics import Accuracy, Recorder, Stopwatch
-
-
-def test_accuracy_counts_each_image_once_whatever_the_batches():
-    generator = np.random.default_rng(0)
-    logits = generator.normal(size=(23, 9)).astype(np.float32)
-    labels = generator.integers(0, 9, 23)
-    accuracy = Accuracy(3, torch.device("cpu"))
-    for start, end in ((0, 10), (10, 20), (20, 23)):  # the last batch is smaller
-        batch, truth = torch.from_numpy(logits[start:end]), torch.from_numpy(labels[start:end])
-        accuracy.add(F.cross_entropy(batch, truth), batch, truth)
-    exact = logits.astype(np.float64)
-    losses = np.log(np.exp(exact).sum(1)) - exact[np.arange(23), labels]
-    rank = (exact > exact[np.arange(23), labels][:, None]).sum(1)  # how many classes score above the true one
-    assert accuracy.metrics("val") == pytest.approx(
-        {"val.loss": losses.mean(), "val.top1": 100 * (rank < 1).mean(), "val.top3": 100 * (rank < 3).mean()}, rel=1e-6
-    )
-
-
-def test_top5_of_fewer_than_five_classes_is_everything():
-    accuracy = Accuracy(5, torch.device("cpu"))
-    accuracy.add(torch.tensor(1.0), torch.tensor([[2.0, 1.0], [0.0, 1.0]]), torch.tensor([0, 0]))
-    assert accuracy.metrics("val") == {"val.loss": 1.0, "val.top1": 50.0, "val.top5": 100.0}
+from effnet_quant.training.metrics import Recorder, Stopwatch
 
 
 def test_stopwatch_splits_waiting_and_computing(monkeypatch):

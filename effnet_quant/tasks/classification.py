@@ -1,0 +1,137 @@
+"""Classification: which one of several classes is an example of?"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from effnet_quant.errors import UserError
+from effnet_quant.tasks.task import Metric, Processes, Score, Task
+
+
+@dataclass(frozen=True)
+class Classification(Task):
+    """Outputs are logits (N, classes). Targets are labels, int64 (N,); those of mixed examples are shares, float32
+    (N, classes). Predictions are labels.
+
+    Attributes:
+        label_smoothing: 0 … 1, the share of a target that all classes have in equal parts (Szegedy et al.,
+            arXiv:1512.00567, section 7).
+        mixup: alpha of the Beta distribution that examples are blended by, 0 for no blending.
+        cutmix: alpha of the Beta distribution that boxes of images are exchanged by, 0 for none; with both, a coin decides.
+        topk: k of the second accuracy.
+    """
+
+    name: ClassVar[str] = "classification"
+    score: ClassVar[Score] = Score("top1", "top-1", "%")
+    output_names: ClassVar[tuple[str, ...]] = ("logits",)
+    agreement_title: ClassVar[str] = "same class"
+    error_title: ClassVar[str] = "logit error"
+
+    label_smoothing: float = 0.0
+    mixup: float = 0.0
+    cutmix: float = 0.0
+    topk: int = 5
+
+    def loss(self, outputs: Tensor, targets: Tensor, inputs: Any) -> Tensor:
+        """Cross entropy, mean over the batch."""
+        return F.cross_entropy(outputs, targets, label_smoothing=self.label_smoothing)
+
+    def distillation_loss(self, outputs: Tensor, teacher_outputs: Tensor, temperature: float) -> Tensor:
+        """temperature**2 * KL(teacher || student) of the softened probabilities, mean over the batch (Hinton et al.,
+        arXiv:1503.02531); float32.
+
+        The factor keeps the size of its gradients beside the labels' whatever the temperature.
+        """
+        student = F.log_softmax(outputs.float() / temperature, dim=1)
+        teacher = F.log_softmax(teacher_outputs.float() / temperature, dim=1)
+        return F.kl_div(student, teacher, reduction="batchmean", log_target=True) * temperature**2
+
+    def mixed(self, inputs: Any, targets: Any, num_classes: int, seed: int) -> tuple[Any, Any]:
+        """Mixup or CutMix of images (N, C, H, W) and labels, which become shares."""
+        if not (self.mixup or self.cutmix):
+            return inputs, targets
+        from effnet_quant.data.mixing import mixed  # loads torchvision, which only training needs
+
+        shares = F.one_hot(targets, num_classes).float()
+        return mixed(inputs, shares, self.mixup, self.cutmix, torch.Generator().manual_seed(seed))
+
+    def metric(self, device: torch.device) -> Accuracy:
+        return Accuracy(self.topk, device)
+
+    def predictions(self, outputs: Tensor) -> Tensor:
+        """The labels of the highest logits, int64 (N,); of equal ones the first."""
+        return outputs.argmax(1)
+
+    def agreement(self, one: Tensor, other: Tensor) -> Tensor:
+        """1 where the labels are the same, else 0."""
+        return (one == other).double()
+
+    def answers(self, outputs: Tensor, classes: Sequence[str] | None, count: int) -> list[dict[str, Any]]:
+        """``{"top": [{"class": name, "index": label, "probability": 0 … 1}, …]}``, the likeliest class first."""
+        values, indices = outputs.softmax(1).topk(min(count, outputs.shape[1]))
+        return [
+            {
+                "top": [
+                    {"class": classes[index] if classes else f"class {index}", "index": index, "probability": value}
+                    for value, index in zip(*row, strict=True)
+                ]
+            }
+            for row in zip(values.tolist(), indices.tolist(), strict=True)
+        ]
+
+    def answer_text(self, answer: dict[str, Any]) -> str:
+        """A line for each class, with its probability in percent."""
+        return "\n".join(f"  {100 * entry['probability']:6.2f} %  {entry['class']}" for entry in answer["top"])
+
+
+class Accuracy(Metric):
+    """Cross entropy, top-1 and top-k over a data set, summed on the device.
+
+    Args:
+        k: a label among the k highest logits counts for the second accuracy.
+        device: of outputs and labels.
+    """
+
+    def __init__(self, k: int, device: torch.device) -> None:
+        self._k = k
+        self._sums = torch.zeros(4, dtype=torch.float64, device=device)
+
+    def add(self, outputs: Tensor, targets: Tensor) -> None:
+        """Count a batch of float32 logits (N, classes) and labels (N,).
+
+        Raises:
+            UserError: on the CPU, a label is none of the classes.
+        """
+        classes = outputs.shape[1]
+        try:
+            loss = F.cross_entropy(outputs, targets)
+        except IndexError as error:
+            raise UserError(
+                f"the network tells {classes} classes apart, and the data has a label {int(targets.max())}; give data of "
+                "the network's classes."
+            ) from error
+        first = outputs.argmax(1) == targets
+        # which classes topk takes of those that are equal is left open: the first counts in any case
+        top = first | (outputs.topk(min(self._k, classes), dim=1).indices == targets[:, None]).any(1)
+        examples = torch.full((), len(targets), dtype=torch.float64, device=outputs.device)
+        self._sums += torch.stack([loss.double() * examples, first.sum().double(), top.sum().double(), examples])
+
+    def merge(self, processes: Processes) -> None:
+        self._sums = processes.sum(self._sums)
+
+    def results(self) -> dict[str, float]:
+        """``loss``, and the accuracies ``top1`` and ``top<k>`` in percent."""
+        *sums, examples = self._sums.tolist()
+        loss, top1, topk = (value / max(1.0, examples) for value in sums)
+        results = {"loss": loss, "top1": 100 * top1}
+        results.setdefault(f"top{self._k}", 100 * topk)
+        return results
+
+
+CLASSIFICATION = Classification()
