@@ -9,6 +9,7 @@ import torch
 
 from effnet_quant import UserError, create_model, export_onnx, load_engine
 from effnet_quant.engines.onnx_file import read_onnx
+from effnet_quant.engines.signature import ArrayInput
 from effnet_quant.engines.tensorrt import backend as tensorrt
 from effnet_quant.engines.tensorrt import library
 from effnet_quant.engines.tensorrt.build_options import BuildOptions
@@ -70,7 +71,8 @@ def test_a_plan_of_another_tool_says_what_it_takes(install: Any, path: Path, tmp
     bare = tmp_path / "bare.plan"
     bare.write_bytes(compile_engine(path, options=OPTIONS).path.read_bytes())
     engine = load_engine(bare, "tensorrt")
-    assert (engine.input, engine.precision) == (tensorrt.ImageInput("input", "float32", (3, 32, 32), 1, 12), "unknown")
+    assert engine.inputs == (ArrayInput("input", "float32", (3, 32, 32), 1, 12),)
+    assert engine.precision == "unknown"
     assert engine(np.zeros((3, 3, 32, 32), np.float32)).shape == (3, 10)
 
 
@@ -164,4 +166,4 @@ def test_what_tensorrt_does_not_read_is_named(install: Any, path: Path) -> None:
     model = fake.onnx.load(path)
     model.graph.node.append(fake.onnx.helper.make_node("NonZero", ["input"], ["places"]))
     with pytest.raises(UserError, match="can't read the ONNX file: NonZero: no importer"):
-        library.build_plan(trt, model.SerializeToString(), read_onnx(path).input, OPTIONS, b"")
+        library.build_plan(trt, model.SerializeToString(), read_onnx(path).signature.inputs, OPTIONS, b"")
