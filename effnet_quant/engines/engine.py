@@ -57,9 +57,9 @@ class Engine:
         """What the model returns for its arguments: an array, or tuples, lists and dicts of arrays.
 
         An image classifier takes normalised float32 images (N, C, H, W) and returns logits (N, classes), float32. One that
-        normalises by itself takes pixels, uint8 (N, C, H, W). ``inputs`` says what is taken; the batch comes first and may
-        have any size N >= 1. Where a file takes a fixed or bounded batch, larger ones are split and smaller ones filled up. What a file gives in float16
-        comes as float32.
+        normalises by itself takes pixels, uint8 (N, C, H, W). ``inputs`` says what is taken. The batch comes first and may
+        have any size N >= 1; where a file takes a fixed or bounded one, arrays are split and filled up. What a file gives
+        in float16 comes as float32.
 
         Raises:
             UserError: the arrays have another number, shape or type, or the runtime can't compute with them.

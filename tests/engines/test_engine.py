@@ -12,8 +12,8 @@ from onnx import TensorProto, helper, numpy_helper
 from torch import nn
 
 from effnet_quant import UserError, calibrate, create_model, export_onnx, load_engine, quantize
-from effnet_quant.engines import cpu, openvino
-from effnet_quant.engines.compiled import run_in_batches
+from effnet_quant.engines import cpu, onnxruntime, openvino
+from effnet_quant.engines.compiled import Settings, run_in_batches
 from effnet_quant.engines.onnx_file import read_onnx
 from effnet_quant.engines.runtimes import BACKENDS, get_backend
 from effnet_quant.export.options import ExportOptions, Normalisation
@@ -223,6 +223,28 @@ def test_sums_of_the_largest_products_do_not_saturate(backend: str, spec: str, t
     np.testing.assert_allclose(logits, model(images).numpy(), rtol=1e-4)
     export_onnx(model, tmp_path / "floats.onnx", 5, target=backend, options=ExportOptions(float_weights=True))
     assert not read_onnx(tmp_path / "floats.onnx").fits_16_bits
+
+
+@pytest.mark.parametrize(
+    ("flags", "exact_kernels"),
+    [
+        ({"avx2", "avx512f"}, True),
+        ({"avx2", "avx_vnni"}, False),
+        ({"avx512f", "avx512_vnni"}, False),
+        (None, True),  # unknown: right before fast
+    ],
+)
+def test_onnxruntime_is_asked_for_slower_exact_kernels_only_where_the_fast_ones_saturate(
+    flags: set[str] | None, exact_kernels: bool, path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for module in (cpu, onnxruntime):
+        monkeypatch.setattr(module, "cpu_flags", lambda: flags)
+    options = onnxruntime.session_options(read_onnx(path), Settings("cpu", "fp32"))
+    if exact_kernels:
+        assert options.get_session_config_entry("session.x64quantprecision") == "1"
+    else:
+        with pytest.raises(RuntimeError, match="does not have configuration"):
+            options.get_session_config_entry("session.x64quantprecision")
 
 
 class Residual(nn.Module):

@@ -1,5 +1,6 @@
 """What is asked of TensorRT, and what is done with its answers, against reference/fake_tensorrt.py."""
 
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -64,6 +65,17 @@ def test_a_plan_computes_what_the_graph_says_at_every_batch(install: Any, path: 
         engine(images[:count])
     assert len(engine._run._graphs) == tensorrt.GRAPHS_KEPT
     assert card.live_bytes() == 12 * fake.ACTIVATIONS
+
+
+def test_callers_in_several_threads_do_not_meet_on_the_card(install: Any, path: Path) -> None:
+    install()
+    engine = load_engine(compile_engine(path, options=OPTIONS).path, "tensorrt")
+    images = np.random.default_rng(0).standard_normal((7, 3, 32, 32), np.float32)
+    alone = [engine(images[:count]) for count in range(1, 8)]
+    order = np.random.default_rng(1).integers(0, 7, 200).tolist()
+    with ThreadPoolExecutor(8) as callers:
+        answers = list(callers.map(lambda index: engine(images[: index + 1]), order))
+    assert all(np.array_equal(answer, alone[index]) for index, answer in zip(order, answers, strict=True))
 
 
 def test_a_plan_of_another_tool_says_what_it_takes(install: Any, path: Path, tmp_path: Path) -> None:
