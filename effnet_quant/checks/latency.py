@@ -83,7 +83,7 @@ def measure_engines(
 ) -> Iterator[list[Latency]]:
     """For each batch size the latencies of the engines, in their order, measured in turns.
 
-    The images are noise. Each engine is warmed up and runs for about ``seconds`` at each batch size, at least three
+    The inputs are noise. Each engine is warmed up and runs for about ``seconds`` at each batch size, at least three
     rounds however long they take. What it compiled for the sizes before is let go first, so that each size runs as if it
     were the only one.
 
@@ -93,7 +93,7 @@ def measure_engines(
     for batch_size in batch_sizes:
         for engine in engines:
             engine.forget_shapes()
-        runs = [partial(engine, engine.example_images(batch_size, image_size)) for engine in engines]
+        runs = [partial(engine, *engine.example_inputs(batch_size, image_size)) for engine in engines]
         slowest = 0.0
         for engine, run in zip(engines, runs, strict=True):
             engine.warm_up(batch_size, image_size=image_size)

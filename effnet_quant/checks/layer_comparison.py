@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import re
 from collections import defaultdict
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -14,6 +14,7 @@ import onnx
 import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
+from torch.utils._pytree import tree_flatten
 
 from effnet_quant.engines.engine import Engine
 from effnet_quant.engines.onnx_file import read_onnx
@@ -24,7 +25,6 @@ from effnet_quant.quantization.placement.insertion import quantizers
 from effnet_quant.quantization.qat import float_teacher
 
 _MARK = re.compile(r"(.+)/DequantizeLinear(?:_(\d+))?")
-_LOGITS = "logits"
 # A ratio this high is float rounding; below it, a layer counts as departing from the simulation.
 FAITHFUL_DB = 30.0
 
@@ -34,7 +34,7 @@ class LayerRow:
     """One quantized value; ratios are signal-to-quantization-noise in decibels, inf if equal.
 
     Attributes:
-        name: the quantizer, with the number of its use where several values share its range; at last "logits".
+        name: the quantizer, with the number of its use where several values share its range; at last the outputs.
         by_itself: how near the engine is to a simulation that gets the engine's values behind all earlier quantizers, so
             that differences of earlier layers, which a network may amplify, are left out.
         engine_to_simulation: how near the engine is to the simulation.
@@ -49,10 +49,12 @@ class LayerRow:
 
 @torch.no_grad()
 def compare_layers(
-    engine: Engine, simulation: nn.Module, images: Tensor, pixels: Tensor | None = None
+    engine: Engine, simulation: nn.Module, inputs: Tensor | Sequence[Tensor], pixels: Tensor | None = None
 ) -> list[LayerRow]:
-    """The values behind every activation quantizer that the engine's file has, in the file's order, and the logits;
-    ``images`` is (N, C, H, W), normalised, and ``pixels`` the same as uint8, for a file that normalises them itself.
+    """The values behind every activation quantizer that the engine's file has, in the file's order, and the outputs.
+
+    ``inputs`` is one batch of the model's arguments; images are (N, C, H, W), normalised. ``pixels`` is the same images as
+    uint8, for a file that normalises them itself.
 
     The engine's runtime computes the file with these values as further outputs, in the engine's precision. It can't fuse
     operations across a value that it has to show, so a fault of such a fusion may hide. The simulation must be the one the
@@ -76,21 +78,24 @@ def compare_layers(
         raise UserError(f"{path} has no quantized layers of this model to compare; was it exported from another one?")
     for name in wanted:
         proto.graph.output.append(onnx.ValueInfoProto(name=name))
-    fed = pixels if pixels is not None and engine.input.dtype == "uint8" else images
+    arguments = (inputs,) if isinstance(inputs, Tensor) else tuple(inputs)
+    fed = (pixels,) if pixels is not None and engine.input.dtype == "uint8" else arguments
     compute = _in_openvino if engine.backend == "openvino" else _in_onnxruntime
-    computed = compute(proto, engine, fed.numpy())
-    wanted = [proto.graph.output[0].name, *wanted]
+    # in the order in which the model returns them
+    outputs = [value.name for value in engine.outputs]
+    wanted = [*outputs, *wanted]
+    computed = compute(proto, engine, [tensor.numpy() for tensor in fed], wanted)
     values = {name: torch.from_numpy(value).float() for name, value in zip(wanted, computed, strict=True)}
-    simulated = _behind_quantizers(simulation, images)
-    in_float = _behind_quantizers(float_teacher(simulation), images)
+    simulated = _behind_quantizers(simulation, arguments, outputs)
+    in_float = _behind_quantizers(float_teacher(simulation), arguments, outputs)
     seen = {name: [values[output] for _, output in sorted(uses[name])] for name in uses}
-    seen[_LOGITS] = [values[wanted[0]]]
+    seen |= {name: [values[name]] for name in outputs}
     # a value that two quantizers with one range round is written once in the file: which use is which, it does not say
     seen = {name: own for name, own in seen.items() if len(own) == len(simulated[name])}
     for name, own in seen.items():
         if [value.shape for value in own] != [value.shape for value in simulated[name]]:
             raise UserError(f"{path} has another shape than the model at {name}; was it exported from another one?")
-    continued = _behind_quantizers(simulation, images, seen)
+    continued = _behind_quantizers(simulation, arguments, outputs, seen)
     return [
         LayerRow(
             name if len(seen[name]) == 1 else f"{name} (use {use + 1})",
@@ -108,22 +113,28 @@ def shows_layers(engine: Engine) -> bool:
     return engine.backend in ("onnxruntime", "openvino")
 
 
-def _in_onnxruntime(proto: onnx.ModelProto, engine: Engine, images: NDArray[Any]) -> list[NDArray[Any]]:
-    """All outputs of ``proto``, which is the engine's file with more of them."""
+def _in_onnxruntime(
+    proto: onnx.ModelProto, engine: Engine, arrays: list[NDArray[Any]], wanted: list[str]
+) -> list[NDArray[Any]]:
+    """The wanted outputs of ``proto``, which is the engine's file with more of them."""
     import onnxruntime
 
     options = session_options(read_onnx(engine.path), engine.settings)
     session = onnxruntime.InferenceSession(proto.SerializeToString(), options, providers=["CPUExecutionProvider"])
-    return session.run(None, {engine.input.name: images})
+    fed = {value.name: array for value, array in zip(engine.inputs, arrays, strict=True)}
+    return session.run(wanted, fed)
 
 
-def _in_openvino(proto: onnx.ModelProto, engine: Engine, images: NDArray[Any]) -> list[NDArray[Any]]:
-    """All outputs of ``proto``, which is the engine's file with more of them."""
+def _in_openvino(
+    proto: onnx.ModelProto, engine: Engine, arrays: list[NDArray[Any]], wanted: list[str]
+) -> list[NDArray[Any]]:
+    """The wanted outputs of ``proto``, which is the engine's file with more of them."""
     core = shared_core()
     properties = compile_properties(read_onnx(engine.path), engine.settings)
     compiled = core.compile_model(core.read_model(proto.SerializeToString()), "CPU", properties)
-    results = compiled([images])
-    return [np.array(results[index]) for index in range(len(proto.graph.output))]
+    results = compiled({value.name: array for value, array in zip(engine.inputs, arrays, strict=True)})
+    places = {value.name: index for index, value in enumerate(proto.graph.output)}
+    return [np.array(results[places[name]]) for name in wanted]
 
 
 def format_layers(rows: list[LayerRow]) -> str:
@@ -142,9 +153,12 @@ def format_layers(rows: list[LayerRow]) -> str:
 
 
 def _behind_quantizers(
-    model: nn.Module, images: Tensor, given: Mapping[str, list[Tensor]] | None = None
+    model: nn.Module,
+    arguments: Sequence[Tensor],
+    outputs: Sequence[str],
+    given: Mapping[str, list[Tensor]] | None = None,
 ) -> dict[str, list[Tensor]]:
-    """What comes out of every quantizer, use by use, and the logits; the model goes on with the ``given`` values."""
+    """What comes out of every quantizer, use by use, and the outputs; the model goes on with the ``given`` values."""
     seen: dict[str, list[Tensor]] = defaultdict(list)
 
     def hook(name: str, output: Tensor) -> Tensor:
@@ -156,7 +170,8 @@ def _behind_quantizers(
         for name, quantizer in quantizers(model)
     ]
     try:
-        seen[_LOGITS] = [model(images)]
+        returned, _ = tree_flatten(model(*arguments))
+        seen |= {name: [value] for name, value in zip(outputs, returned, strict=True)}
     finally:
         for handle in hooks:
             handle.remove()

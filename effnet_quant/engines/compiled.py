@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -10,8 +10,11 @@ import numpy as np
 from numpy.typing import NDArray
 
 from effnet_quant.card import ModelCard
+from effnet_quant.engines.signature import Signature
+from effnet_quant.errors import UserError
 
-Runner = Callable[[NDArray[Any]], NDArray[np.float32]]
+Arrays = Sequence[NDArray[Any]]
+Runner = Callable[[Arrays], Arrays]
 
 
 @dataclass(frozen=True)
@@ -24,55 +27,49 @@ class Settings:
 
 
 @dataclass(frozen=True)
-class ImageInput:
-    """What an engine takes.
-
-    Attributes:
-        name: of the input.
-        dtype: "float32", "float16" or "uint8".
-        shape: of one image, (C, H, W); None is a size that may vary.
-        smallest_batch, largest_batch: images that one run can take; largest None is any number.
-    """
-
-    name: str
-    dtype: str
-    shape: tuple[int | None, int | None, int | None]
-    smallest_batch: int = 1
-    largest_batch: int | None = None
-
-
-@dataclass(frozen=True)
 class Compiled:
-    """A file made ready to run.
+    """A file made ready to run. All its functions may be called from several threads at a time.
 
     Attributes:
-        run: maps images as ``input`` wants them, within its batches, to logits (N, classes).
-        input: what it takes.
+        run: maps the signature's inputs, within their batches, to its outputs.
+        signature: what it takes and gives.
         precision: what it computes in: "fp32", "fp16" …, with "int8 + " in front where some of it is quantized.
         card: what the file says of its model.
         metadata: the same as plain values, and what else the file says.
-        forget: lets go of what was compiled for the shapes of images that came so far; None if nothing is.
+        prepare: compiles for arrays of these shapes, batch included, before they come; None if that gains nothing.
+        forget: lets go of what was compiled for the shapes that came so far; None if nothing is.
     """
 
     run: Runner
-    input: ImageInput
+    signature: Signature
     precision: str
     card: ModelCard = field(default_factory=ModelCard)
     metadata: dict[str, Any] = field(default_factory=dict)
+    prepare: Callable[[Sequence[tuple[int, ...]]], None] | None = None
     forget: Callable[[], None] | None = None
 
 
-def run_in_batches(run: Runner, images: NDArray[Any], smallest: int, largest: int | None) -> NDArray[np.float32]:
-    """Logits of any number of images from a runner that takes ``smallest`` to ``largest`` at a time.
+def run_in_batches(run: Runner, inputs: Arrays, smallest: int, largest: int | None) -> Arrays:
+    """Outputs for batches of any size from a runner that takes ``smallest`` to ``largest`` entries at a time.
 
-    Larger batches are split; what is missing to the smallest is filled with copies of the last image, whose logits are
-    dropped.
+    Larger batches are split, all inputs alike. What is missing to the smallest is filled with copies of the last entry,
+    whose outputs are dropped.
+
+    Raises:
+        UserError: an output that has no batch would have to be split or joined.
     """
-    size = largest or len(images)
-    parts = []
-    for start in range(0, len(images), size):
-        part = images[start : start + size]
-        missing = max(smallest - len(part), 0)
-        padded = np.concatenate([part, np.repeat(part[-1:], missing, axis=0)]) if missing else part
-        parts.append(run(padded)[: len(part)])
-    return parts[0] if len(parts) == 1 else np.concatenate(parts)
+    count = len(inputs[0])
+    if smallest <= count <= (largest or count):
+        return run(inputs)
+    size = largest or count
+    parts: list[list[NDArray[Any]]] = []
+    for start in range(0, count, size):
+        part = [array[start : start + size] for array in inputs]
+        own = len(part[0])
+        if missing := max(smallest - own, 0):
+            part = [np.concatenate([array, np.repeat(array[-1:], missing, axis=0)]) for array in part]
+        outputs = run(part)
+        if any(output.ndim == 0 or len(output) != own + missing for output in outputs):
+            raise UserError(f"an output has no batch; call the engine with {size} entries at a time.")
+        parts.append([output[:own] for output in outputs])
+    return parts[0] if len(parts) == 1 else [np.concatenate(joined) for joined in zip(*parts, strict=True)]

@@ -10,20 +10,26 @@ from numpy.typing import NDArray
 
 from effnet_quant.engines.compiled import Compiled, Settings, run_in_batches
 from effnet_quant.engines.cpu import cpu_has_bf16
+from effnet_quant.engines.onnx_file import read_onnx_card
 from effnet_quant.engines.runtimes import BACKENDS, get_backend
+from effnet_quant.engines.signature import ArrayInput, arrange
 from effnet_quant.errors import UserError
 
 __all__ = ["BACKENDS", "Engine", "load_engine"]
 
 
 class Engine:
-    """A compiled model; call it with images, get logits.
+    """A compiled model; call it with the model's arguments as arrays, get what the model returns, of arrays.
+
+    Several threads may call one engine at a time: each gets the answers that it would get alone. All methods may be called
+    from any thread.
 
     Attributes:
         path: the file it was compiled from.
         backend: the runtime's name.
         settings: device, precision and threads.
-        input: name, type and shape of what it takes.
+        inputs: name, type and shape of each array that it takes.
+        outputs: name, type and shape of each array in what it returns.
         precision: what it computes in, e.g. "fp32", or "int8 + bf16".
         card: what the file says of its model.
         metadata: the same as plain values, and what else the exporter stored.
@@ -31,8 +37,12 @@ class Engine:
 
     def __init__(self, compiled: Compiled, path: Path, backend: str, settings: Settings) -> None:
         self._run = compiled.run
+        self._prepare = compiled.prepare
         self._forget = compiled.forget
-        self.input = compiled.input
+        self._signature = compiled.signature
+        self._batches = compiled.signature.smallest_batch, compiled.signature.largest_batch
+        self.inputs = compiled.signature.inputs
+        self.outputs = compiled.signature.outputs
         self.precision = compiled.precision
         self.card = compiled.card
         self.metadata = compiled.metadata
@@ -40,62 +50,102 @@ class Engine:
         self.backend = backend
         self.settings = settings
 
-    def __call__(self, images: NDArray[Any]) -> NDArray[np.float32]:
-        """Logits (N, classes), float32, of normalised float32 images (N, C, H, W), for any N >= 1.
+    @property
+    def input(self) -> ArrayInput:
+        """The input of a model that has one; else the first."""
+        return self.inputs[0]
 
-        An engine that normalises by itself takes pixels, uint8 (N, C, H, W); ``input`` says so. Where a file takes a
-        fixed or bounded number of images, they are split and filled up.
+    def __call__(self, *arrays: NDArray[Any]) -> Any:
+        """What the model returns for its arguments: an array, or tuples, lists and dicts of arrays.
+
+        An image classifier takes normalised float32 images (N, C, H, W) and returns logits (N, classes), float32. One that
+        normalises by itself takes pixels, uint8 (N, C, H, W). ``inputs`` says what is taken. The batch comes first and may
+        have any size N >= 1; where a file takes a fixed or bounded one, arrays are split and filled up. What a file gives
+        in float16 comes as float32.
 
         Raises:
-            UserError: the images have another shape or type.
+            UserError: the arrays have another number, shape or type, or the runtime can't compute with them.
         """
-        images = np.asarray(images)
-        shape, wanted = self.input.shape, np.dtype(self.input.dtype)
-        fits = images.ndim == 4 and all(size in (None, own) for size, own in zip(shape, images.shape[1:], strict=True))
-        if not fits or len(images) == 0:
+        if len(arrays) != len(self.inputs):
+            names = ", ".join(value.name for value in self.inputs)
+            raise UserError(f"the engine takes {len(self.inputs)} arrays ({names}), not {len(arrays)}.")
+        checked = [self._checked(value, array) for value, array in zip(self.inputs, arrays, strict=True)]
+        if any(len(array) != len(checked[0]) for array in checked):
+            sizes = ", ".join(str(len(array)) for array in checked)
+            raise UserError(f"the arrays have batches of {sizes}; give all inputs the same batch.")
+        try:
+            outputs = run_in_batches(self._run, checked, *self._batches)
+        except UserError:
+            raise
+        except Exception as error:  # each runtime has exceptions of its own
+            raise UserError(f"{self.backend} can't run {self.path}: {_reason(error)}; check the arrays.") from error
+        outputs = [output.astype(np.float32) if output.dtype == np.float16 else output for output in outputs]
+        return arrange(outputs, self._signature.structure)
+
+    def _checked(self, value: ArrayInput, array: NDArray[Any]) -> NDArray[Any]:
+        array = np.asarray(array)
+        shape = value.shape
+        fits = array.ndim == 1 + len(shape) and all(
+            size in (None, own) for size, own in zip(shape, array.shape[1:], strict=True)
+        )
+        images = value.is_image and len(self.inputs) == 1
+        if not fits or len(array) == 0:
             expected = "x".join("any" if size is None else str(size) for size in shape)
-            raise UserError(f"the engine takes images of shape (N, {expected}), not {images.shape}; resize them first.")
-        if images.dtype != wanted:
-            remedy = "give it pixels" if wanted == np.uint8 else "normalise and convert them first"
-            raise UserError(f"the engine takes {wanted} images, not {images.dtype}; {remedy}.")
-        images = np.ascontiguousarray(images)
-        logits = run_in_batches(self._run, images, self.input.smallest_batch, self.input.largest_batch)
-        return logits.astype(np.float32, copy=False)
+            what, remedy = ("images", "; resize them first") if images else (f"the input '{value.name}'", "")
+            raise UserError(f"the engine takes {what} of shape (N, {expected}), not {array.shape}{remedy}.")
+        if array.dtype != value.dtype:
+            if not images:
+                raise UserError(f"the engine takes the input '{value.name}' as {value.dtype}, not {array.dtype}.")
+            remedy = "give it pixels" if value.dtype == "uint8" else "normalise and convert them first"
+            raise UserError(f"the engine takes {value.dtype} images, not {array.dtype}; {remedy}.")
+        return np.ascontiguousarray(array)
 
     def warm_up(self, batch_size: int = 1, runs: int = 2, *, image_size: int | None = None) -> None:
         """Run a few batches of noise, so that later ones don't pay for what a runtime puts off until then.
 
+        OpenVINO then compiles a network for this batch size, which is faster. Call it before the first arrays come: the
+        answers of another network can differ in rounding.
+
         Raises:
-            UserError: the file leaves the image size open and neither it nor ``image_size`` names one.
+            UserError: the file leaves a size open and neither it nor ``image_size`` names one.
         """
-        images = self.example_images(batch_size, image_size)
+        arrays = self.example_inputs(batch_size, image_size)
+        smallest, largest = self._batches
+        if self._prepare is not None and smallest <= batch_size <= (largest or batch_size):
+            self._prepare([array.shape for array in arrays])
         for _ in range(runs):
-            self(images)
+            self(*arrays)
 
     def forget_shapes(self) -> None:
-        """Let go of what the runtime has compiled for the shapes of images that came so far.
+        """Let go of what the runtime has compiled for the shapes that came so far.
 
-        OpenVINO compiles the first few shapes apart, which is faster, and TensorRT captures the last few; after this, the
-        next ones are the first. For other runtimes it does nothing.
+        OpenVINO compiles for some shapes apart, and TensorRT captures the last few. For other runtimes it does nothing.
         """
         if self._forget is not None:
             self._forget()
 
-    def example_images(self, batch_size: int, image_size: int | None = None) -> NDArray[Any]:
-        """Noise that the engine takes, always the same; sizes that the file leaves open are ``image_size``, else those that
-        the file was made for.
+    def example_inputs(self, batch_size: int, image_size: int | None = None) -> tuple[NDArray[Any], ...]:
+        """Noise that the engine takes, always the same: one array for each input.
+
+        Sizes that the file leaves open are ``image_size``, else those that the file was made for. Integers are 0 or 1, which
+        any vocabulary has; pixels are 0 to 255.
 
         Raises:
             UserError: as ``warm_up``.
         """
-        size = image_size or self.metadata.get("image_size")
-        if size is None and None in self.input.shape:
-            raise UserError(f"{self.path} takes images of any size; say which.")
-        shape = [batch_size, *(int(size or 0) if own is None else own for own in self.input.shape)]
         generator = np.random.default_rng(0)
-        if self.input.dtype == "uint8":
-            return generator.integers(0, 256, shape, dtype=np.uint8)
-        return generator.standard_normal(shape, np.float32).astype(self.input.dtype)
+        return tuple(self._noise(value, batch_size, image_size, generator) for value in self.inputs)
+
+    def _noise(
+        self, value: ArrayInput, batch_size: int, image_size: int | None, generator: np.random.Generator
+    ) -> NDArray[Any]:
+        size = image_size or self.metadata.get("image_size")
+        if size is None and None in value.shape:
+            raise UserError(f"{self.path} takes {'images' if value.is_image else value.name} of any size; say which.")
+        shape = [batch_size, *(int(size or 0) if own is None else own for own in value.shape)]
+        if np.issubdtype(value.dtype, np.floating):
+            return generator.standard_normal(shape, np.float32).astype(value.dtype)
+        return generator.integers(0, 256 if value.dtype == "uint8" and value.is_image else 2, shape).astype(value.dtype)
 
 
 def load_engine(
@@ -106,7 +156,7 @@ def load_engine(
     precision: str | None = None,
     threads: int | None = None,
 ) -> Engine:
-    """Make a model ready to run on this machine.
+    """Make a model ready to run on this machine. Several threads may call one engine at a time, with every backend.
 
     Args:
         path: an ONNX file written by ``export_onnx``; for "tensorrt" also a plan written by ``compile_engine``; for
@@ -114,36 +164,52 @@ def load_engine(
         backend: "onnxruntime", "openvino", "tensorrt", or "torch" for the model itself, float or simulated.
         device: "cpu" or "cuda"; None for the backend's usual one.
         precision: how the backend computes what the file leaves in floating point: "fp32"; OpenVINO and torch also in
-            "bf16", torch in "fp16". Integers are the file's. TensorRT takes all precisions from the file.
-        threads: on the CPU; None leaves it to the runtime.
+            "bf16", torch in "fp16". Integers are the file's. TensorRT takes all precisions from the file. None is the one
+            that the file was tuned for (``model2onnx.py --tune``) if backend and machine have it, else the backend's usual.
+        threads: on the CPU, for one call; None leaves it to the runtime. Calls from several threads run beside each other,
+            but those to "torch" with ``threads`` take turns: PyTorch's number of threads is the process's.
 
     Raises:
         UserError: the file is missing, damaged or of another kind, or the backend is unknown, not installed, does not run
             on this device or in this precision, or refuses the file.
     """
     module, path = get_backend(backend), Path(path)
-    settings = Settings(
-        _choice(backend, "run on the device", device, module.DEVICES),
-        _choice(backend, "compute in", precision, module.PRECISIONS),
-        threads,
-    )
-    if threads is not None and (threads < 1 or settings.device != "cpu"):
+    device = _choice(backend, "run on the device", device, module.DEVICES)
+    if precision is not None:
+        _choice(backend, "compute in", precision, module.PRECISIONS)
+    if threads is not None and (threads < 1 or device != "cpu"):
         raise UserError(f"{threads} threads? They are those of the CPU, at least 1.")
     if not path.is_file():
         raise UserError(f"there is no file {path}; check the path.")
+    settings = Settings(device, precision or _usual_precision(path, backend), threads)
     try:
         compiled = module.compile_file(path, settings)
     except UserError:
         raise
     except Exception as error:  # each runtime has exceptions of its own
-        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
-        raise UserError(f"{backend} can't compile {path}: {reason}; export it again for this backend.") from error
+        raise UserError(
+            f"{backend} can't compile {path}: {_reason(error)}; export it again for this backend."
+        ) from error
     return Engine(compiled, path, backend, settings)
 
 
 def usable_precisions(backend: str) -> tuple[str, ...]:
     """In what a backend computes on this machine what a file leaves in floating point, its usual way first."""
     return tuple(name for name in get_backend(backend).PRECISIONS if name != "bf16" or cpu_has_bf16())
+
+
+def _usual_precision(path: Path, backend: str) -> str:
+    """The one that the file was tuned for, where it can be had."""
+    usable = usable_precisions(backend)
+    if path.suffix == ".onnx" and len(usable) > 1:
+        tuned = read_onnx_card(path).tuned_precision
+        if tuned in usable:
+            return tuned
+    return usable[0]
+
+
+def _reason(error: Exception) -> str:
+    return (str(error).strip().splitlines() or [type(error).__name__])[0]
 
 
 def _choice(backend: str, what: str, wanted: str | None, own: tuple[str, ...]) -> str:

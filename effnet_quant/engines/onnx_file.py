@@ -9,15 +9,11 @@ from typing import Any
 import onnx
 
 from effnet_quant.card import ModelCard, parse_json
-from effnet_quant.engines.compiled import ImageInput
+from effnet_quant.engines.signature import SIGNATURE_KEY, ArrayInput, ArrayOutput, Signature
 from effnet_quant.errors import UserError
-from effnet_quant.models.weights import EXTRA_KEY, METADATA_KEY, SIGNATURE_KEY
+from effnet_quant.models.weights import EXTRA_KEY, METADATA_KEY
 
-_DTYPES = {
-    onnx.TensorProto.FLOAT: "float32",
-    onnx.TensorProto.FLOAT16: "float16",
-    onnx.TensorProto.UINT8: "uint8",
-}
+_IMAGE_TYPES = ("float32", "float16", "uint8")
 # what a residual network of convolutions, ReLUs and additions consists of, and what prepares its images
 _PLAIN_OPERATORS = frozenset(
     {"Conv", "Gemm", "Relu", "Clip", "MaxPool", "AveragePool", "GlobalAveragePool", "ReduceMean", "Flatten", "Reshape"}
@@ -28,11 +24,10 @@ _SCALING_OPERATORS = frozenset({"Add", "Mul", "Cast"})
 
 @dataclass(frozen=True)
 class OnnxFile:
-    """What an image classifier's ONNX file says of itself.
+    """What an ONNX file says of itself.
 
     Attributes:
-        input: what it takes.
-        output: name of the logits.
+        signature: what it takes and gives.
         card: what it says of its model; empty for files of other tools.
         metadata: the same as plain values, with what ``export_onnx`` stored besides.
         quantized: whether it has QuantizeLinear and DequantizeLinear nodes.
@@ -43,8 +38,7 @@ class OnnxFile:
             element: a quantized ResNet.
     """
 
-    input: ImageInput
-    output: str
+    signature: Signature
     card: ModelCard
     metadata: dict[str, Any]
     quantized: bool
@@ -59,19 +53,16 @@ class OnnxFile:
 
 
 def read_onnx(path: str | Path) -> OnnxFile:
-    """Read an image classifier's ONNX file.
+    """Read an ONNX file: one that ``export_onnx`` wrote, or another tool's with one input of images and one output.
 
     Raises:
-        UserError: the file is missing, damaged, or holds something else than an image classifier.
+        UserError: the file is missing, damaged, or holds something else.
     """
     path = Path(path)
-    if not path.is_file():
-        raise UserError(f"there is no file {path}; check the path.")
+    model = _load(path)
     try:
-        model = onnx.load(path)
         return OnnxFile(
-            _image_input(model),
-            model.graph.output[0].name,
+            _signature(model),
             read_card(model, str(path)),
             read_metadata(model),
             quantized=any(node.op_type == "DequantizeLinear" for node in model.graph.node),
@@ -79,11 +70,25 @@ def read_onnx(path: str | Path) -> OnnxFile:
             fits_16_bits=_fits_16_bits(model),
             adds_integers=_adds_integers(model),
         )
-    except (ValueError, IndexError, KeyError, TypeError, OSError) as error:
+    except Exception as error:  # nonsense fails in as many ways as there are fields
         raise _damaged(path) from error
-    except Exception as error:  # protobuf's DecodeError, whose module depends on the protobuf version
-        if type(error).__name__ != "DecodeError":
-            raise
+
+
+def read_onnx_card(path: Path) -> ModelCard:
+    """The card of an ONNX file; an empty one of other tools' files.
+
+    Raises:
+        UserError: the file is missing or damaged, or its card can't be used.
+    """
+    return read_card(_load(path), str(path))
+
+
+def _load(path: Path) -> onnx.ModelProto:
+    if not path.is_file():
+        raise UserError(f"there is no file {path}; check the path.")
+    try:
+        return onnx.load(path)
+    except Exception as error:  # protobuf's DecodeError, whose module depends on its version, and onnx's own
         raise _damaged(path) from error
 
 
@@ -100,7 +105,7 @@ def read_metadata(model: onnx.ModelProto) -> dict[str, Any]:
     """What ``export_onnx`` stored in a model, as plain values; empty for models of other tools."""
     properties = _properties(model)
     values: dict[str, Any] = {}
-    for key in (EXTRA_KEY, SIGNATURE_KEY, METADATA_KEY):
+    for key in (EXTRA_KEY, METADATA_KEY):
         entry = parse_json(properties.get(key, "{}"), "the file")
         values |= entry if isinstance(entry, dict) else {}
     return values
@@ -142,13 +147,49 @@ def _is_unsigned_zero(entry: onnx.TensorProto) -> bool:
     return entry.data_type == onnx.TensorProto.UINT8 and not onnx.numpy_helper.to_array(entry).any()
 
 
-def _image_input(model: onnx.ModelProto) -> ImageInput:
+def _signature(model: onnx.ModelProto) -> Signature:
     constants = {entry.name for entry in model.graph.initializer}
-    (value,) = (entry for entry in model.graph.input if entry.name not in constants)
-    tensor = value.type.tensor_type
-    batch, first, second, third = (dimension.dim_value or None for dimension in tensor.shape.dim)
-    return ImageInput(value.name, _DTYPES[tensor.elem_type], (first, second, third), batch or 1, batch)
+    inputs = {value.name: _input(value) for value in model.graph.input if value.name not in constants}
+    outputs = {value.name: _output(value) for value in model.graph.output}
+    properties = {entry.key: entry.value for entry in model.metadata_props}
+    if SIGNATURE_KEY not in properties:
+        (image,) = inputs.values()
+        if not image.is_image or image.dtype not in _IMAGE_TYPES:
+            raise ValueError("the input is no image")
+        return Signature((image,), tuple(outputs.values())[:1])
+    said = json.loads(properties[SIGNATURE_KEY])
+    taken, given = ([entry["name"] for entry in said[kind]] for kind in ("inputs", "outputs"))
+    if sorted(taken) != sorted(inputs) or sorted(given) != sorted(outputs):
+        raise ValueError("the graph has other inputs or outputs")
+    for entry in said["inputs"]:
+        batch, *shape = entry["shape"]
+        own = inputs[entry["name"]]
+        if (entry["dtype"], batch, tuple(shape)) != (own.dtype, own.largest_batch, own.shape):
+            raise ValueError(f"the graph has another input {entry['name']}")
+    for entry in said["outputs"]:
+        if entry["dtype"] != outputs[entry["name"]].dtype:
+            raise ValueError(f"the graph has another output {entry['name']}")
+    ordered = tuple(inputs[name] for name in taken), tuple(outputs[name] for name in given)
+    return Signature(*ordered, said["structure"])
+
+
+def _input(value: onnx.ValueInfoProto) -> ArrayInput:
+    batch, *shape = _sizes(value)
+    return ArrayInput(value.name, _dtype(value), tuple(shape), batch or 1, batch)
+
+
+def _output(value: onnx.ValueInfoProto) -> ArrayOutput:
+    has_shape = value.type.tensor_type.HasField("shape")
+    return ArrayOutput(value.name, _dtype(value), tuple(_sizes(value)[1:]) if has_shape else None)
+
+
+def _sizes(value: onnx.ValueInfoProto) -> list[int | None]:
+    return [dimension.dim_value or None for dimension in value.type.tensor_type.shape.dim]
+
+
+def _dtype(value: onnx.ValueInfoProto) -> str:
+    return str(onnx.helper.tensor_dtype_to_np_dtype(value.type.tensor_type.elem_type))
 
 
 def _damaged(path: Path) -> UserError:
-    return UserError(f"{path} is truncated, damaged or no ONNX file of an image classifier; export it again.")
+    return UserError(f"{path} is truncated, damaged or no ONNX file of a model that engines run; export it again.")

@@ -5,7 +5,8 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from effnet_quant.engines.compiled import Compiled, Settings
+from effnet_quant.engines.compiled import Arrays, Compiled, Settings
+from effnet_quant.engines.cpu import cpu_flags, cpu_has_exact_int8
 from effnet_quant.engines.onnx_file import OnnxFile, read_onnx
 from effnet_quant.errors import UserError
 
@@ -36,14 +37,13 @@ def compile_file(path: Path, settings: Settings) -> Compiled:
     session = onnxruntime.InferenceSession(str(path), options, providers=providers)
     if settings.device == "cuda" and _CUDA not in session.get_providers():
         raise UserError("ONNX Runtime found no CUDA card that it can use; take the device cpu.")
-    name = file.input.name
-    return Compiled(
-        lambda images: session.run(None, {name: images})[0],
-        file.input,
-        file.precision("fp32"),
-        file.card,
-        file.metadata,
-    )
+    inputs, outputs = ([value.name for value in values] for values in (file.signature.inputs, file.signature.outputs))
+
+    def run_session(arrays: Arrays) -> Arrays:
+        # a session may be run by several threads at once
+        return session.run(outputs, dict(zip(inputs, arrays, strict=True)))
+
+    return Compiled(run_session, file.signature, file.precision("fp32"), file.card, file.metadata)
 
 
 def session_options(file: OnnxFile, settings: Settings) -> Any:
@@ -54,9 +54,10 @@ def session_options(file: OnnxFile, settings: Settings) -> Any:
     options.log_severity_level = 3
     if settings.threads is not None:
         options.intra_op_num_threads = settings.threads
-    # On CPUs without VNNI the fast uint8 x int8 kernels saturate at 16 bits; with this entry ONNX Runtime uses kernels
-    # that compute what the graph says (it has no effect where VNNI is present).
-    options.add_session_config_entry("session.x64quantprecision", "1")
+    if cpu_flags() is None or not cpu_has_exact_int8():
+        # On CPUs without VNNI the fast uint8 x int8 kernels saturate at 16 bits. With this entry ONNX Runtime uses slower
+        # kernels that compute what the graph says. It would use them on CPUs with VNNI too, whose fast ones are exact.
+        options.add_session_config_entry("session.x64quantprecision", "1")
     if file.quantized and file.half:
         # ONNX Runtime 1.31's optimizer changes what quantized graphs in float16 compute
         options.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_DISABLE_ALL

@@ -2,21 +2,22 @@
 
 from __future__ import annotations
 
+import threading
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
-from numpy.typing import NDArray
 from torch import nn
 
 from effnet_quant.api import create_model
-from effnet_quant.engines.compiled import Compiled, ImageInput, Settings
+from effnet_quant.engines.compiled import Arrays, Compiled, Settings
+from effnet_quant.engines.signature import ArrayInput, ArrayOutput, Signature
 from effnet_quant.errors import UserError
 from effnet_quant.export.tracing import image_channels
 from effnet_quant.models.registry import get_entry
 from effnet_quant.models.weights import read_weights
 from effnet_quant.quantization.placement.insertion import quantizers
+from effnet_quant.tasks import get_task
 
 DEVICES = ("cpu", "cuda")
 PRECISIONS = ("fp32", "bf16", "fp16")
@@ -44,11 +45,23 @@ def compile_file(path: Path, settings: Settings) -> Compiled:
     run = _Run(model, torch.device(settings.device), _AUTOCAST.get(settings.precision), settings.threads)
     simulated = any(True for _ in quantizers(model))
     precision = f"int8 simulated in {settings.precision}" if simulated else settings.precision
-    return Compiled(run, ImageInput("input", "float32", (channels, size, size)), precision, weights.card, metadata)
+    image = ArrayInput("input", "float32", (channels, size, size))
+    return Compiled(
+        run,
+        Signature((image,), (ArrayOutput(get_task(weights.card.task).output_names[0], "float32"),)),
+        precision,
+        weights.card,
+        metadata,
+    )
 
 
 class _Run:
-    """Runs a model on NumPy images, with threads of its own if given: PyTorch's setting is the process's."""
+    """Runs a model on NumPy arrays, with threads of its own if given.
+
+    PyTorch's number of threads is the process's, so runs that set it take turns, whichever engine they are of.
+    """
+
+    _setting_threads = threading.Lock()
 
     def __init__(self, model: nn.Module, device: torch.device, dtype: torch.dtype | None, threads: int | None) -> None:
         self._model = model
@@ -56,16 +69,21 @@ class _Run:
         self._dtype = dtype
         self._threads = threads
 
-    def __call__(self, images: NDArray[Any]) -> NDArray[np.float32]:
-        before = torch.get_num_threads()
-        if self._threads is not None:
+    def __call__(self, arrays: Arrays) -> Arrays:
+        if self._threads is None:
+            return self._compute(arrays)
+        with self._setting_threads:
+            before = torch.get_num_threads()
             torch.set_num_threads(self._threads)
-        try:
-            with (
-                torch.inference_mode(),
-                torch.autocast(self._device.type, dtype=self._dtype, enabled=self._dtype is not None),
-            ):
-                return np.asarray(self._model(torch.from_numpy(images).to(self._device)).float().cpu())
-        finally:
-            if self._threads is not None:
+            try:
+                return self._compute(arrays)
+            finally:
                 torch.set_num_threads(before)
+
+    def _compute(self, arrays: Arrays) -> Arrays:
+        with (
+            torch.inference_mode(),
+            torch.autocast(self._device.type, dtype=self._dtype, enabled=self._dtype is not None),
+        ):
+            output = self._model(*(torch.from_numpy(array).to(self._device) for array in arrays))
+            return [np.asarray(output.float().cpu())]

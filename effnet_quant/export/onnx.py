@@ -39,7 +39,7 @@ from effnet_quant.export.tracing import (
     trace,
 )
 from effnet_quant.files import replace_file
-from effnet_quant.models.weights import EXTRA_KEY, METADATA_KEY, SIGNATURE_KEY
+from effnet_quant.models.weights import EXTRA_KEY, METADATA_KEY
 from effnet_quant.quantization.output_quantizer import affine_uint8
 from effnet_quant.quantization.placement.insertion import quantizers
 from effnet_quant.quantization.targets import Target, get_target
@@ -114,8 +114,7 @@ def build_onnx(
     card = replace(card or ModelCard.from_json(metadata or {}, "metadata"), target=rules.name, float_operations=left)
     entries = {
         METADATA_KEY: card.to_json(),
-        SIGNATURE_KEY: {"image_size": image_size, **describe(image, options)},
-        EXTRA_KEY: metadata or {},
+        EXTRA_KEY: {"image_size": image_size, **describe(image, options), **(metadata or {})},
     }
     onnx.helper.set_model_props(proto, {key: json.dumps(value, sort_keys=True) for key, value in entries.items()})
     onnx.checker.check_model(proto, full_check=True)

@@ -22,7 +22,6 @@ from effnet_quant.errors import UserError
 from effnet_quant.files import replace_file
 
 METADATA_KEY = "effnet_quant"  # of the card, in .safetensors and ONNX files
-SIGNATURE_KEY = "effnet_quant.signature"  # of what an ONNX file takes and gives
 EXTRA_KEY = "effnet_quant.metadata"  # of what else the exporting program had to say
 EMA_KEY = "state_dict_ema"  # in checkpoints, as in NVIDIA's
 _RANGE_SUFFIXES = ("_quantizer._amax", "_quantizer._amin")

@@ -14,14 +14,25 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from effnet_quant.engines.compiled import ImageInput
+from effnet_quant.card import ModelCard
 from effnet_quant.engines.onnx_file import read_onnx
+from effnet_quant.engines.signature import ArrayOutput, Signature
 from effnet_quant.engines.tensorrt.plans import find_plan
 from effnet_quant.errors import UserError
 from effnet_quant.files import replace_file
 from effnet_quant.serving.settings import FILE_NAMES, MAX_BATCH, QUEUE_DELAY_US, Serving
 
-_TYPES = {"float32": "TYPE_FP32", "float16": "TYPE_FP16", "uint8": "TYPE_UINT8"}
+_TYPES = {
+    "float64": "TYPE_FP64",
+    "float32": "TYPE_FP32",
+    "float16": "TYPE_FP16",
+    "bfloat16": "TYPE_BF16",
+    "uint8": "TYPE_UINT8",
+    "int8": "TYPE_INT8",
+    "int32": "TYPE_INT32",
+    "int64": "TYPE_INT64",
+    "bool": "TYPE_BOOL",
+}
 _LABELS = "labels.txt"
 
 
@@ -29,9 +40,8 @@ _LABELS = "labels.txt"
 class _Model:
     """What the server has to know of a file."""
 
-    input: ImageInput
-    output: str
-    metadata: dict[str, Any]
+    signature: Signature
+    card: ModelCard
 
 
 def write_model(
@@ -57,7 +67,7 @@ def write_model(
     if not name or "/" in name or name.startswith("."):
         raise UserError(f"'{name}' can't be the name of a model; choose another with --name.")
     model = _read(path, serving.backend)
-    config = model_config(name, model.input, model.output, model.metadata, serving)
+    config = model_config(name, model.signature, model.card, serving)
     folder = repository / name
     number = version if version is not None else max([0, *_versions(folder)]) + 1
     if number < 1:
@@ -65,8 +75,8 @@ def write_model(
     if number in _versions(folder):
         raise UserError(f"{folder} has a version {number} already; leave --version out for the next one.")
     texts = {"config.pbtxt": config}
-    if labels := model.metadata.get("classes"):
-        texts[_LABELS] = "".join(f"{' '.join(str(label).split())}\n" for label in labels)
+    if labels := model.card.classes:
+        texts[_LABELS] = "".join(f"{' '.join(label.split())}\n" for label in labels)
     started = not folder.exists()
     staged: Path | None = None
     try:
@@ -89,13 +99,13 @@ def write_model(
     return folder / str(number)
 
 
-def model_config(name: str, image_input: ImageInput, output: str, metadata: dict[str, Any], serving: Serving) -> str:
-    """The text of ``config.pbtxt``.
+def model_config(name: str, signature: Signature, card: ModelCard, serving: Serving) -> str:
+    """The text of ``config.pbtxt``: a block for each input and each output.
 
     Raises:
         UserError: the file can't be served as asked.
     """
-    smallest, largest = image_input.smallest_batch, image_input.largest_batch
+    smallest, largest = signature.smallest_batch, signature.largest_batch
     if serving.backend == "tensorrt" and smallest > 1 and largest != smallest:
         raise UserError("the plan takes no single images; build it with --min-batch 1 to serve it.")
     # a file with a fixed batch is no batching model to Triton: its batch is one more dimension. So it is for OpenVINO
@@ -104,25 +114,25 @@ def model_config(name: str, image_input: ImageInput, output: str, metadata: dict
     if batch and not (serving.max_batch is None and serving.queue_delay_us is None):
         joins = "OpenVINO in Triton" if serving.backend == "openvino" else "a file with a fixed batch"
         raise UserError(f"{joins} takes each request by itself; leave --max-batch and --queue-delay out.")
-    classes = metadata.get("classes")
-    count = metadata.get("num_classes") or (len(classes) if classes else -1)
-    image = [-1 if size is None else size for size in image_input.shape]
     max_batch = min(serving.max_batch or largest or MAX_BATCH, largest or 1 << 30)
     lines = [
         f"name: {_text(name)}",
         f"backend: {_text(serving.backend)}",
         f"default_model_filename: {_text(FILE_NAMES[serving.backend])}",
         f"max_batch_size: {0 if batch else max_batch}",
-        *_block("input", _tensor(image_input.name, _TYPES[image_input.dtype], [*batch, *image])),
-        *_block("output", _tensor(output, "TYPE_FP32", [*batch, count], has_labels=bool(classes))),
     ]
+    for taken in signature.inputs:
+        lines += _block("input", _tensor(taken.name, taken.dtype, [*batch, *_open(taken.shape)]))
+    for output in signature.outputs:
+        labels = bool(card.classes) and len(signature.outputs) == 1
+        lines += _block("output", _tensor(output.name, output.dtype, [*batch, *_dims(output, signature, card)], labels))
     if not batch:
         delay = QUEUE_DELAY_US if serving.queue_delay_us is None else serving.queue_delay_us
         lines += _block("dynamic_batching", [f"max_queue_delay_microseconds: {delay}"])
     kind = "KIND_GPU" if serving.device == "cuda" else "KIND_CPU"
     lines += _block("instance_group", [f"count: {serving.instances}", f"kind: {kind}"])
-    if "preprocessing" in metadata:  # for clients, who read the configuration from the server
-        value = json.dumps(metadata["preprocessing"], sort_keys=True)
+    if card.input is not None:  # for clients, who read the configuration from the server
+        value = json.dumps(card.input.to_json(), sort_keys=True)
         entry = ['key: "preprocessing"', *_block("value", [f"string_value: {_text(value)}"])]
         lines += _block("parameters", entry)
     return "\n".join(lines) + "\n"
@@ -137,18 +147,34 @@ def _read(path: Path, backend: str) -> _Model:
             raise UserError(
                 f"{path} is no plan with its description {path.name}.json beside it; build it with model2trt.py."
             )
-        return _Model(plan.input, plan.output, plan.metadata)
+        return _Model(plan.signature, plan.card)
     file = read_onnx(path)
-    return _Model(file.input, file.output, file.metadata)
+    return _Model(file.signature, file.card)
 
 
 def _versions(folder: Path) -> list[int]:
     return [int(entry.name) for entry in folder.iterdir() if entry.name.isdecimal()] if folder.is_dir() else []
 
 
-def _tensor(name: str, data_type: str, dims: list[int], *, has_labels: bool = False) -> Iterator[str]:
+def _open(shape: tuple[int | None, ...]) -> list[int]:
+    return [-1 if size is None else size for size in shape]
+
+
+def _dims(output: ArrayOutput, signature: Signature, card: ModelCard) -> list[int]:
+    """Of an output, without the batch. The only one of a file is a classifier's, whose classes the card counts."""
+    count = card.num_classes or (len(card.classes) if card.classes else None)
+    if len(signature.outputs) == 1 and output.shape in (None, (None,)):
+        return _open((count,))
+    if output.shape is None:
+        raise UserError(f"the file does not say which shape '{output.name}' has; export it again.")
+    return _open(output.shape)
+
+
+def _tensor(name: str, dtype: str, dims: list[int], has_labels: bool = False) -> Iterator[str]:
+    if dtype not in _TYPES:
+        raise UserError(f"Triton has no type for '{name}', which is {dtype}; export it in another.")
     yield f"name: {_text(name)}"
-    yield f"data_type: {data_type}"
+    yield f"data_type: {_TYPES[dtype]}"
     yield f"dims: {dims}"
     if has_labels:
         yield f"label_filename: {_text(_LABELS)}"

@@ -13,8 +13,8 @@ from torch import nn
 
 from effnet_quant import UserError, calibrate, create_model, export_onnx, load_engine, quantize
 from effnet_quant.card import ModelCard
-from effnet_quant.engines import cpu, openvino
-from effnet_quant.engines.compiled import run_in_batches
+from effnet_quant.engines import cpu, onnxruntime, openvino
+from effnet_quant.engines.compiled import Settings, run_in_batches
 from effnet_quant.engines.onnx_file import read_onnx
 from effnet_quant.engines.runtimes import BACKENDS, get_backend
 from effnet_quant.export.options import ExportOptions, Normalisation
@@ -69,16 +69,20 @@ def test_a_file_with_a_fixed_batch_takes_any_number_of_images(backend: str, coun
 def test_batches_are_split_and_filled_up_and_no_copy_comes_out() -> None:
     seen = []
 
-    def run(images: np.ndarray) -> np.ndarray:
+    def run(arrays: list[np.ndarray]) -> list[np.ndarray]:
+        images, factors = arrays
         seen.append(len(images))
-        return images.reshape(len(images), -1)
+        return [images.reshape(len(images), -1) * factors, factors]
 
-    images = np.arange(11, dtype=np.float32).reshape(11, 1, 1, 1)
-    assert run_in_batches(run, images, 2, 5)[:, 0].tolist() == list(range(11))
-    assert seen == [5, 5, 2]
-    seen.clear()
-    assert run_in_batches(run, images, 1, None)[:, 0].tolist() == list(range(11))
-    assert seen == [11]
+    arrays = [np.arange(11, dtype=np.float32).reshape(11, 1, 1, 1), np.arange(11)[:, None]]
+    for smallest, largest, batches in ((2, 5, [5, 5, 2]), (1, None, [11]), (4, 4, [4, 4, 4]), (16, None, [16])):
+        seen.clear()
+        squares, factors = run_in_batches(run, arrays, smallest, largest)
+        assert squares[:, 0].tolist() == [number**2 for number in range(11)]
+        assert factors[:, 0].tolist() == list(range(11))
+        assert seen == batches
+    with pytest.raises(UserError, match="no batch; call the engine with 5 entries"):
+        run_in_batches(lambda arrays: [arrays[0].sum()], arrays, 1, 5)
 
 
 @pytest.mark.parametrize("backend", ONNX_BACKENDS)
@@ -104,19 +108,24 @@ def test_one_thread_or_two_compute_the_same(backend: str, path: Path) -> None:
     np.testing.assert_allclose(one(images), two(images), rtol=1e-4, atol=1e-4)
 
 
-def test_openvino_compiles_the_first_shapes_apart_and_gives_the_same_logits(path: Path) -> None:
-    engine = load_engine(path, "openvino", threads=1)
+def test_openvino_compiles_powers_of_two_and_prepared_batches_apart(path: Path) -> None:
     images = np.random.default_rng(0).standard_normal((7, 3, 32, 32)).astype(np.float32)
     expected = load_engine(path)(images)
-    first = [engine(images[:count]) for count in range(1, 8)]
-    for count, logits in enumerate(first, 1):
+    engines = [load_engine(path, "openvino", threads=1) for _ in range(2)]
+    for engine in engines:
+        engine.warm_up(5)
+    upwards = {count: engines[0](images[:count]) for count in range(1, 8)}
+    downwards = {count: engines[1](images[:count]) for count in range(7, 0, -1)}
+    for count, logits in upwards.items():
         # a value that rounds the other way ends as about 1e-2 in these random-weight logits
         assert np.linalg.norm(logits - expected[:count]) < 3e-2 * np.linalg.norm(expected[:count])
-        assert np.array_equal(engine(images[:count]), logits)
-    run = engine._run
-    assert len(run._requests) == openvino.SHAPES_COMPILED < 7
-    for request in (*run._requests.values(), run._any_shape):
-        assert request.get_compiled_model().get_property("INFERENCE_NUM_THREADS") == 1
+        assert np.array_equal(engines[0](images[:count]), logits)
+        assert np.array_equal(downwards[count], logits), "the answer does not follow from what came before"
+    run = engines[0]._run
+    assert {shape[0] for (shape,) in run._networks} == {1, 2, 4, 5}
+    for network in (*run._networks.values(), run._any_shape):
+        (compiled,) = network.compiled
+        assert compiled.get_property("INFERENCE_NUM_THREADS") == 1
 
 
 @torch.no_grad()
@@ -214,6 +223,28 @@ def test_sums_of_the_largest_products_do_not_saturate(backend: str, spec: str, t
     np.testing.assert_allclose(logits, model(images).numpy(), rtol=1e-4)
     export_onnx(model, tmp_path / "floats.onnx", 5, target=backend, options=ExportOptions(float_weights=True))
     assert not read_onnx(tmp_path / "floats.onnx").fits_16_bits
+
+
+@pytest.mark.parametrize(
+    ("flags", "exact_kernels"),
+    [
+        ({"avx2", "avx512f"}, True),
+        ({"avx2", "avx_vnni"}, False),
+        ({"avx512f", "avx512_vnni"}, False),
+        (None, True),  # unknown: right before fast
+    ],
+)
+def test_onnxruntime_is_asked_for_slower_exact_kernels_only_where_the_fast_ones_saturate(
+    flags: set[str] | None, exact_kernels: bool, path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for module in (cpu, onnxruntime):
+        monkeypatch.setattr(module, "cpu_flags", lambda: flags)
+    options = onnxruntime.session_options(read_onnx(path), Settings("cpu", "fp32"))
+    if exact_kernels:
+        assert options.get_session_config_entry("session.x64quantprecision") == "1"
+    else:
+        with pytest.raises(RuntimeError, match="does not have configuration"):
+            options.get_session_config_entry("session.x64quantprecision")
 
 
 class Residual(nn.Module):

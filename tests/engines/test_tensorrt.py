@@ -13,7 +13,7 @@ import torch
 
 from effnet_quant import UserError, calibrate, create_model, export_onnx, load_engine, quantize
 from effnet_quant.cli import model2trt
-from effnet_quant.engines.compiled import ImageInput
+from effnet_quant.engines.signature import ArrayInput, ArrayOutput, Signature
 from effnet_quant.engines.tensorrt import library
 from effnet_quant.engines.tensorrt.build_options import HARDWARE_COMPATIBILITY, BuildOptions, Machine, plan_key
 from effnet_quant.engines.tensorrt.inspector import LayerPrecision, format_layers, read_layers, summarize
@@ -21,7 +21,7 @@ from effnet_quant.engines.tensorrt.plans import Plan, compile_engine, find_plan,
 
 ROOT = Path(__file__).parents[2]
 MACHINE = Machine("NVIDIA H100 80GB HBM3", "9.0", "11.4.0.106")
-OPEN = ImageInput("input", "float32", (3, 32, 32))
+OPEN = ArrayInput("input", "float32", (3, 32, 32))
 
 
 def why_not() -> str:
@@ -91,16 +91,19 @@ def test_options_that_contradict_each_other_are_refused(options: dict, sentence:
 
 def test_profiles_cover_what_the_file_leaves_open() -> None:
     options = BuildOptions(1, 8, 64)
-    assert library.profile_shapes(OPEN, options) == ((1, 3, 32, 32), (8, 3, 32, 32), (64, 3, 32, 32))
-    assert with_profile(OPEN, options) == ImageInput("input", "float32", (3, 32, 32), 1, 64)
-    fixed = ImageInput("input", "float32", (3, 32, 32), 4, 4)
-    assert library.profile_shapes(fixed, options) == (None, None, None)
+    profile = {"input": ((1, 3, 32, 32), (8, 3, 32, 32), (64, 3, 32, 32))}
+    assert library.profile_shapes([OPEN], options) == profile
+    flags = ArrayInput("flags", "int64", (7,))
+    assert library.profile_shapes([OPEN, flags], options) == {**profile, "flags": ((1, 7), (8, 7), (64, 7))}
+    assert with_profile(OPEN, options) == ArrayInput("input", "float32", (3, 32, 32), 1, 64)
+    fixed = ArrayInput("input", "float32", (3, 32, 32), 4, 4)
+    assert library.profile_shapes([fixed], options) == {}
     assert with_profile(fixed, options) == fixed
-    pixels = ImageInput("input", "uint8", (None, None, 3))
+    pixels = ArrayInput("input", "uint8", (None, None, 3))
     with pytest.raises(UserError, match="any size; say which with --image-size"):
-        library.profile_shapes(pixels, options)
+        library.profile_shapes([pixels], options)
     sized = BuildOptions(1, 8, 64, image_size=96)
-    assert library.profile_shapes(pixels, sized)[1] == (8, 96, 96, 3)
+    assert library.profile_shapes([pixels], sized)["input"][1] == (8, 96, 96, 3)
     assert with_profile(pixels, sized).shape == (96, 96, 3)
 
 
@@ -171,7 +174,8 @@ def test_the_report_counts_layers_by_kind_and_type() -> None:
 def plan_of(path: Path, content: bytes) -> Plan:
     layers, options = read_layers(json.dumps(TENSORRT_10)), BuildOptions()
     digest = hashlib.sha256(content).hexdigest()
-    return Plan(path, digest, MACHINE, options, with_profile(OPEN, options), "logits", {"classes": ["a"]}, layers)
+    takes = Signature((with_profile(OPEN, options),), (ArrayOutput("logits", "float32", (None,)),))
+    return Plan(path, digest, MACHINE, options, takes, {"classes": ["a"]}, layers)
 
 
 def test_a_plan_and_its_description_belong_together(tmp_path: Path) -> None:
@@ -183,6 +187,11 @@ def test_a_plan_and_its_description_belong_together(tmp_path: Path) -> None:
     plan.path.write_bytes(b"another plan")
     assert find_plan(plan.path) is None
     write_plan(plan, b"plan")
+    described = json.loads((tmp_path / "model.plan.json").read_text())
+    (image,), (logits,) = described.pop("inputs"), described.pop("outputs")
+    del described["structure"]
+    (tmp_path / "model.plan.json").write_text(json.dumps({**described, "input": image, "output": logits["name"]}))
+    assert find_plan(plan.path).input == plan.input  # as versions before this one described it
     (tmp_path / "model.plan.json").write_text('{"sha256": ')
     assert find_plan(plan.path) is None
 
@@ -193,7 +202,7 @@ def test_what_was_built_is_not_built_again(
     builds = []
 
     def build(
-        _trt: object, model: bytes, _input: ImageInput, options: BuildOptions, timings: bytes
+        _trt: object, model: bytes, _inputs: object, options: BuildOptions, timings: bytes
     ) -> tuple[bytes, bytes]:
         builds.append(timings)
         return b"plan of " + model[:8] + str(options.largest_batch).encode(), timings + b"measured;"

@@ -1,5 +1,6 @@
 """What is asked of TensorRT, and what is done with its answers, against reference/fake_tensorrt.py."""
 
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -9,6 +10,7 @@ import torch
 
 from effnet_quant import UserError, create_model, export_onnx, load_engine
 from effnet_quant.engines.onnx_file import read_onnx
+from effnet_quant.engines.signature import ArrayInput
 from effnet_quant.engines.tensorrt import backend as tensorrt
 from effnet_quant.engines.tensorrt import library
 from effnet_quant.engines.tensorrt.build_options import BuildOptions
@@ -65,12 +67,24 @@ def test_a_plan_computes_what_the_graph_says_at_every_batch(install: Any, path: 
     assert card.live_bytes() == 12 * fake.ACTIVATIONS
 
 
+def test_callers_in_several_threads_do_not_meet_on_the_card(install: Any, path: Path) -> None:
+    install()
+    engine = load_engine(compile_engine(path, options=OPTIONS).path, "tensorrt")
+    images = np.random.default_rng(0).standard_normal((7, 3, 32, 32), np.float32)
+    alone = [engine(images[:count]) for count in range(1, 8)]
+    order = np.random.default_rng(1).integers(0, 7, 200).tolist()
+    with ThreadPoolExecutor(8) as callers:
+        answers = list(callers.map(lambda index: engine(images[: index + 1]), order))
+    assert all(np.array_equal(answer, alone[index]) for index, answer in zip(order, answers, strict=True))
+
+
 def test_a_plan_of_another_tool_says_what_it_takes(install: Any, path: Path, tmp_path: Path) -> None:
     install()
     bare = tmp_path / "bare.plan"
     bare.write_bytes(compile_engine(path, options=OPTIONS).path.read_bytes())
     engine = load_engine(bare, "tensorrt")
-    assert (engine.input, engine.precision) == (tensorrt.ImageInput("input", "float32", (3, 32, 32), 1, 12), "unknown")
+    assert engine.inputs == (ArrayInput("input", "float32", (3, 32, 32), 1, 12),)
+    assert engine.precision == "unknown"
     assert engine(np.zeros((3, 3, 32, 32), np.float32)).shape == (3, 10)
 
 
@@ -164,4 +178,4 @@ def test_what_tensorrt_does_not_read_is_named(install: Any, path: Path) -> None:
     model = fake.onnx.load(path)
     model.graph.node.append(fake.onnx.helper.make_node("NonZero", ["input"], ["places"]))
     with pytest.raises(UserError, match="can't read the ONNX file: NonZero: no importer"):
-        library.build_plan(trt, model.SerializeToString(), read_onnx(path).input, OPTIONS, b"")
+        library.build_plan(trt, model.SerializeToString(), read_onnx(path).signature.inputs, OPTIONS, b"")

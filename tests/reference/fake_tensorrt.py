@@ -57,7 +57,8 @@ class Card:
         return tensor
 
     @contextlib.contextmanager
-    def capture(self, graph: "Graph", stream: Any) -> Iterator[None]:
+    def capture(self, graph: "Graph", stream: Any, capture_error_mode: str) -> Iterator[None]:
+        assert capture_error_mode == "thread_local"  # other threads use the card meanwhile
         self.recording = graph.work
         yield
         self.recording = None

@@ -14,8 +14,8 @@ from google.protobuf import text_format
 
 from effnet_quant import UserError, create_model, export_onnx
 from effnet_quant.cli import triton_repository as command
-from effnet_quant.engines.compiled import ImageInput
 from effnet_quant.engines.openvino import shared_core
+from effnet_quant.engines.signature import ArrayInput, ArrayOutput, Signature
 from effnet_quant.engines.tensorrt.build_options import BuildOptions, Machine
 from effnet_quant.engines.tensorrt.plans import Plan, write_plan
 from effnet_quant.serving.settings import Serving
@@ -127,9 +127,11 @@ def test_each_backend_is_configured_as_it_batches(path: Path, schema: ModuleType
 
 def test_a_plan_is_served_on_the_card_in_its_own_batches(schema: ModuleType, tmp_path: Path) -> None:
     machine, options = Machine("a card", "9.0", "11.4"), BuildOptions(1, 8, 64)
-    image = ImageInput("input", "uint8", (32, 32, 3), 1, 64)
+    image, logits = ArrayInput("input", "uint8", (32, 32, 3), 1, 64), ArrayOutput("logits", "float32")
     digest = hashlib.sha256(b"plan").hexdigest()
-    plan = Plan(tmp_path / "b0.plan", digest, machine, options, image, "logits", {"classes": ["a", "b"]}, [])
+    plan = Plan(
+        tmp_path / "b0.plan", digest, machine, options, Signature((image,), (logits,)), {"classes": ["a", "b"]}, []
+    )
     write_plan(plan, b"plan")
     assert command.job([str(plan.path), str(tmp_path / "models"), "--max-batch", "128"]) == 0
     folder = tmp_path / "models" / "b0"
@@ -145,8 +147,9 @@ def test_a_plan_is_served_on_the_card_in_its_own_batches(schema: ModuleType, tmp
 
 
 def test_a_fixed_batch_is_a_dimension_to_triton(schema: ModuleType) -> None:
-    image = ImageInput("input", "float32", (3, None, None), 4, 4)
-    text = model_config("fixed", image, "logits", {}, Serving("onnxruntime"))
+    image = ArrayInput("input", "float32", (3, None, None), 4, 4)
+    signature = Signature((image,), (ArrayOutput("logits", "float32"),))
+    text = model_config("fixed", signature, {}, Serving("onnxruntime"))
     config = text_format.Parse(text, schema.ModelConfig())
     assert config.max_batch_size == 0
     assert not config.HasField("dynamic_batching")
@@ -154,7 +157,24 @@ def test_a_fixed_batch_is_a_dimension_to_triton(schema: ModuleType) -> None:
     assert list(config.output[0].dims) == [4, -1]
     assert config.output[0].label_filename == ""
     with pytest.raises(UserError, match="a file with a fixed batch takes each request by itself"):
-        model_config("fixed", image, "logits", {}, Serving("onnxruntime", max_batch=4))
+        model_config("fixed", signature, {}, Serving("onnxruntime", max_batch=4))
+
+
+def test_every_input_and_output_is_served(schema: ModuleType) -> None:
+    inputs = (ArrayInput("image", "float32", (3, 8, 6)), ArrayInput("tokens", "int64", (None,)))
+    outputs = (ArrayOutput("boxes", "float32", (None, 4)), ArrayOutput("kinds", "int32", (5,)))
+    signature = Signature(inputs, outputs, {"tuple": [0, 1]})
+    text = model_config("detector", signature, {"classes": ["a", "b"]}, Serving("onnxruntime"))
+    config = text_format.Parse(text, schema.ModelConfig())
+    assert [(value.name, value.data_type, list(value.dims)) for value in config.input] == [
+        ("image", schema.TYPE_FP32, [3, 8, 6]),
+        ("tokens", schema.TYPE_INT64, [-1]),
+    ]
+    assert [(value.name, value.data_type, list(value.dims)) for value in config.output] == [
+        ("boxes", schema.TYPE_FP32, [-1, 4]),
+        ("kinds", schema.TYPE_INT32, [5]),
+    ]
+    assert not any(value.label_filename for value in config.output)
 
 
 def test_what_can_not_be_served_is_said_and_leaves_nothing(path: Path, tmp_path: Path) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from collections import OrderedDict
 from dataclasses import dataclass
 from pathlib import Path
@@ -9,10 +10,10 @@ from typing import Any
 
 import numpy as np
 import torch
-from numpy.typing import NDArray
 
 from effnet_quant.card import ModelCard
-from effnet_quant.engines.compiled import Compiled, ImageInput, Settings
+from effnet_quant.engines.compiled import Arrays, Compiled, Settings
+from effnet_quant.engines.signature import ArrayInput, ArrayOutput, Signature
 from effnet_quant.engines.tensorrt import library
 from effnet_quant.engines.tensorrt.library import LoadedPlan
 from effnet_quant.engines.tensorrt.plans import compile_engine, find_plan
@@ -21,9 +22,18 @@ from effnet_quant.errors import UserError
 DEVICES = ("cuda",)
 PRECISIONS = ("explicit",)  # all of it is in the graph
 GRAPHS_KEPT = 8
-_DTYPES = {"FLOAT": torch.float32, "HALF": torch.float16, "BF16": torch.bfloat16, "UINT8": torch.uint8}
+# TensorRT's names of NumPy's types, all of which PyTorch has too
+_TYPES = {
+    "FLOAT": "float32",
+    "HALF": "float16",
+    "UINT8": "uint8",
+    "INT8": "int8",
+    "INT32": "int32",
+    "INT64": "int64",
+    "BOOL": "bool",
+}
 _COMPUTED = ("int8", "fp8", "fp16", "bf16", "fp32")
-_INPUT_DTYPES = {"FLOAT": "float32", "HALF": "float16", "UINT8": "uint8"}
+Shapes = tuple[tuple[int, ...], ...]
 
 
 def compile_file(path: Path, settings: Settings) -> Compiled:
@@ -43,98 +53,116 @@ def compile_file(path: Path, settings: Settings) -> Compiled:
             f"{path} is no TensorRT plan for this card and TensorRT {trt.__version__}; build it here with model2trt.py. "
             f"TensorRT says: {error}"
         ) from error
-    image_input = plan.input if plan is not None else _input_of(trt, loaded.engine)
-    run = _Run(trt, loaded, image_input.name, _output_name(trt, loaded.engine))
+    signature = plan.signature if plan is not None else _signature_of(trt, loaded.engine)
+    run = _Run(trt, loaded, signature)
     types = {layer.computes_in for layer in plan.layers} if plan is not None else set()
     precision = " + ".join(name for name in _COMPUTED if name in types)
     card, metadata = (ModelCard(), {}) if plan is None else (plan.card, plan.metadata)
-    return Compiled(run, image_input, precision or "unknown", card, metadata, run.forget)
+    return Compiled(run, signature, precision or "unknown", card, metadata, forget=run.forget)
 
 
 @dataclass(frozen=True)
 class _Graph:
-    """One batch size: its buffers and its captured work, with what the work uses.
+    """The inputs' shapes of one run: its buffers and its captured work, with what the work uses.
 
     The context is its own because a captured graph must find it as it was when it was captured.
     """
 
-    images: torch.Tensor
-    logits: torch.Tensor
+    inputs: list[torch.Tensor]
+    outputs: list[torch.Tensor]
     captured: torch.cuda.CUDAGraph
     context: Any
     memory: torch.Tensor
 
 
 class _Run:
-    """Runs a plan on NumPy images; a batch size that comes up again is replayed as a CUDA graph."""
+    """Runs a plan on NumPy arrays; shapes that come up again are replayed as a CUDA graph.
 
-    def __init__(self, trt: Any, plan: LoadedPlan, input_name: str, output_name: str) -> None:
+    Graphs share buffers and memory, so the card works for one caller at a time.
+    """
+
+    def __init__(self, trt: Any, plan: LoadedPlan, signature: Signature) -> None:
         self._trt = trt
         self._plan = plan
-        self._input_name = input_name
-        self._output_name = output_name
+        self._inputs = [value.name for value in signature.inputs]
+        self._outputs = [value.name for value in signature.outputs]
         self._stream = torch.cuda.Stream()
+        self._running = threading.Lock()
         self.forget()
 
     def forget(self) -> None:
         """Let go of all graphs and their memory."""
-        self._graphs: OrderedDict[int, _Graph] = OrderedDict()
-        self._memory = torch.empty(0, dtype=torch.uint8, device="cuda")
+        with self._running:
+            self._graphs: OrderedDict[Shapes, _Graph] = OrderedDict()
+            self._memory = torch.empty(0, dtype=torch.uint8, device="cuda")
 
-    def __call__(self, images: NDArray[Any]) -> NDArray[np.float32]:
-        with torch.cuda.stream(self._stream):
-            graph = self._graphs.pop(len(images), None) or self._capture(images.shape)
-            self._graphs[len(images)] = graph  # the last used are kept
+    def __call__(self, arrays: Arrays) -> Arrays:
+        shapes = tuple([array.shape for array in arrays])
+        with self._running, torch.cuda.stream(self._stream):
+            graph = self._graphs.pop(shapes, None) or self._capture(shapes)
+            self._graphs[shapes] = graph  # the last used are kept
             if len(self._graphs) > GRAPHS_KEPT:
                 self._graphs.popitem(last=False)
-            graph.images.copy_(torch.from_numpy(images))
+            for buffer, array in zip(graph.inputs, arrays, strict=True):
+                buffer.copy_(torch.from_numpy(array))
             graph.captured.replay()
-            return np.asarray(graph.logits.float().cpu())
+            return [np.asarray(output.cpu()) for output in graph.outputs]
 
-    def _capture(self, shape: tuple[int, ...]) -> _Graph:
+    def _capture(self, shapes: Shapes) -> _Graph:
         context = library.create_context(self._trt, self._plan)
-        if not context.set_input_shape(self._input_name, tuple(shape)):
-            raise UserError(f"the plan takes no images of shape {shape}; build it for such batches with model2trt.py.")
+        for name, shape in zip(self._inputs, shapes, strict=True):
+            if not context.set_input_shape(name, tuple(shape)):
+                raise UserError(
+                    f"the plan takes no '{name}' of shape {shape}; build it for such batches with model2trt.py."
+                )
         # Graphs run one after another, so they share the memory for activations. Where it is too small for this one, those
         # that were captured with it keep it: they know its address.
         needed = context.update_device_memory_size_for_shapes()
         if needed > len(self._memory):
             self._memory = torch.empty(needed, dtype=torch.uint8, device="cuda")
         library.set_memory(context, self._memory.data_ptr(), len(self._memory))
-        images = self._buffer(self._input_name, shape)
-        logits = self._buffer(self._output_name, tuple(context.get_tensor_shape(self._output_name)))
-        context.set_tensor_address(self._input_name, images.data_ptr())
-        context.set_tensor_address(self._output_name, logits.data_ptr())
+        inputs = [self._buffer(name, shape) for name, shape in zip(self._inputs, shapes, strict=True)]
+        outputs = [self._buffer(name, tuple(context.get_tensor_shape(name))) for name in self._outputs]
+        for name, buffer in zip([*self._inputs, *self._outputs], [*inputs, *outputs], strict=True):
+            context.set_tensor_address(name, buffer.data_ptr())
         # once before the capture: the first run after a new shape sets up what must not be captured
         self._enqueue(context)
         self._stream.synchronize()
         captured = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(captured, stream=self._stream):
+        # thread_local: what other threads do with the card meanwhile, e.g. with other engines, is none of this capture's
+        with torch.cuda.graph(captured, stream=self._stream, capture_error_mode="thread_local"):
             self._enqueue(context)
-        return _Graph(images, logits, captured, context, self._memory)
+        return _Graph(inputs, outputs, captured, context, self._memory)
 
     def _buffer(self, name: str, shape: tuple[int, ...]) -> torch.Tensor:
-        engine = self._plan.engine
-        return torch.empty(shape, dtype=_DTYPES[engine.get_tensor_dtype(name).name], device="cuda")
+        dtype = _type(self._plan.engine, name)
+        return torch.empty(shape, dtype=getattr(torch, dtype), device="cuda")
 
     def _enqueue(self, context: Any) -> None:
         if not context.execute_async_v3(self._stream.cuda_stream):
             raise UserError(f"TensorRT can't run the plan: {library.first_line(self._plan.logger.errors)}")
 
 
-def _names(trt: Any, engine: Any, mode: Any) -> list[str]:
+def _signature_of(trt: Any, engine: Any) -> Signature:
+    """What a plan of another tool takes, by its first optimization profile, and its first output."""
+    inputs = tuple(_input_of(engine, name) for name in _names(engine, trt.TensorIOMode.INPUT))
+    output = _names(engine, trt.TensorIOMode.OUTPUT)[0]
+    return Signature(inputs, (ArrayOutput(output, _type(engine, output)),))
+
+
+def _names(engine: Any, mode: Any) -> list[str]:
     names = [engine.get_tensor_name(index) for index in range(engine.num_io_tensors)]
     return [name for name in names if engine.get_tensor_mode(name) == mode]
 
 
-def _output_name(trt: Any, engine: Any) -> str:
-    return _names(trt, engine, trt.TensorIOMode.OUTPUT)[0]
-
-
-def _input_of(trt: Any, engine: Any) -> ImageInput:
-    """What a plan of another tool takes, by its first optimization profile."""
-    name = _names(trt, engine, trt.TensorIOMode.INPUT)[0]
+def _input_of(engine: Any, name: str) -> ArrayInput:
     smallest, _, largest = (tuple(shape) for shape in engine.get_tensor_profile_shape(name, 0))
-    first, second, third = (low if low == high else None for low, high in zip(smallest[1:], largest[1:], strict=True))
-    dtype = _INPUT_DTYPES[engine.get_tensor_dtype(name).name]
-    return ImageInput(name, dtype, (first, second, third), smallest[0], largest[0])
+    shape = tuple(low if low == high else None for low, high in zip(smallest[1:], largest[1:], strict=True))
+    return ArrayInput(name, _type(engine, name), shape, smallest[0], largest[0])
+
+
+def _type(engine: Any, name: str) -> str:
+    kind = engine.get_tensor_dtype(name).name
+    if kind not in _TYPES:
+        raise UserError(f"the plan has '{name}' in {kind}, which arrays can't hold; cast it to FLOAT in the ONNX file.")
+    return _TYPES[kind]

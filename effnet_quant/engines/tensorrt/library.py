@@ -6,12 +6,13 @@ Written against their Python API (docs.nvidia.com/deeplearning/tensorrt).
 from __future__ import annotations
 
 import sys
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 
-from effnet_quant.engines.compiled import ImageInput
+from effnet_quant.engines.signature import ArrayInput
 from effnet_quant.engines.tensorrt.build_options import BuildOptions, Machine
 from effnet_quant.errors import UserError
 
@@ -65,14 +66,14 @@ def make_logger(trt: Any) -> Any:
 
 
 def build_plan(
-    trt: Any, model: bytes, image_input: ImageInput, options: BuildOptions, timings: bytes
+    trt: Any, model: bytes, inputs: Sequence[ArrayInput], options: BuildOptions, timings: bytes
 ) -> tuple[bytes, bytes]:
     """Build the plan of an ONNX model.
 
     Args:
         trt: the module.
         model: the ONNX file's bytes.
-        image_input: what it takes.
+        inputs: what it takes.
         options: what the plan is for.
         timings: an earlier timing cache, or nothing.
 
@@ -97,10 +98,10 @@ def build_plan(
     if options.version_compatible:
         config.set_flag(trt.BuilderFlag.VERSION_COMPATIBLE)
     config.hardware_compatibility_level = _hardware_compatibility(trt, options)
-    smallest, usual, largest = profile_shapes(image_input, options)
-    if smallest is not None:
+    if shapes := profile_shapes(inputs, options):
         profile = builder.create_optimization_profile()
-        profile.set_shape(image_input.name, smallest, usual, largest)
+        for name, (smallest, usual, largest) in shapes.items():
+            profile.set_shape(name, smallest, usual, largest)
         config.add_optimization_profile(profile)
     for known in (timings, b""):  # a cache of another card or version, or a damaged one, is refused
         cache = config.create_timing_cache(known)
@@ -123,25 +124,30 @@ def _hardware_compatibility(trt: Any, options: BuildOptions) -> Any:
     return level
 
 
-Shape = tuple[int, ...] | None
+Shape = tuple[int, ...]
 
 
-def profile_shapes(image_input: ImageInput, options: BuildOptions) -> tuple[Shape, Shape, Shape]:
-    """Shapes of the smallest, the usual and the largest batch, each (N, …); None where the file fixes all sizes.
+def profile_shapes(inputs: Sequence[ArrayInput], options: BuildOptions) -> dict[str, tuple[Shape, Shape, Shape]]:
+    """Shapes of the smallest, the usual and the largest batch, each (N, …), of each input that leaves a size open.
 
     Raises:
-        UserError: the file leaves the image size open and the options do not name one.
+        UserError: the file leaves more open than the batch, and the options name no size.
     """
-    if None in image_input.shape and options.image_size is None:
-        raise UserError("the ONNX file takes images of any size; say which with --image-size.")
-    if image_input.largest_batch is not None and None not in image_input.shape:
-        return None, None, None
-    image = tuple(options.image_size if size is None else size for size in image_input.shape)
+    return {value.name: shapes for value in inputs if (shapes := _shapes_of(value, options)) is not None}
+
+
+def _shapes_of(value: ArrayInput, options: BuildOptions) -> tuple[Shape, Shape, Shape] | None:
+    if None in value.shape and options.image_size is None:
+        what = "images" if value.is_image else f"the input '{value.name}'"
+        raise UserError(f"the ONNX file takes {what} of any size; say which with --image-size.")
+    if value.largest_batch is not None and None not in value.shape:
+        return None
+    sizes = tuple(options.image_size if size is None else size for size in value.shape)
     batches = (options.smallest_batch, options.usual_batch, options.largest_batch)
-    if image_input.largest_batch is not None:
-        batches = (image_input.largest_batch,) * 3
-    smallest, usual, largest = ((batch, *image) for batch in batches)
-    return smallest, usual, largest  # type: ignore[return-value]
+    if value.largest_batch is not None:
+        batches = (value.largest_batch,) * 3
+    smallest, usual, largest = ((batch, *sizes) for batch in batches)
+    return smallest, usual, largest  # type: ignore[return-value]  # image_size is no None here
 
 
 @dataclass(frozen=True)
@@ -193,12 +199,11 @@ def set_memory(context: Any, address: int, size: int) -> None:
         context.device_memory = address
 
 
-def inspect(trt: Any, plan: LoadedPlan, image_input: ImageInput, options: BuildOptions) -> str:
+def inspect(trt: Any, plan: LoadedPlan, inputs: Sequence[ArrayInput], options: BuildOptions) -> str:
     """What the engine inspector says of every layer, at the usual batch, as JSON text."""
     context = _context(plan, trt.ExecutionContextAllocationStrategy.STATIC)
-    _, usual, _ = profile_shapes(image_input, options)
-    if usual is not None:
-        context.set_input_shape(image_input.name, usual)
+    for name, (_, usual, _) in profile_shapes(inputs, options).items():
+        context.set_input_shape(name, usual)
     engine = plan.engine
     inspector = engine.create_engine_inspector()
     inspector.execution_context = context

@@ -10,8 +10,8 @@ from pathlib import Path
 from typing import Any
 
 from effnet_quant.card import ModelCard
-from effnet_quant.engines.compiled import ImageInput
 from effnet_quant.engines.onnx_file import read_onnx
+from effnet_quant.engines.signature import ArrayInput, ArrayOutput, Signature
 from effnet_quant.engines.tensorrt import library
 from effnet_quant.engines.tensorrt.build_options import BuildOptions, Machine, plan_key
 from effnet_quant.engines.tensorrt.inspector import LayerPrecision, read_layers
@@ -28,8 +28,7 @@ class Plan:
         sha256: of the plan's bytes.
         machine: the card and the version it was built with.
         options: what it was built for.
-        input: what it takes.
-        output: name of the logits.
+        signature: what it takes and gives.
         card: the ONNX file's.
         metadata: the ONNX file's, as plain values.
         layers: TensorRT's report of its layers.
@@ -39,11 +38,15 @@ class Plan:
     sha256: str
     machine: Machine
     options: BuildOptions
-    input: ImageInput
-    output: str
+    signature: Signature
     card: ModelCard
     metadata: dict[str, Any]
     layers: list[LayerPrecision]
+
+    @property
+    def input(self) -> ArrayInput:
+        """The input of a model that has one; else the first."""
+        return self.signature.inputs[0]
 
 
 def compile_engine(
@@ -70,7 +73,8 @@ def compile_engine(
     """
     onnx_path, options = Path(onnx_path), options or BuildOptions()
     file = read_onnx(onnx_path)
-    if None in file.input.shape and options.image_size is None:
+    inputs = file.signature.inputs
+    if any(None in value.shape for value in inputs) and options.image_size is None:
         options = replace(options, image_size=file.metadata.get("image_size"))  # what the network was made for
     made_for = file.card.target or "tensorrt"
     if file.quantized and made_for != "tensorrt":
@@ -90,25 +94,16 @@ def compile_engine(
         timings = plans / timings_name(machine) if timing_cache is None else Path(timing_cache)
         check_writable(timings)
         measured = timings.read_bytes() if timings.is_file() else b""
-        content, measured = library.build_plan(trt, model, file.input, options, measured)
+        content, measured = library.build_plan(trt, model, inputs, options, measured)
         replace_file(timings, measured)
         try:
             loaded = library.load_plan(trt, content, options.version_compatible)
         except UserError as error:
             raise UserError(f"TensorRT {machine.tensorrt} can't load the plan that it built: {error}") from error
-        layers = read_layers(library.inspect(trt, loaded, file.input, options))
-        takes = with_profile(file.input, options)
-        plan = Plan(
-            kept,
-            hashlib.sha256(content).hexdigest(),
-            machine,
-            options,
-            takes,
-            file.output,
-            file.card,
-            file.metadata,
-            layers,
-        )
+        layers = read_layers(library.inspect(trt, loaded, inputs, options))
+        takes = replace(file.signature, inputs=tuple(with_profile(value, options) for value in inputs))
+        digest = hashlib.sha256(content).hexdigest()
+        plan = Plan(kept, digest, machine, options, takes, file.card, file.metadata, layers)
         write_plan(plan, content)
     if output is None:
         return plan
@@ -117,13 +112,12 @@ def compile_engine(
     return given
 
 
-def with_profile(image_input: ImageInput, options: BuildOptions) -> ImageInput:
+def with_profile(value: ArrayInput, options: BuildOptions) -> ArrayInput:
     """What a plan takes: the sizes that the ONNX file leaves open are the options'."""
-    first, second, third = (options.image_size if size is None else size for size in image_input.shape)
-    batches = (image_input.smallest_batch, image_input.largest_batch)
-    if image_input.largest_batch is None:
-        batches = (options.smallest_batch, options.largest_batch)
-    return ImageInput(image_input.name, image_input.dtype, (first, second, third), *batches)
+    shape = tuple(options.image_size if size is None else size for size in value.shape)
+    if value.largest_batch is not None:
+        return replace(value, shape=shape)
+    return replace(value, shape=shape, smallest_batch=options.smallest_batch, largest_batch=options.largest_batch)
 
 
 def write_plan(plan: Plan, content: bytes) -> None:
@@ -132,8 +126,7 @@ def write_plan(plan: Plan, content: bytes) -> None:
         "sha256": plan.sha256,
         "machine": asdict(plan.machine),
         "options": plan.options.to_json(),
-        "input": asdict(plan.input),
-        "output": plan.output,
+        **plan.signature.to_json(),
         "card": plan.card.to_json(),
         "metadata": plan.metadata,
         "layers": [asdict(layer) for layer in plan.layers],
@@ -153,8 +146,7 @@ def find_plan(path: Path) -> Plan | None:
             values["sha256"],
             Machine(**values["machine"]),
             BuildOptions(**values["options"]),
-            ImageInput(**{**values["input"], "shape": tuple(values["input"]["shape"])}),
-            values["output"],
+            Signature.from_json(values) if "inputs" in values else _one_image(values),
             ModelCard.from_json(values.get("card", {}), str(_description(path))),
             values["metadata"],
             [
@@ -165,6 +157,12 @@ def find_plan(path: Path) -> Plan | None:
     except (ValueError, KeyError, TypeError):
         return None
     return plan if hashlib.sha256(path.read_bytes()).hexdigest() == plan.sha256 else None
+
+
+def _one_image(values: dict[str, Any]) -> Signature:
+    """Of a description that was written before files had more than one input."""
+    image = ArrayInput(**{**values["input"], "shape": tuple(values["input"]["shape"])})
+    return Signature((image,), (ArrayOutput(values["output"], "float32"),))
 
 
 def discard_plan(plan: Plan) -> None:
