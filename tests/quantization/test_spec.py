@@ -77,6 +77,15 @@ def test_an_output_quantizer_goes_with_its_layer_whatever_is_declared_before_it(
     assert [isinstance(point, nn.Identity) for point in points] == [True, False]
 
 
+def test_the_rounding_of_an_output_can_be_left_out_by_its_own_name() -> None:
+    model = create_model("efficientnet-b0", 2)
+    quantize(model, resolve_spec("w8a8").with_overrides({"*.squeeze_output": "float"}))
+    outputs = set(output_quantizers(model))
+    rounding = [name for name, module in model.named_modules() if module in outputs]
+    assert not any(name.endswith("squeeze_output") for name in rounding)
+    assert sum(name.endswith("expand_output") for name in rounding) == 16
+
+
 def test_overrides_go_by_module_and_the_last_one_wins() -> None:
     spec = resolve_spec("w8a8").with_overrides({"layers.*": "w4a8", "layers.2": "w8a16", "classifier": None})
     model = quantize(network(), spec)
