@@ -11,8 +11,7 @@ from torch import nn
 
 from effnet_quant.checks.latency import median_seconds
 from effnet_quant.errors import UserError
-from effnet_quant.quantization.placement.insertion import quantizers
-from effnet_quant.quantization.quantized_layers import QuantGate
+from effnet_quant.quantization.quantizer import TensorQuantizer
 from effnet_quant.quantization.targets import OPERATIONS, Target
 
 # A placement must be this much faster before it counts: differences below are the machine's.
@@ -147,8 +146,7 @@ def _named(name: str, precision: str, precisions: Sequence[str]) -> str:
 
 def operations_of(model: nn.Module) -> set[str]:
     """The targets' OPERATIONS that a quantized model has."""
-    found = {quantizer.operation for _, quantizer in quantizers(model)}
-    return found | ({"silu"} if any(isinstance(module, QuantGate) for module in model.modules()) else set())
+    return {module.operation for module in model.modules() if isinstance(module, TensorQuantizer)}
 
 
 def format_tuning(tuning: Tuning) -> str:

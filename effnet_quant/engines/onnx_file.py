@@ -157,7 +157,7 @@ def _signature(model: onnx.ModelProto) -> Signature:
         if not image.is_image or image.dtype not in _IMAGE_TYPES:
             raise ValueError("the input is no image")
         return Signature((image,), tuple(outputs.values())[:1])
-    said = json.loads(properties[SIGNATURE_KEY])
+    said = parse_json(properties[SIGNATURE_KEY], "the file")
     taken, given = ([entry["name"] for entry in said[kind]] for kind in ("inputs", "outputs"))
     if sorted(taken) != sorted(inputs) or sorted(given) != sorted(outputs):
         raise ValueError("the graph has other inputs or outputs")

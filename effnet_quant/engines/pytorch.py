@@ -46,13 +46,8 @@ def compile_file(path: Path, settings: Settings) -> Compiled:
     simulated = any(True for _ in quantizers(model))
     precision = f"int8 simulated in {settings.precision}" if simulated else settings.precision
     image = ArrayInput("input", "float32", (channels, size, size))
-    return Compiled(
-        run,
-        Signature((image,), (ArrayOutput(get_task(weights.card.task).output_names[0], "float32"),)),
-        precision,
-        weights.card,
-        metadata,
-    )
+    output = ArrayOutput(get_task(weights.card.task).output_names[0], "float32")
+    return Compiled(run, Signature((image,), (output,)), precision, weights.card, metadata)
 
 
 class _Run:

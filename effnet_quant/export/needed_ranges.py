@@ -5,7 +5,7 @@ none: there the activation comes first, then the quantizer. What follows tells a
 sigmoid, SiLU, hard-swish or addition in between can be inverted: outside of the interval found here, every value leads to
 the same integer at the next quantizer as the interval's nearer end. Quantizing over that interval clips nothing that could
 be told apart, for any weights and any data. It is what serves weights that were calibrated elsewhere, without ranges for
-these outputs; ours bring them (see OutputQuantizer).
+these outputs; ours bring them (see TensorQuantizer).
 """
 
 from __future__ import annotations

@@ -40,8 +40,9 @@ from effnet_quant.export.tracing import (
 )
 from effnet_quant.files import replace_file
 from effnet_quant.models.weights import EXTRA_KEY, METADATA_KEY
-from effnet_quant.quantization.output_quantizer import affine_uint8
+from effnet_quant.quantization.grid import scale_and_zero_point
 from effnet_quant.quantization.placement.insertion import quantizers
+from effnet_quant.quantization.quantizer import AFFINE_UINT8
 from effnet_quant.quantization.targets import Target, get_target
 
 aten = torch.ops.aten
@@ -283,8 +284,11 @@ class _Exporter:
             needed = ranges.of(value)
             if needed is None:
                 continue  # stays a float convolution on dequantized inputs
-            scale, zero_point = affine_uint8(needed.low, needed.high)
-            replacement = writer.quantized_activation(value, scale, zero_point, f"{layer.name}.output")
+            low, high = torch.tensor(needed.low), torch.tensor(needed.high)
+            scale, zero_point = scale_and_zero_point(high, AFFINE_UINT8, low)
+            assert zero_point is not None
+            name = f"{layer.name}.output"
+            replacement = writer.quantized_activation(value, scale.item(), int(zero_point), name)
             for node in consumers:
                 node.input[:] = [replacement if name == value else name for name in node.input]
 

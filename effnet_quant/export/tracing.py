@@ -10,7 +10,6 @@ from torch import Tensor, fx, nn
 from torch.nn import functional as F
 
 from effnet_quant.errors import UserError
-from effnet_quant.quantization.output_quantizer import OutputQuantizer
 from effnet_quant.quantization.placement.insertion import quantizers, simulate_target
 from effnet_quant.quantization.quantized_layers import QuantGate
 from effnet_quant.quantization.quantizer import TensorQuantizer
@@ -30,7 +29,7 @@ def _(x: Tensor, scale: Tensor, low: int, high: int) -> Tensor:
 
 @torch.library.custom_op("effnet_quant::quantize_output", mutates_args=())
 def quantize_output_node(x: Tensor, scale: float, zero_point: int) -> Tensor:
-    """Marks an OutputQuantizer in a traced graph; computes what it does."""
+    """Marks the quantizer of an output in a traced graph; computes what it does."""
     return (torch.clamp(torch.round(x / scale) + zero_point, 0, 255) - zero_point) * scale
 
 
@@ -86,7 +85,7 @@ class _MarkedQuantizer(nn.Module):
 
 
 class _MarkedOutput(nn.Module):
-    """Stands in for an OutputQuantizer that has a range."""
+    """Stands in for the quantizer of an output."""
 
     def __init__(self, scale: float, zero_point: int) -> None:
         super().__init__()
@@ -94,6 +93,12 @@ class _MarkedOutput(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         return quantize_output_node(x, self.scale, self.zero_point)
+
+
+def _mark(name: str, quantizer: TensorQuantizer) -> nn.Module:
+    if quantizer.role == "output":
+        return _MarkedOutput(quantizer.scale.item(), int(quantizer.zero_point))
+    return _MarkedQuantizer(name, quantizer)
 
 
 class _MarkedSameConv(nn.Module):
@@ -195,12 +200,8 @@ def trace(
         )
     marked = marked.cpu().float().eval().to(memory_format=torch.contiguous_format)
     for name, module in list(marked.named_modules()):
-        if isinstance(module, TensorQuantizer):
-            marked.set_submodule(
-                name, _MarkedQuantizer(name, module) if module.enabled and name in wanted else nn.Identity()
-            )
-        elif isinstance(module, OutputQuantizer):
-            marked.set_submodule(name, _MarkedOutput(*module.grid) if module.rounds and module.grid else nn.Identity())
+        if isinstance(module, TensorQuantizer) and module.role != "gate":
+            marked.set_submodule(name, _mark(name, module) if module.rounds else nn.Identity())
         elif isinstance(module, QuantGate):
             marked.set_submodule(name, module.activation())
     if dynamic_size:

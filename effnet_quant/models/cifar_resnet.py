@@ -29,7 +29,7 @@ class BasicBlock(nn.Module):
         self.bn1 = nn.BatchNorm2d(channels, eps=bn_epsilon, momentum=bn_momentum)
         self.conv2 = nn.Conv2d(channels, channels, 3, padding=1, bias=False)
         self.bn2 = nn.BatchNorm2d(channels, eps=bn_epsilon, momentum=bn_momentum)
-        self.output = OutputPoint()
+        self.output = OutputPoint("conv2")
         self.residual_quantizer = QuantPoint("add")
 
     def forward(self, x: Tensor) -> Tensor:

@@ -22,19 +22,17 @@ class QuantPoint(nn.Identity):
 
 
 class OutputPoint(nn.Identity):
-    """Marks what a convolution (with its BatchNorm) puts out where no quantizer follows at once; the identity.
+    """Marks what a layer (with its BatchNorm) puts out where no quantizer follows at once; the identity.
 
-    NVIDIA's placement has no quantizer there, but some runtimes need one for an integer convolution. Where an SiLU takes the
-    value, it is the next child of the same module.
+    NVIDIA's placement has no quantizer there, but some runtimes need one for an integer convolution.
 
     Args:
-        operation: the convolution is the "stem", a "depthwise" one or any other "conv", or a "linear" layer; targets
-            choose by it.
+        layer: the name of the convolution or linear layer, as the module that holds this mark knows it.
     """
 
-    def __init__(self, operation: str = "conv") -> None:
+    def __init__(self, layer: str) -> None:
         super().__init__()
-        self.operation = operation
+        self.layer = layer
 
 
 class ConvBNAct(nn.Sequential):
@@ -64,8 +62,7 @@ class ConvBNAct(nn.Sequential):
         self.conv = nn.Conv2d(in_channels, out_channels, kernel_size, stride, padding, groups=groups, bias=False)
         self.bn = nn.BatchNorm2d(out_channels, eps=bn_epsilon, momentum=bn_momentum)
         if activation or added:
-            kind = "depthwise" if groups == in_channels else "conv"
-            self.output = OutputPoint("stem" if in_channels <= 4 else kind)
+            self.output = OutputPoint("conv")
         if activation:
             self.act = nn.SiLU(inplace=True)
 
@@ -92,9 +89,8 @@ class SqueezeExcitation(nn.Module):
         else:
             self.squeeze = nn.Linear(channels, squeezed)
             self.expand = nn.Linear(squeezed, channels)
-        operation = "conv" if as_conv else "linear"
-        self.expand_output = OutputPoint(operation)
-        self.squeeze_output = OutputPoint(operation)
+        self.expand_output = OutputPoint("expand")
+        self.squeeze_output = OutputPoint("squeeze")
         self.act = nn.SiLU(inplace=True)
         self.mul_a_quantizer = QuantPoint("mul")
         self.mul_b_quantizer = QuantPoint("mul")

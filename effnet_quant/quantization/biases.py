@@ -8,7 +8,9 @@ import torch
 from torch import Tensor, fx, nn
 from torch.nn import functional as F
 
+from effnet_quant.quantization.batch_norm import factor_and_offset
 from effnet_quant.quantization.quantizer import TensorQuantizer
+from effnet_quant.quantization.targets import FollowsTarget, Target
 
 
 def accumulator_step(layer: nn.Module) -> Tensor | None:
@@ -38,7 +40,7 @@ def layer_bias(layer: nn.Conv2d | nn.Linear) -> Tensor | None:
     return bias + _correction(bias.double(), step, bias.dtype)
 
 
-class FoldedBatchNorm2d(nn.BatchNorm2d):
+class FoldedBatchNorm2d(FollowsTarget, nn.BatchNorm2d):
     """BatchNorm2d behind a quantized convolution, with which engines join it to one layer with one bias.
 
     Attributes:
@@ -48,6 +50,10 @@ class FoldedBatchNorm2d(nn.BatchNorm2d):
     rounds_bias = False
     _layer: tuple[nn.Conv2d]  # in a tuple, so that it does not become a child
 
+    def follow(self, target: Target) -> None:
+        """Round the common bias if the engine of ``target`` does."""
+        self.rounds_bias = target.quantized_bias
+
     def forward(self, input: Tensor) -> Tensor:
         evaluates = not (self.training or self._layer[0].training)
         step = accumulator_step(self._layer[0]) if self.rounds_bias and evaluates else None
@@ -55,9 +61,10 @@ class FoldedBatchNorm2d(nn.BatchNorm2d):
             return super().forward(input)
         mean, variance = self.running_mean, self.running_var
         assert mean is not None and variance is not None
-        factor = self.weight.double() / torch.sqrt(variance.double() + self.eps)
+        factor, offset = factor_and_offset(self.weight, self.bias, mean, variance, self.eps)
         inner = self._layer[0].bias
-        offset = self.bias.double() - factor * (mean.double() if inner is None else mean.double() - inner.double())
+        if inner is not None:
+            offset = inner.double() * factor + offset
         bias = self.bias + _correction(offset, step * factor.abs(), self.bias.dtype)
         return F.batch_norm(input, mean, variance, self.weight, bias, eps=self.eps)
 

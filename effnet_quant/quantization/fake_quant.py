@@ -1,9 +1,4 @@
-"""Pure functions between float tensors and the integer grid; the arithmetic every engine must reproduce.
-
-The rules are those of ONNX QuantizeLinear / DequantizeLinear: divide by the scale, round half to even, add the zero point,
-saturate. All functions compute in float32 with plain elementwise operations, so that torch.compile fuses them into their
-neighbours.
-"""
+"""fake_quantize: rounding to the integer grid inside of a float network, and its gradients."""
 
 from __future__ import annotations
 
@@ -13,47 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from effnet_quant.quantization.grid import scale_and_zero_point
 from effnet_quant.quantization.spec import TensorSpec
-
-# A range of zero (an all-zero channel) or a denormal one would give a scale that divides to inf or NaN; ONNX asks for
-# a positive scale. This floor keeps scale = amax / 32767 a normal float32, and any value that small rounds to itself or 0.
-SMALLEST_AMAX = 2.0**-110
-
-
-def scale_from_amax(amax: Tensor, spec: TensorSpec) -> Tensor:
-    """Step of the symmetric grid that maps ``amax`` to its largest integer; float32, the shape of ``amax``."""
-    amax = amax.float()
-    # Fixed ranges are not negative. To those of ordinary size (from 2**-85 on) the floor adds nothing, and compiled loops,
-    # which compute the scale anew for every few values, do without the branch of a clamp.
-    floored = amax.clamp(min=SMALLEST_AMAX) if spec.learned else amax + SMALLEST_AMAX
-    return floored / spec.bounds[1]
-
-
-def affine_grid(amin: Tensor, amax: Tensor, spec: TensorSpec) -> tuple[Tensor, Tensor]:
-    """Scale and zero point of the grid that spreads [amin, amax], widened to hold zero, over all its integers.
-
-    Both are float32 of the shape of ``amax``; the zero point holds an integer of the grid.
-    """
-    low, high = spec.bounds
-    steps = high - low
-    start, end = amin.float().clamp(max=0), amax.float().clamp(min=0)
-    # divided before they are added: the width of the largest ranges is beyond float32
-    scale = (end / steps - start / steps).clamp(min=SMALLEST_AMAX / steps)
-    return scale, torch.clamp(low - torch.round(start / scale), low, high)
-
-
-def quantize(x: Tensor, scale: Tensor, spec: TensorSpec, zero_point: Tensor | None = None) -> Tensor:
-    """Integers of the grid nearest to x / scale + zero point, as float32; halves round to even, the rest saturates, NaN
-    stays NaN."""
-    low, high = spec.bounds
-    integers = torch.round(x.float() / scale)
-    return torch.clamp(integers if zero_point is None else integers + zero_point, low, high)
-
-
-def dequantize(integers: Tensor, scale: Tensor, zero_point: Tensor | None = None) -> Tensor:
-    """The real numbers that the integers stand for; float32."""
-    integers = integers.float()
-    return (integers if zero_point is None else integers - zero_point) * scale
 
 
 def fake_quantize(
@@ -64,7 +20,7 @@ def fake_quantize(
     With a fixed range the gradient is straight-through (Bengio et al. 2013): it passes unchanged where rounding alone
     decides, is zero where ``x`` saturates (more than half a step beyond the grid), and the range gets none. With a learned
     range the gradients of ``x`` and of the range are those of LSQ (Esser et al. 2020) and, on an affine grid, LSQ+
-    (Bhalgat et al. 2020); see ``_LearnedStep``.
+    (Bhalgat et al. 2020); see ``_LearnedScale`` and ``_LearnedRange``.
 
     Args:
         x: any shape, any floating dtype; the arithmetic is float32.
@@ -81,11 +37,8 @@ def fake_quantize(
     high: int | Tensor
     low, high = spec.bounds
     steps = high - low
-    if spec.symmetric:
-        scale = scale_from_amax(amax.detach(), spec)
-    else:
-        assert amin is not None
-        scale, zero_point = affine_grid(amin.detach(), amax.detach(), spec)
+    scale, zero_point = scale_and_zero_point(amax.detach(), spec, None if amin is None else amin.detach())
+    if zero_point is not None:
         low, high = low - zero_point, high - zero_point
     if not spec.learned:
         function = _FusedStraightThrough if torch.compiler.is_compiling() else _StraightThrough

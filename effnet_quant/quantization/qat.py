@@ -112,7 +112,7 @@ def follow_ranges(model: nn.Module, momentum: float = 0.01) -> None:
         momentum: share of each new batch's extremes in the moving average.
     """
     for _, quantizer in quantizers(model):
-        if quantizer.enabled and not (quantizer.spec.learned or quantizer.weights):
+        if quantizer.enabled and not (quantizer.spec.learned or quantizer.role == "weight"):
             quantizer.observer = _RunningRange(quantizer, momentum)
 
 

@@ -18,15 +18,15 @@ from torch.nn import functional as F
 from torch.overrides import TorchFunctionMode
 
 from effnet_quant.quantization.biases import layer_bias
-from effnet_quant.quantization.output_quantizer import OutputQuantizer
-from effnet_quant.quantization.quantizer import TensorQuantizer
-from effnet_quant.quantization.spec import QuantSpec
+from effnet_quant.quantization.quantizer import AFFINE_UINT8, TensorQuantizer
+from effnet_quant.quantization.spec import SpecLookup
+from effnet_quant.quantization.targets import FollowsTarget, Target
 
-GATE_STEPS = 255
+GATE_STEPS = 255  # gates are multiples of 1 / GATE_STEPS
 IMAGE_CHANNELS = 4  # a convolution of no more channels takes the image
 
 
-class QuantConv2d(nn.Conv2d):
+class QuantConv2d(FollowsTarget, nn.Conv2d):
     """Conv2d over the quantized input and the quantized weights; the result stays float.
 
     Attributes:
@@ -36,12 +36,12 @@ class QuantConv2d(nn.Conv2d):
 
     bias_is_folded = False
     rounds_bias = False
-    _input_quantizer: TensorQuantizer
-    _weight_quantizer: TensorQuantizer
+    _input_quantizer: nn.Module
+    _weight_quantizer: nn.Module
 
     @staticmethod
-    def from_float(conv: nn.Conv2d, spec: QuantSpec) -> QuantConv2d:
-        """The twin of ``conv``, sharing its parameters."""
+    def from_float(conv: nn.Conv2d, spec: SpecLookup, name: str) -> QuantConv2d:
+        """The twin of ``conv``, whose name in the model is ``name``, sharing its parameters."""
         twin = QuantConv2d(
             conv.in_channels,
             conv.out_channels,
@@ -54,8 +54,12 @@ class QuantConv2d(nn.Conv2d):
             conv.padding_mode,
             device="meta",
         )
-        _adopt_weight(twin, conv, spec)
+        _adopt_weight(twin, conv, spec, name)
         return twin
+
+    def follow(self, target: Target) -> None:
+        """Round the bias if the engine of ``target`` does."""
+        self.rounds_bias = target.quantized_bias
 
     def forward(self, input: Tensor) -> Tensor:
         input, weight = self._input_quantizer(input), self._weight_quantizer(self.weight)
@@ -71,15 +75,15 @@ class QuantSubclass(nn.Module):
     """Put before a subclass of Conv2d or Linear that has a forward of its own (timm's padded and standardised convolutions,
     its linear layer): it quantizes the input, and the weights that this forward hands to the convolution."""
 
-    _input_quantizer: TensorQuantizer
-    _weight_quantizer: TensorQuantizer
+    _input_quantizer: nn.Module
+    _weight_quantizer: nn.Module
 
     @staticmethod
-    def convert(layer: nn.Conv2d | nn.Linear, spec: QuantSpec) -> None:
-        """Turn ``layer`` into its twin, in place."""
+    def convert(layer: nn.Conv2d | nn.Linear, spec: SpecLookup, name: str) -> None:
+        """Turn ``layer``, whose name in the model is ``name``, into its twin, in place."""
         own = layer.__class__
         layer.__class__ = types.new_class(f"Quant{own.__name__}", (QuantSubclass, own))
-        _add_quantizers(layer, layer.weight, spec)
+        _add_quantizers(layer, layer.weight, spec, name)
 
     def forward(self, input: Tensor) -> Tensor:
         with _WeightsThrough(self._weight_quantizer):
@@ -114,7 +118,7 @@ class _WeightsThrough(TorchFunctionMode):
         return func(*args, **(kwargs or {}))
 
 
-class QuantLinear(nn.Linear):
+class QuantLinear(FollowsTarget, nn.Linear):
     """Linear over the quantized input and the quantized weights; the result stays float.
 
     Attributes:
@@ -122,15 +126,19 @@ class QuantLinear(nn.Linear):
     """
 
     rounds_bias = False
-    _input_quantizer: TensorQuantizer
-    _weight_quantizer: TensorQuantizer
+    _input_quantizer: nn.Module
+    _weight_quantizer: nn.Module
 
     @staticmethod
-    def from_float(linear: nn.Linear, spec: QuantSpec) -> QuantLinear:
-        """The twin of ``linear``, sharing its parameters."""
+    def from_float(linear: nn.Linear, spec: SpecLookup, name: str) -> QuantLinear:
+        """The twin of ``linear``, whose name in the model is ``name``, sharing its parameters."""
         twin = QuantLinear(linear.in_features, linear.out_features, linear.bias is not None, device="meta")
-        _adopt_weight(twin, linear, spec)
+        _adopt_weight(twin, linear, spec, name)
         return twin
+
+    def follow(self, target: Target) -> None:
+        """Round the bias if the engine of ``target`` does."""
+        self.rounds_bias = target.quantized_bias
 
     def forward(self, input: Tensor) -> Tensor:
         rounds = self.rounds_bias and not self.training and input.dim() == 2  # a sequence's is added in float
@@ -143,32 +151,32 @@ class QuantGate(nn.Module):
     find it with integers alone: SiLU's in a table of 256 entries, hard-swish's by a sum that saturates.
 
     Args:
-        input: what rounds the input; it stays where it is in the model.
+        input: the quantizer of x; it stays where it is in the model.
         inplace: overwrite the input where nothing is rounded.
 
     Attributes:
         activation: the class of the float activation.
-        simulated: whether the simulated engine rounds the gate.
+        gate_quantizer: rounds the gate.
     """
 
     activation: ClassVar[type[nn.Module]]
 
-    def __init__(self, input: OutputQuantizer, inplace: bool = False) -> None:
+    def __init__(self, input: TensorQuantizer, inplace: bool = False) -> None:
         super().__init__(inplace)  # the activation's
         self._input = (input,)  # in a tuple, so that it does not become a child
-        self.simulated = True
+        self.gate_quantizer = TensorQuantizer(AFFINE_UINT8, operation="silu", role="gate")
 
     @property
     def rounds(self) -> bool:
         """Whether the gate is rounded now."""
-        return self.simulated and self._input[0].rounds
+        return self._input[0].rounds and self.gate_quantizer.rounds
 
     @abstractmethod
     def gate(self, x: Tensor) -> Tensor:
         """What x is multiplied with."""
 
     def forward(self, x: Tensor) -> Tensor:
-        return x * (torch.round(self.gate(x) * GATE_STEPS) / GATE_STEPS) if self.rounds else super().forward(x)
+        return x * self.gate_quantizer(self.gate(x)) if self.rounds else super().forward(x)
 
 
 class QuantSiLU(QuantGate, nn.SiLU):
@@ -199,10 +207,13 @@ class QuantHardswish(QuantGate, nn.Hardswish):
 _GATES: dict[type, type[QuantGate]] = {twin.activation: twin for twin in (QuantSiLU, QuantHardswish)}
 
 
-def quant_gate(activation: nn.Module | None, input: OutputQuantizer) -> QuantGate | None:
+def quant_gate(activation: nn.Module | None, input: TensorQuantizer) -> QuantGate | None:
     """The twin of an activation behind ``input``; None if it has none."""
     twin = _GATES.get(type(activation))
-    return None if twin is None else twin(input, bool(activation.inplace)).train(input.training)  # type: ignore[union-attr]
+    if twin is None:
+        return None
+    gate = twin(input, bool(activation.inplace))  # type: ignore[union-attr]
+    return gate.train(input.training).to(input.amax.device)
 
 
 def layer_operation(layer: nn.Module) -> str:
@@ -217,13 +228,13 @@ def layer_operation(layer: nn.Module) -> str:
 class QuantAdaptiveAvgPool2d(nn.AdaptiveAvgPool2d):
     """AdaptiveAvgPool2d over the quantized input."""
 
-    _input_quantizer: TensorQuantizer
+    _input_quantizer: nn.Module
 
     @staticmethod
-    def from_float(pooling: nn.AdaptiveAvgPool2d, spec: QuantSpec) -> QuantAdaptiveAvgPool2d:
-        """The twin of ``pooling``."""
+    def from_float(pooling: nn.AdaptiveAvgPool2d, spec: SpecLookup, name: str) -> QuantAdaptiveAvgPool2d:
+        """The twin of ``pooling``, whose name in the model is ``name``."""
         twin = QuantAdaptiveAvgPool2d(pooling.output_size)
-        twin._input_quantizer = TensorQuantizer(spec.activation, operation="pool")
+        twin._input_quantizer = input_quantizer(spec, f"{name}._input_quantizer", "pool")
         return twin
 
     def forward(self, input: Tensor) -> Tensor:
@@ -233,11 +244,11 @@ class QuantAdaptiveAvgPool2d(nn.AdaptiveAvgPool2d):
 class QuantAvgPool2d(nn.AvgPool2d):
     """AvgPool2d over the quantized input."""
 
-    _input_quantizer: TensorQuantizer
+    _input_quantizer: nn.Module
 
     @staticmethod
-    def from_float(pooling: nn.AvgPool2d, spec: QuantSpec) -> QuantAvgPool2d:
-        """The twin of ``pooling``."""
+    def from_float(pooling: nn.AvgPool2d, spec: SpecLookup, name: str) -> QuantAvgPool2d:
+        """The twin of ``pooling``, whose name in the model is ``name``."""
         twin = QuantAvgPool2d(
             pooling.kernel_size,
             pooling.stride,
@@ -246,7 +257,7 @@ class QuantAvgPool2d(nn.AvgPool2d):
             pooling.count_include_pad,
             pooling.divisor_override,
         )
-        twin._input_quantizer = TensorQuantizer(spec.activation, operation="pool")
+        twin._input_quantizer = input_quantizer(spec, f"{name}._input_quantizer", "pool")
         return twin
 
     def forward(self, input: Tensor) -> Tensor:
@@ -261,14 +272,33 @@ def float_weight(layer: nn.Module) -> Tensor:
     return layer.weight
 
 
-def _adopt_weight(twin: QuantConv2d | QuantLinear, layer: nn.Conv2d | nn.Linear, spec: QuantSpec) -> None:
+def input_quantizer(spec: SpecLookup, name: str, operation: str) -> nn.Module:
+    """What stands at ``name``, before ``operation``: a quantizer, or the identity where ``spec`` says float."""
+    own = spec.at(name)
+    return nn.Identity() if own is None else TensorQuantizer(own.activation, operation=operation)
+
+
+def output_quantizer(spec: SpecLookup, name: str, layer: nn.Module) -> nn.Module:
+    """What stands at ``name``, behind ``layer``: a quantizer, or the identity where ``spec`` says float or the layer does
+    not compute with integers of 8 bits or less, so that no engine writes 8-bit integers there."""
+    operands = [getattr(layer, f"_{operand}_quantizer", None) for operand in ("input", "weight")]
+    integer = all(isinstance(operand, TensorQuantizer) and operand.spec.bits <= 8 for operand in operands)
+    if spec.at(name) is None or not integer:
+        return nn.Identity()
+    return TensorQuantizer(AFFINE_UINT8, operation=layer_operation(layer), role="output")
+
+
+def _adopt_weight(twin: QuantConv2d | QuantLinear, layer: nn.Conv2d | nn.Linear, spec: SpecLookup, name: str) -> None:
     twin.weight, twin.bias = layer.weight, layer.bias
     twin.training = layer.training
-    _add_quantizers(twin, layer.weight, spec)
+    _add_quantizers(twin, layer.weight, spec, name)
 
 
-def _add_quantizers(layer: nn.Module, weight: Tensor, spec: QuantSpec) -> None:
-    operation = layer_operation(layer)
-    layer._input_quantizer = TensorQuantizer(spec.activation, operation=operation).to(weight.device)
-    amax_shape = spec.weight.amax_shape(tuple(weight.shape))
-    layer._weight_quantizer = TensorQuantizer(spec.weight, amax_shape, operation, weights=True).to(weight.device)
+def _add_quantizers(layer: nn.Module, weight: Tensor, spec: SpecLookup, name: str) -> None:
+    operation, at_weight = layer_operation(layer), spec.at(f"{name}._weight_quantizer")
+    layer._input_quantizer = input_quantizer(spec, f"{name}._input_quantizer", operation).to(weight.device)
+    if at_weight is None:
+        layer._weight_quantizer = nn.Identity()
+        return
+    shape = at_weight.weight.amax_shape(tuple(weight.shape))
+    layer._weight_quantizer = TensorQuantizer(at_weight.weight, shape, operation, role="weight").to(weight.device)

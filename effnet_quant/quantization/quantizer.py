@@ -3,13 +3,19 @@
 from __future__ import annotations
 
 from dataclasses import replace
-from typing import Any, Protocol
+from typing import Any, Literal, Protocol
 
 import torch
 from torch import Tensor, nn
 
-from effnet_quant.quantization.fake_quant import affine_grid, fake_quantize, scale_from_amax
+from effnet_quant.quantization.extremes import extremes
+from effnet_quant.quantization.fake_quant import fake_quantize
+from effnet_quant.quantization.grid import scale_and_zero_point
 from effnet_quant.quantization.spec import TensorSpec
+from effnet_quant.quantization.targets import FollowsTarget, Target
+
+Role = Literal["input", "weight", "output", "gate"]
+AFFINE_UINT8 = TensorSpec(symmetric=False, signed=False)  # the grid of outputs and gates
 
 
 class Observer(Protocol):
@@ -19,82 +25,122 @@ class Observer(Protocol):
         """Take one batch into account."""
 
 
-class TensorQuantizer(nn.Module):
-    """Fake quantization over one range, the state-dict entry ``_amax`` of NVIDIA's pytorch-quantization.
+class TensorQuantizer(FollowsTarget, nn.Module):
+    """Fake quantization over one range. The role says of what.
 
-    Affine grids have a second entry, ``_amin``, the lower end. A fixed range is a buffer, a learned one a parameter.
+    - "input": what an operation computes with. The state-dict entry is ``_amax``, as in NVIDIA's pytorch-quantization.
+      Affine grids have a second entry, ``_amin``, the lower end. A fixed range is a buffer, a learned one a parameter.
+    - "weight": the same of a layer's weights.
+    - "output": what a layer writes. ONNX Runtime's integer layers write 8-bit integers, before the activation. The range
+      is what calibration saw. State dicts have ``_low`` and ``_high`` where there is one, so a network as built has
+      NVIDIA's names.
+    - "gate": what SiLU and hard-swish multiply their input with. The range is 0 to 1, and no state dict has it.
 
-    A quantizer without a range (``_amax`` is NaN, as built) passes its input through, so a network that is not calibrated
-    yet computes what the float network does. Calibrating it or loading a range switches it on. ``enabled`` and
-    ``observer`` only change between forward passes, never inside one: torch.compile sees constants.
+    Outputs and gates are rounded in eval mode only: training does not pay for them.
+
+    A quantizer without a range passes its input through, so a network that is not calibrated yet computes what the float
+    network does. Calibrating it or loading a range switches it on. ``enabled`` and ``observer`` only change between
+    forward passes, never inside one: torch.compile sees constants.
 
     Args:
         spec: the grid.
         amax_shape: () for one range, or e.g. (C, 1, 1, 1) for one per output channel.
-        operation: what computes with the quantized value, one of the targets' OPERATIONS.
-        weights: whether it quantizes weights, not activations.
+        operation: what computes with the quantized value or, of an output, what writes it: one of the targets' OPERATIONS.
+        role: see above.
 
     Attributes:
-        spec: the grid in use: the given one, or its unsigned twin (``simulate``).
-        simulated: whether the simulated engine computes this operation with integers; the value passes if not.
+        spec: the grid in use: the given one, or its unsigned twin (``follow``).
+        simulated: whether the simulated engine rounds here; the value passes if not.
         never_negative: whether the network's structure keeps negative values away, as a ReLU does.
     """
 
     _amax: Tensor
     _amin: Tensor | None
+    _low: Tensor
+    _high: Tensor
 
     def __init__(
-        self, spec: TensorSpec, amax_shape: tuple[int, ...] = (), operation: str = "conv", *, weights: bool = False
+        self,
+        spec: TensorSpec,
+        amax_shape: tuple[int, ...] = (),
+        operation: str = "conv",
+        *,
+        role: Role = "input",
     ) -> None:
         super().__init__()
         self.spec = self._given_spec = spec
         self.operation = operation
-        self.weights = weights
+        self.role = role
         self.simulated = True
         self.never_negative = False
-        self.enabled = False
+        self.enabled = role == "gate"
         self.observer: Observer | None = None
-        self._register("_amax", torch.full(amax_shape, torch.nan))
+        self._only_in_eval = role in ("output", "gate")
+        self._lower_name, self._upper_name = ("_low", "_high") if role == "output" else ("_amin", "_amax")
+        lower, upper = {"output": (torch.inf, -torch.inf), "gate": (0.0, 1.0)}.get(role, (torch.nan, torch.nan))
+        self._register(self._upper_name, torch.full(amax_shape, upper))
         if spec.symmetric:
-            self._amin = None
+            setattr(self, self._lower_name, None)
         else:
-            self._register("_amin", torch.full(amax_shape, torch.nan))
+            self._register(self._lower_name, torch.full(amax_shape, lower))
 
     def _register(self, name: str, value: Tensor) -> None:
         if self.spec.learned:
             self.register_parameter(name, nn.Parameter(value))
         else:
-            self.register_buffer(name, value)
+            self.register_buffer(name, value, persistent=self.role != "gate")
+
+    @property
+    def upper(self) -> Tensor:
+        """The buffer or parameter that holds the upper end of the range."""
+        return getattr(self, self._upper_name)
+
+    @property
+    def lower(self) -> Tensor | None:
+        """The buffer or parameter that holds the lower end of an affine grid's range; None on a symmetric grid."""
+        return getattr(self, self._lower_name)
 
     @property
     def amax(self) -> Tensor:
         """Upper end of the range, on a symmetric grid the largest magnitude; float32, of shape () or one entry a channel.
-        NaN before calibration."""
-        return self._amax.detach()
+        Not finite before calibration."""
+        return self.upper.detach()
 
     @property
     def amin(self) -> Tensor | None:
         """Lower end of the range of an affine grid, in the shape of ``amax``; None on a symmetric grid."""
-        return None if self._amin is None else self._amin.detach()
+        return None if self.lower is None else self.lower.detach()
 
     @property
     def scale(self) -> Tensor:
-        """The step of the grid, in the shape of ``amax``."""
-        if self.amin is None:
-            return scale_from_amax(self.amax, self.spec)
-        return affine_grid(self.amin, self.amax, self.spec)[0]
+        """The step of the grid, float32 in the shape of ``amax``."""
+        return scale_and_zero_point(self.amax, self.spec, self.amin)[0]
 
     @property
     def zero_point(self) -> Tensor:
         """The integer that stands for 0.0, as float32 in the shape of ``amax``; 0 on a symmetric grid."""
-        if self.amin is None:
-            return torch.zeros_like(self.amax)
-        return affine_grid(self.amin, self.amax, self.spec)[1]
+        zero_point = scale_and_zero_point(self.amax, self.spec, self.amin)[1]
+        return torch.zeros_like(self.amax) if zero_point is None else zero_point
 
     @property
     def calibrated(self) -> bool:
-        """Whether every range is a finite number."""
-        return all(bool(torch.isfinite(end).all()) for end in (self.amax, self.amin) if end is not None)
+        """Whether every range is a finite number. To look waits for the GPU."""
+        return all(
+            not end.is_meta and bool(torch.isfinite(end).all()) for end in (self.amax, self.amin) if end is not None
+        )
+
+    @property
+    def range(self) -> tuple[float, float] | None:
+        """Ends of the range of a whole tensor, -amax and amax on a symmetric grid; None before calibration."""
+        if not self.calibrated:
+            return None
+        high = self.amax.item()
+        return (-high if self.amin is None else self.amin.item()), high
+
+    @property
+    def rounds(self) -> bool:
+        """Whether values that pass are rounded now."""
+        return self.enabled and self.simulated and not (self._only_in_eval and self.training)
 
     def set_amax(self, amax: Tensor) -> None:
         """Set the range of a symmetric grid (broadcast to the shape of ``amax``) and switch the quantizer on.
@@ -120,27 +166,45 @@ class TensorQuantizer(nn.Module):
                 f"{amax.flatten()[:4].tolist()}"
             )
         with torch.no_grad():
-            self._amax.copy_(amax)
-            if self._amin is not None:
-                self._amin.copy_(amin)
+            self.upper.copy_(amax)
+            if self.lower is not None:
+                self.lower.copy_(amin)
         self.enabled = True
 
-    def simulate(self, *, quantized: bool, unsigned: bool) -> None:
-        """Do what one engine does: compute with integers (``quantized``) and, where no value is negative, with those of
-        0 … 2**bits - 1 (``unsigned``), whose steps are half as wide over the same range."""
+    def start_tracking(self) -> None:
+        """Forget the range of an output and find it anew in what passes from now on."""
+        assert self.lower is not None
+        self.lower.fill_(torch.inf)
+        self.upper.fill_(-torch.inf)
+        self.observer, self.enabled = _Tracker(self.lower, self.upper), False
+
+    def stop_tracking(self) -> None:
+        """Round to the range found from now on, if anything passed."""
+        self.observer, self.enabled = None, self.calibrated
+
+    def follow(self, target: Target) -> None:
+        """Round where the engine of ``target`` does: values that its integer operations take and, where they need it,
+        write. Values that are never negative get the grid 0 … 2**bits - 1 where the engine takes it, whose steps are half
+        as wide over the same range."""
+        self.simulated = self.operation in target.quantized and (self.role != "output" or target.quantized_outputs)
         given = self._given_spec
-        self.simulated = quantized
-        unsigned = unsigned and self.never_negative and given.symmetric and given.bits <= 8
+        unsigned = target.unsigned and self.never_negative and given.symmetric and given.bits <= 8
         self.spec = replace(given, signed=False, narrow=False) if unsigned else given
 
     def forward(self, x: Tensor) -> Tensor:
         if self.observer is not None:
             self.observer.observe(x)
-        if not (self.enabled and self.simulated):
+        if not self.rounds:
             return x
-        return fake_quantize(x, self._amax, self.spec, self._amin, batched=not self.weights)
+        return fake_quantize(x, self.upper, self.spec, self.lower, batched=self.role != "weight")
+
+    def _save_to_state_dict(self, destination: dict[str, Any], prefix: str, keep_vars: bool) -> None:
+        if self.role != "output" or self.enabled:  # not the range itself: to look at it waits for the GPU
+            super()._save_to_state_dict(destination, prefix, keep_vars)
 
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any, **kwargs: Any) -> None:
+        if self.role == "output" and prefix + self._lower_name not in state_dict:
+            return
         super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)
         self.enabled = self.calibrated
 
@@ -152,6 +216,18 @@ class TensorQuantizer(nn.Module):
             if self.amin is not None:
                 ends = f"amin={_extent(self.amin)}, {ends}"
         return f"{self.spec}, {ends}" + ("" if self.enabled and self.simulated else ", off")
+
+
+class _Tracker:
+    """Widens a range to all that passes; NaN stays in it."""
+
+    def __init__(self, lower: Tensor, upper: Tensor) -> None:
+        self._lower, self._upper = lower, upper
+
+    def observe(self, x: Tensor) -> None:
+        low, high = extremes(x)
+        self._lower.copy_(torch.minimum(self._lower, low))
+        self._upper.copy_(torch.maximum(self._upper, high))
 
 
 def _extent(values: Tensor) -> str:

@@ -22,19 +22,18 @@ class TensorSpec:
 
     Attributes:
         bits: width of the integer, 2 to 8 or 16; 8 gives the grid -128 … 127.
-        axis: None for one range per tensor (shape ()), or the dimension that has a range per index (the range has the
-            tensor's rank, all other dimensions 1).
+        per_channel: one range per output channel of weights, which is their dimension 0, or one per tensor.
         symmetric: zero point 0, or affine.
         signed: -2**(bits - 1) … 2**(bits - 1) - 1, or 0 … 2**bits - 1. A symmetric unsigned grid has no negative values.
         narrow: leave out the smallest integer of a signed grid: -127 … 127.
         learned: the range is a parameter that training moves (LSQ), or stays what calibration made it.
 
     Raises:
-        UserError: another width, a negative axis, or a narrow unsigned grid.
+        UserError: another width, or a narrow unsigned grid.
     """
 
     bits: int = 8
-    axis: int | None = None
+    per_channel: bool = False
     symmetric: bool = True
     signed: bool = True
     narrow: bool = False
@@ -45,8 +44,6 @@ class TensorSpec:
             raise UserError(
                 f"a grid of {self.bits} bits is not supported; choose one of {', '.join(map(str, WIDTHS))}."
             )
-        if self.axis is not None and self.axis < 0:
-            raise UserError(f"axis counts a tensor's dimensions from 0; {self.axis} is none.")
         if self.narrow and not self.signed:
             raise UserError("a narrow grid leaves out the smallest negative integer, so it must be signed.")
 
@@ -58,21 +55,13 @@ class TensorSpec:
         return -(2 ** (self.bits - 1)) + self.narrow, 2 ** (self.bits - 1) - 1
 
     def amax_shape(self, shape: tuple[int, ...]) -> tuple[int, ...]:
-        """Shape of the range of a tensor of the given shape: (C, 1, 1, 1) for a convolution's weights, () otherwise.
-
-        Raises:
-            UserError: the tensor has no such dimension.
-        """
-        if self.axis is None:
-            return ()
-        if self.axis >= len(shape):
-            raise UserError(f"axis {self.axis} is no dimension of weights with {len(shape)}; choose 0.")
-        return tuple(size if dim == self.axis else 1 for dim, size in enumerate(shape))
+        """Shape of the range of weights of this shape: (C, 1, 1, 1) for a convolution's with ``per_channel``, else ()."""
+        return (shape[0], *(1 for _ in shape[1:])) if self.per_channel else ()
 
     def __str__(self) -> str:
         words = [f"{'int' if self.signed else 'uint'}{self.bits}"]
         words += [word for word, given in (("narrow", self.narrow), ("affine", not self.symmetric)) if given]
-        words.append("per tensor" if self.axis is None else f"per index of dim {self.axis}")
+        words.append("per output channel" if self.per_channel else "per tensor")
         return ", ".join([*words, "learned"] if self.learned else words)
 
 
@@ -88,16 +77,16 @@ class QuantSpec:
             "*._weight_quantizer". ``with_overrides`` takes them as a mapping.
 
     Raises:
-        UserError: activations with an axis.
+        UserError: activations with a range per channel.
     """
 
-    weight: TensorSpec = TensorSpec(bits=8, axis=0)
+    weight: TensorSpec = TensorSpec(bits=8, per_channel=True)
     activation: TensorSpec = TensorSpec(bits=8)
     overrides: tuple[tuple[str, QuantSpec | None], ...] = ()
 
     def __post_init__(self) -> None:
-        if self.activation.axis is not None:
-            raise UserError("activations have one range per tensor; only weights take an axis.")
+        if self.activation.per_channel:
+            raise UserError("activations have one range per tensor; only weights can have one per channel.")
 
     def with_overrides(self, overrides: Mapping[str, Override] | Iterable[tuple[str, Override]]) -> QuantSpec:
         """The same spec with more overrides, e.g. ``{"stem.*": "w8a16", "classifier": None}``; "float" is the same as None.
@@ -114,6 +103,11 @@ class QuantSpec:
             if _matches(name, pattern):
                 return spec
         return "base"
+
+    def at(self, name: str) -> QuantSpec | None:
+        """The spec of the module or quantizer ``name``, overrides included; None for float."""
+        override = self.override(name)
+        return self if override == "base" else override
 
     def unmatched(self, names: list[str]) -> list[str]:
         """The patterns that match none of ``names``."""
@@ -135,6 +129,28 @@ class QuantSpec:
         }
 
 
+class SpecLookup:
+    """What a spec says of each quantizer, asked by the quantizer's name when it is placed.
+
+    Attributes:
+        names: those that were asked for.
+    """
+
+    def __init__(self, spec: QuantSpec) -> None:
+        self._spec = spec
+        self.names: list[str] = []
+
+    def at(self, name: str) -> QuantSpec | None:
+        """The spec of the quantizer ``name``; None for float."""
+        self.names.append(name)
+        return self._spec.at(name)
+
+    def check_overrides(self) -> None:
+        """Raises UserError where an override matches none of the names that were asked for."""
+        if unmatched := self._spec.unmatched(self.names):
+            raise UserError(f"the override '{unmatched[0]}' matches no quantizer of the model; check the name.")
+
+
 Override = str | QuantSpec | Mapping[str, Any] | None
 
 
@@ -152,12 +168,12 @@ def _matches(name: str, pattern: str) -> bool:
     return any(fnmatch.fnmatchcase(".".join(parts[: end + 1]), pattern) for end in range(len(parts)))
 
 
-_INT4_WEIGHT = TensorSpec(bits=4, axis=0)
+_INT4_WEIGHT = TensorSpec(bits=4, per_channel=True)
 _FIXED = {
     "w8a8": QuantSpec(),
     "w8a8-affine": QuantSpec(activation=TensorSpec(bits=8, symmetric=False, signed=False)),
     # two products of uint8 and 7 bits fit into 16: what fast kernels of CPUs without VNNI add
-    "w7a8": QuantSpec(weight=TensorSpec(bits=7, axis=0)),
+    "w7a8": QuantSpec(weight=TensorSpec(bits=7, per_channel=True)),
     "w8a16": QuantSpec(activation=TensorSpec(bits=16)),
     "w4a8": QuantSpec(weight=_INT4_WEIGHT),
     # 16 values are too few to leave half of them unused behind a ReLU: affine
@@ -203,13 +219,27 @@ def resolve_spec(spec: str | QuantSpec | Mapping[str, Any]) -> QuantSpec:
 def _changed(tensor: TensorSpec, changes: Any, role: str) -> TensorSpec:
     if not isinstance(changes, Mapping):
         raise UserError(f"{role}: expected entries such as 'bits: 4', not {changes!r}.")
+    changes = _without_axis(changes, role)
     kinds = {field.name: type(field.default) for field in fields(TensorSpec)}
     _check_keys(changes, set(kinds), role)
     for name, value in changes.items():
-        allowed = (int, type(None)) if name == "axis" else (kinds[name],)
-        if type(value) not in allowed:
-            raise UserError(f"{role}: {name}: {value!r} is not {' or '.join(kind.__name__ for kind in allowed)}.")
+        if type(value) is not kinds[name]:
+            raise UserError(f"{role}: {name}: {value!r} is not {kinds[name].__name__}.")
     return replace(tensor, **changes)
+
+
+def _without_axis(changes: Mapping[str, Any], role: str) -> Mapping[str, Any]:
+    """The same with ``per_channel`` in the place of ``axis``, as specs of earlier versions have it: 0 or null."""
+    if "axis" not in changes:
+        return changes
+    axis = changes["axis"]
+    if "per_channel" in changes or type(axis) not in (int, type(None)) or axis not in (0, None):
+        raise UserError(
+            f"{role}: axis: {axis!r} means nothing; write per_channel: true for a range per output channel, or "
+            "per_channel: false for one per tensor."
+        )
+    others = {name: value for name, value in changes.items() if name != "axis"}
+    return {**others, "per_channel": axis is not None}
 
 
 def _check_keys(given: Mapping[str, Any], known: set[str], what: str) -> None:

@@ -3,11 +3,13 @@
 import numpy as np
 import onnx
 import pytest
+import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from effnet_quant.export.needed_ranges import NeededRanges
-from effnet_quant.quantization.output_quantizer import affine_uint8
+from effnet_quant.quantization.grid import scale_and_zero_point
+from effnet_quant.quantization.quantizer import AFFINE_UINT8
 
 node = onnx.helper.make_node
 
@@ -118,7 +120,7 @@ def test_a_sigmoid_that_serves_more_than_its_product_is_no_silu() -> None:
 
 @pytest.mark.parametrize(("low", "high"), [(-1.0, 3.0), (0.5, 2.0), (-4.0, -1.0), (0.0, 1.0)])
 def test_affine_grid_covers_the_interval_and_zero(low: float, high: float) -> None:
-    scale, zero_point = affine_uint8(low, high)
+    scale, zero_point = scale_and_zero_point(torch.tensor(high), AFFINE_UINT8, torch.tensor(low))
     assert 0 <= zero_point <= 255
     assert (0 - zero_point) * scale <= low + scale / 2 + 1e-6
     assert (255 - zero_point) * scale >= high - scale / 2 - 1e-6

@@ -9,6 +9,7 @@ import torch
 from torch import nn
 
 from effnet_quant import calibrate, create_model, export_onnx, load_engine, quantize, simulate_target
+from effnet_quant.quantization.batch_norm import factor_and_offset
 from effnet_quant.quantization.biases import FoldedBatchNorm2d, accumulator_step
 
 IMAGES = torch.randn(8, 3, 16, 16, generator=torch.Generator().manual_seed(0))
@@ -34,6 +35,16 @@ def folded(model):
     factor = (norm.weight / torch.sqrt(norm.running_var + norm.eps)).double()
     inner = 0 if conv.bias is None else conv.bias.double()
     return norm.bias.double() + factor * (inner - norm.running_mean.double()), factor, accumulator_step(conv)
+
+
+@torch.no_grad()
+def test_a_batch_norm_is_a_factor_and_an_offset():
+    norm = network(conv_bias=False)[1]
+    x = torch.randn(5, 8, dtype=torch.float64)
+    factor, offset = factor_and_offset(norm.weight, norm.bias, norm.running_mean, norm.running_var, norm.eps)
+    assert factor.dtype == offset.dtype == torch.float64
+    own = [value.double() for value in (norm.running_mean, norm.running_var, norm.weight, norm.bias)]
+    torch.testing.assert_close(factor * x + offset, nn.functional.batch_norm(x, *own, eps=norm.eps), rtol=0, atol=1e-13)
 
 
 @pytest.mark.parametrize("conv_bias", [False, True])

@@ -277,7 +277,7 @@ def test_tensors_that_several_quantizers_see_are_counted_once() -> None:
 @pytest.mark.parametrize("bits", [4, 8])
 def test_weight_ranges_by_squared_error_beat_the_largest_magnitude(bits: int) -> None:
     weight = heavy_tailed(4 * 27 * 8).reshape(8, 12, 3, 3)
-    spec = TensorSpec(bits=bits, axis=0)
+    spec = TensorSpec(bits=bits, per_channel=True)
     _, amax = mse_weight_ranges(weight, spec)
     for channel, end in zip(weight.double().numpy(), amax.flatten().tolist(), strict=True):
         largest = np.abs(channel).max()

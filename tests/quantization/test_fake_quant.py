@@ -9,7 +9,8 @@ from hypothesis.extra.numpy import array_shapes, arrays
 from onnx import TensorProto, helper
 from onnx.reference import ReferenceEvaluator
 
-from effnet_quant.quantization.fake_quant import affine_grid, dequantize, fake_quantize, quantize, scale_from_amax
+from effnet_quant.quantization.fake_quant import fake_quantize
+from effnet_quant.quantization.grid import dequantize, quantize, scale_and_zero_point
 from effnet_quant.quantization.spec import WIDTHS, TensorSpec
 
 INT8 = TensorSpec(bits=8)
@@ -53,10 +54,8 @@ def test_integers_are_the_float64_formulas_but_for_ties(
 ) -> None:
     upper, lower = ends(np.float32(amax), lower_share, spec)
     true_scale, true_zero = float64_grid(spec, None if lower is None else lower.numpy(), upper.numpy())
-    if lower is None:
-        scale, zero_point = scale_from_amax(upper, spec), None
-    else:
-        scale, zero_point = affine_grid(lower, upper, spec)
+    scale, zero_point = scale_and_zero_point(upper, spec, lower)
+    if zero_point is not None:
         assert abs(zero_point.item() - true_zero) <= 1  # a tie may fall the other way in float32
         assert zero_point.item() == round(zero_point.item())
     assert scale.item() == pytest.approx(true_scale, rel=1e-6)
@@ -84,10 +83,10 @@ ONNX_TYPES = {
     (16, False): TensorProto.UINT16,
 }
 onnx_grids = [
-    TensorSpec(bits=bits, signed=signed, symmetric=symmetric, axis=axis)
+    TensorSpec(bits=bits, signed=signed, symmetric=symmetric, per_channel=per_channel)
     for bits, signed in ONNX_TYPES
     for symmetric in (True, False)
-    for axis in (None, 0)
+    for per_channel in (False, True)
 ]
 
 
@@ -101,12 +100,10 @@ onnx_grids = [
 def test_fake_quantize_is_onnx_quantize_dequantize_to_the_last_bit(
     spec: TensorSpec, ratios: np.ndarray, amax: np.ndarray, lower_share: float
 ) -> None:
-    columns = amax[0] if spec.axis is None else amax[:, None]
+    columns = amax[:, None] if spec.per_channel else amax[0]
     upper, lower = ends(columns, lower_share, spec)
-    if lower is None:
-        scale, zero_point = scale_from_amax(upper, spec), torch.zeros_like(upper)
-    else:
-        scale, zero_point = affine_grid(lower, upper, spec)
+    scale, zero_point = scale_and_zero_point(upper, spec, lower)
+    zero_point = torch.zeros_like(upper) if zero_point is None else zero_point
     x = ratios * scale.numpy()
     expected = onnx_quantize_dequantize(x, scale.numpy().squeeze(), zero_point.numpy().squeeze(), spec)
     got = fake_quantize(torch.from_numpy(x), upper, spec, lower).numpy()
@@ -118,7 +115,7 @@ def test_fake_quantize_is_onnx_quantize_dequantize_to_the_last_bit(
 def onnx_quantize_dequantize(x: np.ndarray, scale: np.ndarray, zero_point: np.ndarray, spec: TensorSpec) -> np.ndarray:
     kind = ONNX_TYPES[spec.bits, spec.signed]
     info = helper.make_tensor_value_info
-    axis = {} if spec.axis is None else {"axis": spec.axis}
+    axis = {"axis": 0} if spec.per_channel else {}
     zero = helper.make_tensor("zero", kind, list(zero_point.shape), zero_point.astype(int).flatten())
     graph = helper.make_graph(
         [
@@ -150,7 +147,7 @@ def test_nan_stays_nan_and_infinities_saturate() -> None:
 
 def test_the_scale_of_an_ordinary_range_is_its_quotient_to_the_bit() -> None:
     amax = np.exp(np.random.default_rng(0).uniform(np.log(1e-25), np.log(1e38), 10_000)).astype(np.float32)
-    scale = scale_from_amax(torch.from_numpy(amax), INT8)
+    scale, _ = scale_and_zero_point(torch.from_numpy(amax), INT8)
     np.testing.assert_array_equal(scale.numpy(), amax / np.float32(127))
 
 
@@ -162,7 +159,7 @@ def test_zero_denormal_and_huge_ranges_give_finite_results(amax: float, spec: Te
     result = fake_quantize(x, upper, spec, lower)
     assert torch.isfinite(result).all()
     assert result[0] == 0
-    scale = scale_from_amax(upper, spec) if lower is None else affine_grid(lower, upper, spec)[0]
+    scale, _ = scale_and_zero_point(upper, spec, lower)
     assert scale >= torch.finfo(torch.float32).tiny
 
 
@@ -170,7 +167,8 @@ def test_zero_denormal_and_huge_ranges_give_finite_results(amax: float, spec: Te
 def test_an_affine_range_always_holds_zero(bits: int) -> None:
     spec = TensorSpec(bits=bits, symmetric=False, signed=False)
     for low, high in ((0.5, 2.0), (-2.0, -0.5)):
-        scale, zero_point = affine_grid(torch.tensor(low), torch.tensor(high), spec)
+        scale, zero_point = scale_and_zero_point(torch.tensor(high), spec, torch.tensor(low))
+        assert zero_point is not None
         assert zero_point.item() == (0 if low > 0 else 2**bits - 1)
         assert scale.item() == pytest.approx(2.0 / (2**bits - 1))
 

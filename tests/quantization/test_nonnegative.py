@@ -58,7 +58,7 @@ def test_what_keeps_negative_values_away(between):
     model = quantize(Network(between))
     assert model.second._input_quantizer.never_negative
     assert not model.first._input_quantizer.never_negative
-    assert not any(quantizer.never_negative for _, quantizer in quantizers(model) if quantizer.weights)
+    assert not any(quantizer.never_negative for _, quantizer in quantizers(model) if quantizer.role == "weight")
 
 
 @pytest.mark.parametrize(
@@ -128,7 +128,7 @@ def test_targets_with_unsigned_integers_halve_the_step_behind_a_relu():
 @pytest.mark.parametrize("spec", ["w8a8-affine", "w8a16", "w4a4"])
 def test_other_grids_stay_as_they_are_given(spec):
     model = quantize(create_model("cifar-resnet20"), spec, target="onnxruntime")
-    bounds = {quantizer.spec.bounds for name, quantizer in quantizers(model) if not quantizer.weights}
+    bounds = {quantizer.spec.bounds for name, quantizer in quantizers(model) if quantizer.role == "input"}
     assert bounds == {"w8a8-affine": {(0, 255)}, "w8a16": {(-32768, 32767)}, "w4a4": {(0, 15)}}[spec]
 
 

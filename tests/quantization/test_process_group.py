@@ -20,7 +20,7 @@ def ranges(images: list[torch.Tensor]) -> dict[str, list[float]]:
     found = {}
     for preset in ("w8a8", "w4a4"):
         torch.manual_seed(0)
-        model = quantize(nn.Sequential(nn.Conv2d(3, 4, 3), OutputPoint(), nn.ReLU(), nn.Conv2d(4, 4, 3)), preset)
+        model = quantize(nn.Sequential(nn.Conv2d(3, 4, 3), OutputPoint("0"), nn.ReLU(), nn.Conv2d(4, 4, 3)), preset)
         for method in METHODS:
             calibrate(model, images, method)
             for name, quantizer in quantizers(model):

@@ -62,7 +62,7 @@ def step(model: nn.Module, seed: int = 2, optimizer: torch.optim.Optimizer | Non
 
 
 @pytest.mark.parametrize(
-    "spec", [TensorSpec(bits=4, axis=0, learned=True), TensorSpec(signed=False, learned=True)], ids=str
+    "spec", [TensorSpec(bits=4, per_channel=True, learned=True), TensorSpec(signed=False, learned=True)], ids=str
 )
 def test_learned_scale_moves_as_lsqs_step(spec: TensorSpec) -> None:
     """Gradient descent on the step s, as the paper writes it, in float64."""
@@ -70,13 +70,14 @@ def test_learned_scale_moves_as_lsqs_step(spec: TensorSpec) -> None:
     x = torch.randn(6, 40, generator=generator, requires_grad=True)
     upstream = torch.randn(6, 40, generator=generator)
     low, high = spec.bounds
-    quantizer = TensorQuantizer(spec, spec.amax_shape((6, 40)), weights=spec.axis is not None)
+    role = "weight" if spec.per_channel else "input"
+    quantizer = TensorQuantizer(spec, spec.amax_shape((6, 40)), role=role)
     quantizer.set_amax(torch.rand(quantizer.amax.shape, generator=generator) + 0.5)
     v, s, g = x.detach().double(), quantizer.amax.double() / high, upstream.double()
     ratio = v / s
     slope = torch.where(ratio <= low, low, torch.where(ratio >= high, high, torch.round(ratio) - ratio))
     # N counts the weights of a channel, or the features of one image: 40 here
-    per_step = (g * slope).sum(1, keepdim=True) if spec.axis == 0 else (g * slope).sum()
+    per_step = (g * slope).sum(1, keepdim=True) if spec.per_channel else (g * slope).sum()
     expected = s - 0.1 * per_step / np.sqrt(40 * high)
 
     (quantizer(x) * upstream).sum().backward()
@@ -131,7 +132,7 @@ def test_standardised_weights_count_as_weights() -> None:
     model = quantize(nn.Sequential(StdConv2d(3, 64, 3, padding=0, bias=False)), "w4a4-lsq")
     calibrate(model, [images(4)], "mse")
     quantizer, used = model[0]._weight_quantizer, model[0].weight_in_use()
-    twin = TensorQuantizer(quantizer.spec, tuple(quantizer.amax.shape), weights=True)
+    twin = TensorQuantizer(quantizer.spec, tuple(quantizer.amax.shape), role="weight")
     twin.set_amax(quantizer.amax)
     x, upstream = model[0]._input_quantizer(images(4)), torch.randn(4, 64, 8, 8)
     F.conv2d(x, twin(used)).backward(upstream)

@@ -11,7 +11,7 @@ from effnet_quant.models.efficientnet import B0_STAGES, EfficientNet, MBConv, _r
 from effnet_quant.quantization.placement.insertion import quantizers
 from effnet_quant.quantization.quantized_layers import QuantConv2d
 from effnet_quant.quantization.quantizer import TensorQuantizer
-from effnet_quant.quantization.spec import TensorSpec
+from effnet_quant.quantization.spec import QuantSpec, SpecLookup, TensorSpec
 
 
 def block() -> nn.Module:
@@ -91,7 +91,7 @@ def test_every_kind_of_place_gets_a_quantizer() -> None:
 
 def test_the_twin_of_a_convolution_computes_on_quantized_input_and_weights() -> None:
     conv = nn.Conv2d(4, 6, 3, stride=2, padding=1, dilation=2, groups=2, padding_mode="reflect")
-    twin = QuantConv2d.from_float(conv, quantize_spec())
+    twin = QuantConv2d.from_float(conv, SpecLookup(QuantSpec()), "conv")
     x = torch.randn(2, 4, 9, 9)
     assert torch.equal(twin(x), conv(x))
     twin._input_quantizer.set_amax(x.abs().max())
@@ -104,12 +104,6 @@ def test_the_twin_of_a_convolution_computes_on_quantized_input_and_weights() -> 
             nn.functional.pad(grid_x, (1, 1, 1, 1), mode="reflect"), grid_w, conv.bias, 2, 0, 2, 2
         )
         torch.testing.assert_close(twin(x), expected, rtol=1e-4, atol=1e-5)
-
-
-def quantize_spec():
-    from effnet_quant.quantization.spec import resolve_spec
-
-    return resolve_spec("w8a8")
 
 
 def test_quantizing_twice_or_nothing_or_with_an_unknown_preset_is_an_error() -> None:

@@ -8,8 +8,7 @@ from torch import nn
 
 from effnet_quant import UserError, create_model, quantize
 from effnet_quant.models.weights import Weights, load_weights
-from effnet_quant.quantization.output_quantizer import OutputQuantizer
-from effnet_quant.quantization.placement.insertion import quantizers
+from effnet_quant.quantization.placement.insertion import output_quantizers, quantizers
 from effnet_quant.quantization.quantizer import TensorQuantizer
 from effnet_quant.quantization.spec import PRESETS, QuantSpec, TensorSpec, resolve_spec
 
@@ -38,7 +37,7 @@ def test_bounds(spec: TensorSpec, bounds: tuple[int, int]) -> None:
 def test_the_default_preset_is_nvidias_contract() -> None:
     spec = resolve_spec("w8a8")
     assert spec == QuantSpec()
-    assert str(spec.weight) == "int8, per index of dim 0"
+    assert str(spec.weight) == "int8, per output channel"
     assert str(spec.activation) == "int8, per tensor"
 
 
@@ -64,9 +63,27 @@ def test_a_layer_that_is_no_integer_convolution_does_not_round_its_output(overri
     traced = nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), nn.SiLU(), nn.Conv2d(4, 4, 1), nn.SiLU())
     for model, layer in ((traced, "0"), (create_model("efficientnet-b0", 2), "layers.0.block0.depsep")):
         quantize(model, resolve_spec("w8a8").with_overrides({layer: override}))
-        rounding = [name for name, module in model.named_modules() if isinstance(module, OutputQuantizer)]
+        outputs = set(output_quantizers(model))
+        rounding = [name for name, module in model.named_modules() if module in outputs]
         assert rounding
         assert not any(name.startswith((f"{layer}_", f"{layer}.")) for name in rounding)
+
+
+@pytest.mark.parametrize(("in_float", "rounded"), [("squeeze", "expand"), ("expand", "squeeze")])
+def test_an_output_quantizer_goes_with_its_layer_whatever_is_declared_before_it(in_float: str, rounded: str) -> None:
+    model = create_model("efficientnet-b0", 2)
+    quantize(model, resolve_spec("w8a8").with_overrides({f"*.se.{in_float}": "float"}))
+    points = [model.get_submodule(f"layers.1.block0.se.{name}_output") for name in (in_float, rounded)]
+    assert [isinstance(point, nn.Identity) for point in points] == [True, False]
+
+
+def test_the_rounding_of_an_output_can_be_left_out_by_its_own_name() -> None:
+    model = create_model("efficientnet-b0", 2)
+    quantize(model, resolve_spec("w8a8").with_overrides({"*.squeeze_output": "float"}))
+    outputs = set(output_quantizers(model))
+    rounding = [name for name, module in model.named_modules() if module in outputs]
+    assert not any(name.endswith("squeeze_output") for name in rounding)
+    assert sum(name.endswith("expand_output") for name in rounding) == 16
 
 
 def test_overrides_go_by_module_and_the_last_one_wins() -> None:
@@ -105,7 +122,7 @@ def test_a_mapping_changes_a_preset() -> None:
     spec = resolve_spec(
         {
             "preset": "w4a8",
-            "weight": {"axis": None, "narrow": True},
+            "weight": {"per_channel": False, "narrow": True},
             "activation": {"symmetric": False, "signed": False},
             "overrides": {"stem": "w8a8", "classifier": None, "layers": {"weight": {"bits": 2}}},
         }
@@ -120,6 +137,18 @@ def test_a_mapping_changes_a_preset() -> None:
     assert spec.override("head") == "base"
 
 
+@pytest.mark.parametrize(("axis", "per_channel"), [(0, True), (None, False)])
+def test_axis_of_earlier_versions_is_read_and_per_channel_is_written(axis: int | None, per_channel: bool) -> None:
+    fields = {"bits": 4, "symmetric": True, "signed": True, "narrow": False, "learned": False}
+    earlier = {"weight": {**fields, "axis": axis}, "activation": {**fields, "axis": None}, "overrides": []}
+    spec = resolve_spec(earlier)
+    assert (spec.weight.per_channel, spec.activation.per_channel) == (per_channel, False)
+    assert spec.weight.amax_shape((6, 3, 5, 5)) == ((6, 1, 1, 1) if per_channel else ())
+    written = spec.to_json()
+    assert written["weight"] == {**fields, "per_channel": per_channel}
+    assert resolve_spec(written) == spec
+
+
 @pytest.mark.parametrize(
     ("spec", "message"),
     [
@@ -129,7 +158,11 @@ def test_a_mapping_changes_a_preset() -> None:
         ({"weight": {"bits": "4"}}, "'4' is not int"),
         ({"weight": {"symmetric": 0}}, "0 is not bool"),
         ({"weight": 4}, "bits: 4"),
-        ({"activation": {"axis": 1}}, "one range per tensor"),
+        ({"activation": {"per_channel": True}}, "one range per tensor"),
+        ({"activation": {"axis": 0}}, "one range per tensor"),
+        ({"weight": {"axis": 1}}, "axis: 1 means nothing; write per_channel: true"),
+        ({"weight": {"axis": True}}, "axis: True means nothing"),
+        ({"weight": {"axis": 0, "per_channel": True}}, "axis: 0 means nothing"),
         ({"weight": {"signed": False, "narrow": True}}, "must be signed"),
         ({"overrides": ["stem"]}, "overrides map patterns"),
         (4, "not 4"),

@@ -122,7 +122,7 @@ def test_weights_carry_their_spec_to_the_export(run_script, image_folder, weight
     model = create_model("cifar-resnet20", weights=stored)
     grids = {name: quantizer.spec for name, quantizer in quantizers(model)}
     assert not grids["conv1._input_quantizer"].symmetric
-    assert grids["conv1._weight_quantizer"].axis is None
+    assert not grids["conv1._weight_quantizer"].per_channel
     assert grids["layer3.0.conv1._weight_quantizer"].bits == 4
     result = run_script(
         "model2onnx.py", "--arch", "cifar-resnet20", "--pretrained-from-file", stored, "--output", tmp_path / "q.onnx"

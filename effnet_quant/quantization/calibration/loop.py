@@ -130,7 +130,7 @@ def set_ranges(
 
 
 def track_outputs(model: nn.Module, batches: Iterable[Tensor], progress: Callable[[int], None] | None = None) -> None:
-    """Renew the ranges of convolution outputs (OutputQuantizer) in one pass over ``batches``; other ranges stay.
+    """Renew the ranges of convolution outputs in one pass over ``batches``; other ranges stay.
 
     ``calibrate`` does this too; after training has moved the weights, this alone brings these ranges up to date. The
     model runs in eval mode and is returned to the mode it was in.
@@ -160,8 +160,8 @@ def track_outputs(model: nn.Module, batches: Iterable[Tensor], progress: Callabl
 
 def _weight_range(weight: Tensor, spec: TensorSpec, method: str) -> tuple[Tensor, Tensor]:
     if method == "lsq" and spec.symmetric:
-        others = [dim for dim in range(weight.dim()) if dim != spec.axis]
-        mean = weight.abs().mean(dim=others, keepdim=spec.axis is not None)
+        others = list(range(weight.dim()))[spec.per_channel :]
+        mean = weight.abs().mean(dim=others, keepdim=spec.per_channel)
         amax = 2 * mean * math.sqrt(spec.bounds[1])
         return -amax, amax
     return extremes(weight, spec) if spec.bits >= 8 and method != "mse" else mse_weight_ranges(weight, spec)

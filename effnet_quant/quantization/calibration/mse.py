@@ -58,7 +58,7 @@ def mse_weight_ranges(weight: Tensor, spec: TensorSpec) -> tuple[Tensor, Tensor]
     amin, amax = extremes(weight, spec)
     best = [amin, amax]
     smallest = torch.full_like(amax, torch.inf)
-    fixed = TensorSpec(spec.bits, spec.axis, spec.symmetric, spec.signed, spec.narrow)
+    fixed = TensorSpec(spec.bits, spec.per_channel, spec.symmetric, spec.signed, spec.narrow)
     for index in range(_WEIGHT_CANDIDATES, 0, -1):
         candidate = [amin * (index / _WEIGHT_CANDIDATES), amax * (index / _WEIGHT_CANDIDATES)]
         error = (fake_quantize(weight, candidate[1], fixed, candidate[0]) - weight).square().sum_to_size(amax.shape)
@@ -70,9 +70,9 @@ def mse_weight_ranges(weight: Tensor, spec: TensorSpec) -> tuple[Tensor, Tensor]
 
 def extremes(weight: Tensor, spec: TensorSpec) -> tuple[Tensor, Tensor]:
     """Ends of the ranges that hold all of a weight tensor, in the shape of its ``amax``."""
-    others = [dim for dim in range(weight.dim()) if dim != spec.axis]
+    others = list(range(weight.dim()))[spec.per_channel :]
     values = weight.detach().float()
-    keep = spec.axis is not None
+    keep = spec.per_channel
     if spec.symmetric:
         amax = (values.abs() if spec.signed else values.clamp(min=0)).amax(dim=others, keepdim=keep)
         return -amax, amax

@@ -13,7 +13,7 @@ from effnet_quant.quantization.calibration.histogram import Histogram, Histogram
 from effnet_quant.quantization.calibration.maximum import MaxObserver
 from effnet_quant.quantization.calibration.methods import CalibrationObserver
 from effnet_quant.quantization.calibration.moving_average import MovingAverageObserver
-from effnet_quant.quantization.output_quantizer import OutputQuantizer
+from effnet_quant.quantization.quantizer import TensorQuantizer
 
 
 def merge_ranks(observers: Sequence[CalibrationObserver], device: torch.device) -> None:
@@ -27,7 +27,7 @@ def merge_ranks(observers: Sequence[CalibrationObserver], device: torch.device) 
     _merge_averages([item for item in observers if isinstance(item, MovingAverageObserver)], device)
 
 
-def merge_tracked_ranges(trackers: Sequence[OutputQuantizer]) -> None:
+def merge_tracked_ranges(trackers: Sequence[TensorQuantizer]) -> None:
     """Let every process's output quantizers hold the extremes that all of them saw."""
     if _in_group():
         for tracker in trackers:

@@ -11,10 +11,10 @@ import torch
 from torch import fx, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from effnet_quant.quantization.quantized_layers import QuantAdaptiveAvgPool2d, QuantAvgPool2d
+from effnet_quant.quantization.quantized_layers import QuantAdaptiveAvgPool2d, QuantAvgPool2d, QuantGate
 
 # Modules that stay one node: they carry quantizers, or behave differently in training and evaluation.
-_WHOLE = (nn.Conv2d, nn.Linear, QuantAdaptiveAvgPool2d, QuantAvgPool2d, _BatchNorm)
+_WHOLE = (nn.Conv2d, nn.Linear, QuantAdaptiveAvgPool2d, QuantAvgPool2d, QuantGate, _BatchNorm)
 
 
 class _Tracer(fx.Tracer):
@@ -78,3 +78,31 @@ def replace_forward(model: nn.Module, graph: fx.Graph) -> None:
     forward: Callable[..., torch.Tensor] = type(generated).forward
     own = model.__class__
     model.__class__ = types.new_class(f"Quantized{own.__name__}", (own,), {}, lambda body: body.update(forward=forward))
+
+
+def called_module(model: nn.Module, node: fx.Node) -> nn.Module | None:
+    """The module of ``model`` that a node calls; None if it calls none."""
+    return model.get_submodule(str(node.target)) if node.op == "call_module" else None
+
+
+def free_name(model: nn.Module, node: fx.Node, name: str) -> str:
+    """The path for a new module beside the node's own (in the module whose forward it belongs to), called ``name``."""
+    stack = list((node.meta.get("nn_module_stack") or {}).values())
+    paths = [entry[0] if isinstance(entry, tuple) else str(entry) for entry in stack]
+    owner = paths[-1] if paths else ""
+    if node.op == "call_module":
+        owner = str(node.target).rpartition(".")[0]
+        name = f"{str(node.target).rpartition('.')[2]}_{name}"
+    parent = model.get_submodule(owner)
+    unique, count = name, 1
+    while hasattr(parent, unique):
+        unique, count = f"{name}_{count}", count + 1
+    return f"{owner}.{unique}" if owner else unique
+
+
+def add_module(model: nn.Module, path: str, module: nn.Module) -> str:
+    """Add ``module`` at ``path``, which is free, in the mode of its parent and on the model's device; returns the path."""
+    owner, _, name = path.rpartition(".")
+    parent = model.get_submodule(owner)
+    parent.add_module(name, module.train(parent.training).to(next(model.parameters()).device))
+    return path

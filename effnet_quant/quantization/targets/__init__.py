@@ -5,12 +5,12 @@ from __future__ import annotations
 from effnet_quant.errors import UserError
 from effnet_quant.quantization.targets.onnxruntime import ONNXRUNTIME
 from effnet_quant.quantization.targets.openvino import OPENVINO
-from effnet_quant.quantization.targets.rules import OPERATIONS, Target
+from effnet_quant.quantization.targets.rules import OPERATIONS, FollowsTarget, Target
 from effnet_quant.quantization.targets.tensorrt import TENSORRT
 
 TARGETS = {target.name: target for target in (ONNXRUNTIME, OPENVINO, TENSORRT)}
 
-__all__ = ["OPERATIONS", "TARGETS", "Target", "get_target"]
+__all__ = ["OPERATIONS", "TARGETS", "FollowsTarget", "Target", "get_target"]
 
 
 def get_target(name: str | Target) -> Target:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from abc import abstractmethod
 from collections.abc import Iterable
 from dataclasses import dataclass, replace
 
@@ -47,3 +48,11 @@ class Target:
         if unknown := left - set(OPERATIONS):
             raise UserError(f"there is no operation {', '.join(sorted(unknown))}; there are {', '.join(OPERATIONS)}.")
         return replace(self, quantized=self.quantized - left)
+
+
+class FollowsTarget:
+    """What a module is if its computation depends on the engine that it simulates."""
+
+    @abstractmethod
+    def follow(self, target: Target) -> None:
+        """Compute as the engine of ``target`` does from now on."""
