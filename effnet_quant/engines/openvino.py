@@ -37,7 +37,7 @@ def compile_file(path: Path, settings: Settings) -> Compiled:
     if settings.precision == "bf16" and not cpu_has_bf16():
         raise UserError("this CPU does not compute in bfloat16 (AVX512-BF16, AMX); take the precision fp32.")
     core = shared_core()
-    # a compiled network runs one call at a time, on its threads: more of them use the CPU's other cores
+    # where a network has fewer threads than the CPU has cores, further copies use the others
     copies = 1 if settings.threads is None else max(_cores() // settings.threads, 1)
     run = OpenvinoRunner(core, core.read_model(path), file.signature, compile_properties(file, settings), copies)
     precision = file.precision(settings.precision)
@@ -80,7 +80,8 @@ class OpenvinoRunner:
     shape. The two round differently. Which one an array gets follows from its shape, never from what came before: the same
     arrays give the same answers, in any order and from any thread.
 
-    A network is compiled again, up to ``copies`` times, when a call finds another one at work.
+    A compiled network runs one call at a time. When a call finds it at work, it is compiled once more, until there are
+    ``copies``.
     """
 
     def __init__(
@@ -107,9 +108,10 @@ class OpenvinoRunner:
             self._compile_apart(tuple(shapes))
 
     def forget(self) -> None:
-        """Let go of all networks."""
-        self._networks: dict[Shapes, _Network] = {}
-        self._any_shape: _Network | None = None
+        """Let go of all networks; calls that run keep theirs."""
+        with self._compiling:
+            self._networks: dict[Shapes, _Network] = {}
+            self._any_shape: _Network | None = None
 
     def _network_for(self, shapes: Shapes) -> _Network:
         with self._compiling:  # one caller compiles, the others find it

@@ -133,6 +133,8 @@ def _leaves(structure: Any) -> Iterator[int]:
     if isinstance(structure, int) and not isinstance(structure, bool):
         yield structure
         return
+    if not isinstance(structure, dict):
+        raise ValueError(f"{structure!r:.40} is no structure")
     ((kind, parts),) = structure.items()
     if not isinstance(parts, {"tuple": list, "list": list, "dict": dict}[kind]):
         raise ValueError(f"a {kind} of something else")

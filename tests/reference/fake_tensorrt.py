@@ -36,7 +36,7 @@ class OnCard(torch.Tensor):
 class Card:
     """What the backend uses of ``torch``, with the host's memory as the card's. ``memory`` lists the live activations."""
 
-    uint8, float32 = torch.uint8, torch.float32
+    uint8, float32, bfloat16 = torch.uint8, torch.float32, torch.bfloat16
     from_numpy = staticmethod(torch.from_numpy)
 
     def __init__(self) -> None:

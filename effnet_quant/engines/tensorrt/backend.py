@@ -10,6 +10,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 
 from effnet_quant.card import ModelCard
 from effnet_quant.engines.compiled import Arrays, Compiled, Settings
@@ -22,10 +23,11 @@ from effnet_quant.errors import UserError
 DEVICES = ("cuda",)
 PRECISIONS = ("explicit",)  # all of it is in the graph
 GRAPHS_KEPT = 8
-# TensorRT's names of NumPy's types, all of which PyTorch has too
+# TensorRT's names of PyTorch's types; NumPy has all but bfloat16
 _TYPES = {
     "FLOAT": "float32",
     "HALF": "float16",
+    "BF16": "bfloat16",
     "UINT8": "uint8",
     "INT8": "int8",
     "INT32": "int32",
@@ -106,7 +108,7 @@ class _Run:
             for buffer, array in zip(graph.inputs, arrays, strict=True):
                 buffer.copy_(torch.from_numpy(array))
             graph.captured.replay()
-            return [np.asarray(output.cpu()) for output in graph.outputs]
+            return [_host_array(output) for output in graph.outputs]
 
     def _capture(self, shapes: Shapes) -> _Graph:
         context = library.create_context(self._trt, self._plan)
@@ -141,6 +143,10 @@ class _Run:
     def _enqueue(self, context: Any) -> None:
         if not context.execute_async_v3(self._stream.cuda_stream):
             raise UserError(f"TensorRT can't run the plan: {library.first_line(self._plan.logger.errors)}")
+
+
+def _host_array(tensor: torch.Tensor) -> NDArray[Any]:
+    return np.asarray((tensor.float() if tensor.dtype == torch.bfloat16 else tensor).cpu())
 
 
 def _signature_of(trt: Any, engine: Any) -> Signature:

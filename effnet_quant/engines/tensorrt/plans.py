@@ -154,7 +154,7 @@ def find_plan(path: Path) -> Plan | None:
                 for layer in values["layers"]
             ],
         )
-    except (ValueError, KeyError, TypeError):
+    except (ValueError, KeyError, TypeError, RecursionError):
         return None
     return plan if hashlib.sha256(path.read_bytes()).hexdigest() == plan.sha256 else None
 
