@@ -13,7 +13,7 @@ from torch.nn import functional as F
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from effnet_quant.errors import UserError
-from effnet_quant.quantization.eager_evaluation import eager_pass
+from effnet_quant.quantization.eager_evaluation import Batch, device_of, eager_pass, model_arguments
 from effnet_quant.quantization.extremes import extremes
 from effnet_quant.quantization.placement.insertion import output_quantizers, quantizers
 from effnet_quant.quantization.quantizer import TensorQuantizer
@@ -83,7 +83,7 @@ def freeze_batch_norm(model: nn.Module) -> None:
         module.eval()
 
 
-def reestimate_batch_norm(model: nn.Module, batches: Iterable[Tensor]) -> None:
+def reestimate_batch_norm(model: nn.Module, batches: Iterable[Batch]) -> None:
     """Measure BatchNorm's running statistics anew, as the mean over ``batches`` weighted by their images, with the
     quantizers as they are and nothing else in training mode (no dropout). Outputs of convolutions are not rounded
     meanwhile: their ranges hang on these statistics (``track_outputs`` brings them up to date).
@@ -91,12 +91,16 @@ def reestimate_batch_norm(model: nn.Module, batches: Iterable[Tensor]) -> None:
     Quantized weights that hop between two values of the grid leave the running averages behind (Nagel et al. 2022). In a
     process group all get the mean over all processes' images.
 
+    Args:
+        model: any model with BatchNorm layers.
+        batches: float images (N, C, H, W) as the model takes them, or a tuple of the model's arguments for each batch.
+
     Raises:
-        UserError: there are no images.
+        UserError: there are no images, or something else than a batch.
     """
     layers = list(_batch_norms(model))
     momenta = [layer.momentum for layer in layers]
-    device = next(model.parameters()).device
+    device = device_of(model)
     rounding = [quantizer for quantizer in output_quantizers(model) if quantizer.enabled]
     images = 0
     try:
@@ -106,10 +110,11 @@ def reestimate_batch_norm(model: nn.Module, batches: Iterable[Tensor]) -> None:
             for layer in layers:
                 layer.train()
             for batch in batches:
-                images += len(batch)
+                arguments, examples = model_arguments(batch, device)
+                images += examples
                 for layer in layers:
-                    layer.momentum = len(batch) / images  # the first batch replaces what was there
-                model(batch.to(device))
+                    layer.momentum = examples / images  # the first batch replaces what was there
+                model(*arguments)
     finally:
         for layer, momentum in zip(layers, momenta, strict=True):
             layer.momentum = momentum
