@@ -1,12 +1,17 @@
-"""The state in which a model is looked at while images pass through it."""
+"""How a model is run to be looked at: the state it is in, and the batches that it takes."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
+
+from effnet_quant.errors import UserError
+
+Batch = Tensor | tuple[Any, ...]  # the model's only argument, or all of them
 
 
 @contextmanager
@@ -23,3 +28,58 @@ def eager_pass(model: nn.Module) -> Iterator[None]:
     finally:
         for module, training in modes.items():
             module.training = training
+
+
+def model_arguments(batch: Batch, device: torch.device) -> tuple[tuple[Any, ...], int]:
+    """The arguments that a batch stands for, and how many examples it holds.
+
+    Args:
+        batch: a tensor of shape (N, …), or a tuple of all the model's arguments. Tensors may stand in lists, tuples and
+            dicts; the first one has shape (N, …).
+        device: where the tensors are moved to.
+
+    Returns:
+        The arguments, to be called as ``model(*arguments)``, and N.
+
+    Raises:
+        UserError: the batch is something else.
+    """
+    arguments = batch if isinstance(batch, tuple) else (batch,)
+    first = next(_tensors(arguments), None)
+    if not isinstance(batch, (Tensor, tuple)) or first is None or first.dim() == 0:
+        raise UserError(
+            f"a batch must be a tensor (N, …) or a tuple of the model's arguments, not {_described(batch)}; of a loader's "
+            "[images, labels] pass the images alone."
+        )
+    return tuple(_moved(argument, device) for argument in arguments), len(first)
+
+
+def device_of(model: nn.Module) -> torch.device:
+    """Where the model computes: the device of its first parameter, the CPU where it has none."""
+    return next((parameter.device for parameter in model.parameters()), torch.device("cpu"))
+
+
+def _tensors(value: Any) -> Iterator[Tensor]:
+    """All tensors in nested lists, tuples and dicts, in order."""
+    if isinstance(value, Tensor):
+        yield value
+    elif isinstance(value, (list, tuple, dict)):
+        for item in value.values() if isinstance(value, dict) else value:
+            yield from _tensors(item)
+
+
+def _moved(value: Any, device: torch.device) -> Any:
+    if isinstance(value, Tensor):
+        return value.to(device)
+    if isinstance(value, dict):
+        return {key: _moved(item, device) for key, item in value.items()}
+    if isinstance(value, (list, tuple)):
+        items = [_moved(item, device) for item in value]
+        return type(value)(*items) if hasattr(value, "_fields") else type(value)(items)  # a named tuple
+    return value
+
+
+def _described(batch: object) -> str:
+    if isinstance(batch, tuple):
+        return "a tuple without such a tensor"
+    return "a single number" if isinstance(batch, Tensor) else f"a {type(batch).__name__}"

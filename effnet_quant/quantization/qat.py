@@ -12,8 +12,8 @@ from torch import Tensor, distributed, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from effnet_quant.errors import UserError
-from effnet_quant.quantization.calibration.methods import check_method
-from effnet_quant.quantization.eager_evaluation import eager_pass
+from effnet_quant.quantization.calibration.methods import DEFAULT_METHOD, calibrator_factory
+from effnet_quant.quantization.eager_evaluation import Batch, device_of, eager_pass, model_arguments
 from effnet_quant.quantization.extremes import extremes
 from effnet_quant.quantization.placement.insertion import output_quantizers, quantizers
 from effnet_quant.quantization.quantizer import TensorQuantizer
@@ -27,7 +27,7 @@ class QatConfig:
 
     Attributes:
         calibration_method: a name in calibration.METHODS.
-        percentile: share of the magnitudes that the method "percentile" covers, in percent.
+        percentile: share of the magnitudes that the method "percentile" covers, in percent; None for the usual one.
         calibration_images: training images to calibrate with.
         gradual_start: epochs over which the quantizers are switched on, one after another; 0 for all at once.
         follow_ranges: epochs at the start in which fixed ranges follow the data.
@@ -41,8 +41,8 @@ class QatConfig:
         UserError: a value that means nothing. The message names quant_main.py's flag.
     """
 
-    calibration_method: str = "percentile"
-    percentile: float = 99.99
+    calibration_method: str = DEFAULT_METHOD
+    percentile: float | None = None
     calibration_images: int = 512
     gradual_start: int = 0
     follow_ranges: int = 0
@@ -53,7 +53,7 @@ class QatConfig:
     distill_weight: float = 0.5
 
     def __post_init__(self) -> None:
-        check_method(self.calibration_method, self.percentile)
+        calibrator_factory(self.calibration_method, self.percentile)
         if self.calibration_images < 1:
             raise UserError(f"--calibration-images must be at least 1, not {self.calibration_images}.")
         for name in ("gradual_start", "follow_ranges", "freeze_bn"):
@@ -130,7 +130,7 @@ def freeze_batch_norm(model: nn.Module) -> None:
         module.eval()
 
 
-def reestimate_batch_norm(model: nn.Module, batches: Iterable[Tensor]) -> None:
+def reestimate_batch_norm(model: nn.Module, batches: Iterable[Batch]) -> None:
     """Measure BatchNorm's running statistics anew, as the mean over ``batches`` weighted by their images, with the
     quantizers as they are and nothing else in training mode (no dropout). Outputs of convolutions are not rounded
     meanwhile: their ranges hang on these statistics (``track_outputs`` brings them up to date).
@@ -138,12 +138,16 @@ def reestimate_batch_norm(model: nn.Module, batches: Iterable[Tensor]) -> None:
     Quantized weights that hop between two values of the grid leave the running averages behind (Nagel et al. 2022). In a
     process group all get the mean over all processes' images.
 
+    Args:
+        model: any model with BatchNorm layers.
+        batches: float images (N, C, H, W) as the model takes them, or a tuple of the model's arguments for each batch.
+
     Raises:
-        UserError: there are no images.
+        UserError: there are no images, or something else than a batch.
     """
     layers = list(_batch_norms(model))
     momenta = [layer.momentum for layer in layers]
-    device = next(model.parameters()).device
+    device = device_of(model)
     rounding = [quantizer for quantizer in output_quantizers(model) if quantizer.enabled]
     images = 0
     try:
@@ -153,10 +157,11 @@ def reestimate_batch_norm(model: nn.Module, batches: Iterable[Tensor]) -> None:
             for layer in layers:
                 layer.train()
             for batch in batches:
-                images += len(batch)
+                arguments, examples = model_arguments(batch, device)
+                images += examples
                 for layer in layers:
-                    layer.momentum = len(batch) / images  # the first batch replaces what was there
-                model(batch.to(device))
+                    layer.momentum = examples / images  # the first batch replaces what was there
+                model(*arguments)
     finally:
         for layer, momentum in zip(layers, momenta, strict=True):
             layer.momentum = momentum

@@ -1,5 +1,7 @@
 """Calibration against numpy on all values at once."""
 
+from functools import partial
+
 import numpy as np
 import pytest
 import torch
@@ -9,13 +11,16 @@ from hypothesis.extra.numpy import arrays
 from torch import nn
 
 from effnet_quant import UserError, calibrate, quantize
-from effnet_quant.quantization.calibration import METHODS, collect, report_ranges, set_ranges
-from effnet_quant.quantization.calibration.histogram import BINS, HistogramObserver, SeenTensors
-from effnet_quant.quantization.calibration.maximum import MaxObserver
-from effnet_quant.quantization.calibration.methods import choose_range, observer_for
-from effnet_quant.quantization.calibration.moving_average import MovingAverageObserver
-from effnet_quant.quantization.calibration.mse import mse_weight_ranges
+from effnet_quant.quantization.calibration import METHODS, collect, report_ranges, set_ranges, track_outputs
+from effnet_quant.quantization.calibration.calibrator import Calibrator, HistogramCalibrator
+from effnet_quant.quantization.calibration.histogram import BINS, SeenTensors
+from effnet_quant.quantization.calibration.maximum import MaxCalibrator
+from effnet_quant.quantization.calibration.methods import calibrator_factory
+from effnet_quant.quantization.calibration.moving_average import MovingAverageCalibrator
+from effnet_quant.quantization.calibration.mse import MseCalibrator
+from effnet_quant.quantization.calibration.percentile import PercentileCalibrator
 from effnet_quant.quantization.placement.insertion import quantizers
+from effnet_quant.quantization.qat import reestimate_batch_norm
 from effnet_quant.quantization.spec import PRESETS, TensorSpec
 
 
@@ -40,11 +45,19 @@ INT8, UINT8, INT4 = TensorSpec(), TensorSpec(signed=False), TensorSpec(bits=4)
 AFFINE8, AFFINE4 = (TensorSpec(bits=bits, symmetric=False, signed=False) for bits in (8, 4))
 
 
-def counted(values: torch.Tensor, batches: int = 7) -> HistogramObserver:
-    observer = HistogramObserver(SeenTensors())
+def counted(values: torch.Tensor, batches: int = 7) -> HistogramCalibrator:
+    calibrator = MseCalibrator()
     for batch in values.chunk(batches):
-        observer.observe(batch)
-    return observer
+        calibrator.observe(batch)
+    return calibrator
+
+
+def choose_range(
+    collected: Calibrator, spec: TensorSpec, method: str, percentile: float | None = None
+) -> tuple[float, float]:
+    calibrator = calibrator_factory(method, percentile)()
+    calibrator.adopt(collected)
+    return calibrator.range(spec)
 
 
 def width(values: torch.Tensor) -> float:
@@ -55,15 +68,15 @@ def width(values: torch.Tensor) -> float:
 @pytest.mark.parametrize("values", VALUES.values(), ids=VALUES)
 @pytest.mark.parametrize("percentile", [50.0, 90.0, 99.0, 99.9, 99.99, 100.0])
 def test_percentile_is_numpys_within_a_bin(percentile: float, values: torch.Tensor) -> None:
-    observer, exact = counted(values), values.double().numpy()
-    low, high = choose_range(observer, INT8, "percentile", percentile)
+    calibrator, exact = counted(values), values.double().numpy()
+    low, high = choose_range(calibrator, INT8, "percentile", percentile)
     expected = np.percentile(np.abs(exact), percentile, method="inverted_cdf")
     assert high == -low == pytest.approx(expected, abs=1.01 * width(values))
     assert high <= np.abs(exact).max()
-    _, high = choose_range(observer, UINT8, "percentile", percentile)
+    _, high = choose_range(calibrator, UINT8, "percentile", percentile)
     expected = np.percentile(np.maximum(exact, 0), percentile, method="inverted_cdf")
     assert high == pytest.approx(expected, abs=1.01 * width(values))
-    low, high = choose_range(observer, AFFINE8, "percentile", percentile)
+    low, high = choose_range(calibrator, AFFINE8, "percentile", percentile)
     tail = (100 - percentile) / 2
     assert high == pytest.approx(np.percentile(exact, 100 - tail, method="inverted_cdf"), abs=1.01 * width(values))
     assert low == pytest.approx(-np.percentile(-exact, 100 - tail, method="inverted_cdf"), abs=1.01 * width(values))
@@ -100,15 +113,15 @@ def test_entropy_is_tensorrts_search_within_a_bin(spec: TensorSpec, levels: int,
     bins = int(np.ceil(exact.max() / width(values)))
     counts = np.histogram(exact, bins, (0, bins * width(values)))[0]
     expected = min(kl_by_the_slides(counts, levels) * width(values), exact.max())
-    _, high = choose_range(counted(values), spec, "entropy", 0)
+    _, high = choose_range(counted(values), spec, "entropy")
     assert high == pytest.approx(expected, abs=1.01 * width(values))
 
 
 def test_entropy_on_an_affine_grid_keeps_the_side_that_is_there() -> None:
-    low, high = choose_range(counted(VALUES["behind a ReLU"]), AFFINE8, "entropy", 0)
+    low, high = choose_range(counted(VALUES["behind a ReLU"]), AFFINE8, "entropy")
     assert low == 0
     assert 0 < high <= VALUES["behind a ReLU"].max()
-    low, high = choose_range(counted(VALUES["behind a SiLU"]), AFFINE8, "entropy", 0)
+    low, high = choose_range(counted(VALUES["behind a SiLU"]), AFFINE8, "entropy")
     assert low == pytest.approx(VALUES["behind a SiLU"].min().item())
 
 
@@ -128,7 +141,7 @@ def squared_error(values: np.ndarray, spec: TensorSpec, low: float, high: float)
 def test_mse_is_the_best_of_all_thresholds(spec: TensorSpec, values: torch.Tensor) -> None:
     exact = values[:20_000].double().numpy()
     largest = np.abs(exact).max() if spec.signed else exact.max()
-    _, high = choose_range(counted(values[:20_000]), spec, "mse", 0)
+    _, high = choose_range(counted(values[:20_000]), spec, "mse")
     if largest <= 0:
         assert high == 0
         return
@@ -145,7 +158,7 @@ def test_mse_is_the_best_of_all_thresholds(spec: TensorSpec, values: torch.Tenso
 @pytest.mark.parametrize("spec", [AFFINE8, AFFINE4], ids=str)
 def test_mse_of_both_ends_beats_every_shrunken_range(spec: TensorSpec, values: torch.Tensor) -> None:
     exact = values[:20_000].double().numpy()
-    low, high = choose_range(counted(values[:20_000]), spec, "mse", 0)
+    low, high = choose_range(counted(values[:20_000]), spec, "mse")
     assert low <= 0 <= high
     smallest, largest = min(exact.min(), 0), max(exact.max(), 0)
     candidates = [squared_error(exact, spec, smallest * a, largest * b) for a in SHARES for b in SHARES]
@@ -157,7 +170,7 @@ SHARES = np.linspace(0.02, 1, 50)
 
 def test_lsq_starts_where_its_paper_says() -> None:
     values = VALUES["heavy tails"]
-    _, high = choose_range(counted(values), INT4, "lsq", 0)
+    _, high = choose_range(counted(values), INT4, "lsq")
     assert high / 7 == pytest.approx(2 * values.abs().double().mean().item() / 7**0.5, rel=1e-3)
 
 
@@ -165,14 +178,14 @@ def test_moving_average_follows_the_images() -> None:
     images = torch.randn(9, 3, 5, 5, generator=torch.Generator().manual_seed(0))
     weights = 0.99 ** np.arange(8, -1, -1)
     for split in (1, 4, 9):
-        observer = MovingAverageObserver()
+        calibrator = MovingAverageCalibrator()
         for batch in images.split(split):
-            observer.observe(batch)
-        low, high = choose_range(observer, AFFINE8, "moving-average", 0)
+            calibrator.observe(batch)
+        low, high = choose_range(calibrator, AFFINE8, "moving-average")
         assert high == pytest.approx(np.average(images.amax((1, 2, 3)), weights=weights))
         assert low == pytest.approx(np.average(images.amin((1, 2, 3)), weights=weights))
-    with pytest.raises(ValueError, match="moving-average"):
-        choose_range(counted(images), AFFINE8, "moving-average", 0)
+    with pytest.raises(ValueError, match="MovingAverageCalibrator"):
+        choose_range(counted(images), AFFINE8, "moving-average")
 
 
 @pytest.mark.parametrize("method", ["percentile", "entropy", "mse", "lsq"])
@@ -180,10 +193,10 @@ def test_ranges_do_not_depend_on_the_split_into_batches(method: str) -> None:
     values = heavy_tailed(20_000)
     results = set()
     for batches in (values.split(7), values.split(1000), values.flip(0).split(3_333), [values]):
-        observer = HistogramObserver(SeenTensors())
+        calibrator = MseCalibrator()
         for batch in batches:
-            observer.observe(batch)
-        results.add((choose_range(observer, INT8, method, 99.9), choose_range(observer, AFFINE4, method, 99.9)))
+            calibrator.observe(batch)
+        results.add((choose_range(calibrator, INT8, method, 99.9), choose_range(calibrator, AFFINE4, method, 99.9)))
     assert len(results) == 1
 
 
@@ -207,12 +220,12 @@ def test_channels_last_and_strided_tensors_are_counted_alike() -> None:
 
 
 def test_memory_and_counts_do_not_grow_with_batches() -> None:
-    observer = HistogramObserver(SeenTensors())
+    calibrator = MseCalibrator()
     for step in range(50):
-        observer.observe(heavy_tailed(1000) * 2.0**step)  # a growing range all the way
-    assert observer.histogram.counts.shape == (2 * BINS - 1,)
-    assert observer.histogram.counts.dtype == torch.int64
-    assert observer.histogram.counts.sum().item() == 50 * 1000
+        calibrator.observe(heavy_tailed(1000) * 2.0**step)  # a growing range all the way
+    assert calibrator.histogram.counts.shape == (2 * BINS - 1,)
+    assert calibrator.histogram.counts.dtype == torch.int64
+    assert calibrator.histogram.counts.sum().item() == 50 * 1000
 
 
 def test_counts_are_exact_beyond_float32_integers() -> None:
@@ -223,31 +236,60 @@ def test_counts_are_exact_beyond_float32_integers() -> None:
     assert histogram.counts.sum().item() == 2**24 + 3
 
 
+@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("values", VALUES.values(), ids=VALUES)
+def test_two_halves_of_the_data_merge_to_the_whole(method: str, values: torch.Tensor) -> None:
+    images = values[:10_000].reshape(50, 200)
+    whole, first, second, joined = (METHODS[method]() for _ in range(4))
+    whole.observe(images)
+    first.observe(images[:20])
+    second.observe(images[20:])
+    for part in (first, second, METHODS[method]()):  # one process without images
+        assert part.state().dtype == torch.float64
+        assert part.state().shape == whole.state().shape
+        joined.merge(part.state())
+    tolerance = 1e-12 if method == "moving-average" else 0  # its sums are rounded in another order
+    assert joined.seen == pytest.approx(whole.seen, rel=tolerance)
+    for spec in (INT8, AFFINE4):
+        assert joined.range(spec) == pytest.approx(whole.range(spec), rel=tolerance)
+
+
+@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("bad", [torch.nan, torch.inf])
+def test_a_process_that_saw_nan_or_infinity_spoils_the_whole(method: str, bad: float) -> None:
+    first, second, joined = (METHODS[method]() for _ in range(3))
+    first.observe(torch.tensor([[1.0, 2.0]]))
+    second.observe(torch.tensor([[1.0, bad]]))
+    for part in (second, first):
+        joined.merge(part.state())
+    assert not all(map(np.isfinite, joined.seen))
+
+
 def test_max_holds_all_batches() -> None:
-    observer = MaxObserver()
+    calibrator = MaxCalibrator()
     for batch in ([0.5, -7.25], [3.0, 1.0]):
-        observer.observe(torch.tensor(batch))
-    assert choose_range(observer, INT8, "max", 0) == (-7.25, 7.25)
-    assert choose_range(observer, UINT8, "max", 0)[1] == 3
-    assert choose_range(observer, AFFINE8, "max", 0) == (-7.25, 3)
+        calibrator.observe(torch.tensor(batch))
+    assert choose_range(calibrator, INT8, "max") == (-7.25, 7.25)
+    assert choose_range(calibrator, UINT8, "max")[1] == 3
+    assert choose_range(calibrator, AFFINE8, "max") == (-7.25, 3)
 
 
 @pytest.mark.parametrize("method", ["max", "percentile", "moving-average"])
 @pytest.mark.parametrize("bad", [torch.nan, torch.inf])
 def test_observing_nothing_nan_or_infinity_is_not_hidden(method: str, bad: float) -> None:
-    observer = observer_for(method, SeenTensors())
-    assert not all(map(np.isfinite, observer.seen))
-    observer.observe(torch.tensor([[1.0, bad]]))
-    observer.observe(torch.tensor([[1.0, 2.0]]))
-    assert not all(map(np.isfinite, observer.seen))
+    calibrator = METHODS[method]()
+    assert not all(map(np.isfinite, calibrator.seen))
+    calibrator.observe(torch.tensor([[1.0, bad]]))
+    calibrator.observe(torch.tensor([[1.0, 2.0]]))
+    assert not all(map(np.isfinite, calibrator.seen))
 
 
 @pytest.mark.parametrize("method", METHODS)
 @pytest.mark.parametrize("preset", PRESETS)
 def test_zeros_give_a_range_of_zero(method: str, preset: str) -> None:
-    observer = observer_for(method, SeenTensors())
-    observer.observe(torch.zeros(2, 5))
-    low, high = choose_range(observer, PRESETS[preset].activation, method, 99.99)
+    calibrator = METHODS[method]()
+    calibrator.observe(torch.zeros(2, 5))
+    low, high = choose_range(calibrator, PRESETS[preset].activation, method, 99.99)
     assert low == high == 0
 
 
@@ -278,20 +320,114 @@ def test_tensors_that_several_quantizers_see_are_counted_once() -> None:
 def test_weight_ranges_by_squared_error_beat_the_largest_magnitude(bits: int) -> None:
     weight = heavy_tailed(4 * 27 * 8).reshape(8, 12, 3, 3)
     spec = TensorSpec(bits=bits, per_channel=True)
-    _, amax = mse_weight_ranges(weight, spec)
+    _, amax = MseCalibrator().weight_range(weight, spec)
     for channel, end in zip(weight.double().numpy(), amax.flatten().tolist(), strict=True):
         largest = np.abs(channel).max()
         errors = [squared_error(channel, spec, 0, largest * share / 100) for share in range(1, 101)]
         assert squared_error(channel, spec, 0, end) == pytest.approx(min(errors), rel=1e-3)
 
 
+class SixSigma(Calibrator):
+    """A calibrator of one's own: six root mean squares for activations, three for weights."""
+
+    def __init__(self, sigmas: float = 6) -> None:
+        self.sigmas, self.sums = sigmas, torch.zeros(2, dtype=torch.float64)
+
+    def observe(self, x: torch.Tensor) -> None:
+        self.sums += torch.tensor([x.double().square().sum().item(), x.numel()])
+
+    @property
+    def seen(self) -> tuple[float, float]:
+        return self.range(INT8)
+
+    def state(self) -> torch.Tensor:
+        return self.sums
+
+    def merge(self, state: torch.Tensor) -> None:
+        self.sums = self.sums + state
+
+    def range(self, spec: TensorSpec) -> tuple[float, float]:
+        amax = self.sigmas * (self.sums[0] / self.sums[1]).sqrt().item()
+        return -amax, amax
+
+    def weight_range(self, weight: torch.Tensor, spec: TensorSpec) -> tuple[torch.Tensor, torch.Tensor]:
+        amax = 3 * weight.square().mean((1, 2, 3), keepdim=True).sqrt()
+        return -amax, amax
+
+
+def test_the_method_may_be_a_class_or_make_calibrators() -> None:
+    model = quantize(nn.Sequential(nn.Conv2d(3, 4, 3)), target="tensorrt")
+    images = torch.randn(6, 3, 8, 8)
+    root = images.double().square().mean().sqrt().item()
+    for method, sigmas in ((SixSigma, 6), (partial(SixSigma, 2.5), 2.5)):
+        calibrate(model, images.split(4), method)
+        assert model[0]._input_quantizer.amax.item() == pytest.approx(sigmas * root)
+        expected = 3 * model[0].weight.detach().square().mean((1, 2, 3)).sqrt()
+        assert torch.allclose(model[0]._weight_quantizer.amax.flatten(), expected)
+    calibrate(model, images.split(4), partial(PercentileCalibrator, 80.0))
+    expected = np.percentile(images.abs().double().numpy(), 80, method="inverted_cdf")
+    assert model[0]._input_quantizer.amax.item() == pytest.approx(expected, abs=1.01 * width(images))
+
+
+class TwoInputs(nn.Module):
+    """Takes an image and a dict with a vector."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv = nn.Conv2d(3, 4, 3)
+        self.norm = nn.BatchNorm2d(4)
+        self.linear = nn.Linear(36, 2)
+
+    def forward(self, image: torch.Tensor, sides: dict[str, torch.Tensor]) -> torch.Tensor:
+        return self.norm(self.conv(image)).mean((2, 3)) + self.linear(sides["left"])[:, :1]
+
+
+def test_a_batch_may_be_a_tuple_of_the_models_arguments() -> None:
+    torch.manual_seed(0)
+    images, left = torch.randn(6, 3, 8, 8), torch.randn(6, 36)
+    batches = [(images[part], {"left": left[part], "camera": "front"}) for part in (slice(0, 4), slice(4, 6))]
+    model = quantize(TwoInputs(), target="tensorrt")
+    seen: list[int] = []
+    calibrate(model, batches, method="max", progress=seen.append)
+    assert seen == [4, 2]
+    assert model.conv._input_quantizer.amax.item() == images.abs().max().item()
+    assert model.linear._input_quantizer.amax.item() == left.abs().max().item()
+    collected = collect(model, batches)
+    assert collected["linear._input_quantizer"].seen == (left.min().item(), left.max().item())
+    track_outputs(model, batches, seen.append)
+    assert seen == [4, 2, 4, 2]
+    reestimate_batch_norm(model, batches)
+    with torch.no_grad():
+        outputs = [model.conv(batch[0]).mean((0, 2, 3)) for batch in batches]
+    expected = (4 * outputs[0] + 2 * outputs[1]) / 6
+    assert torch.allclose(model.norm.running_mean, expected, atol=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("batch", "said"),
+    [
+        ([torch.randn(2, 3, 8, 8), torch.zeros(2)], "not a list"),
+        (np.zeros((2, 3, 8, 8), np.float32), "not a ndarray"),
+        (None, "not a NoneType"),
+        (("a", 1), "a tuple without"),
+        (torch.tensor(1.0), "a single number"),
+    ],
+)
+def test_what_is_no_batch_is_said(batch: object, said: str) -> None:
+    model = tiny()
+    for use in (calibrate, collect, track_outputs, reestimate_batch_norm):
+        with pytest.raises(UserError, match=rf"a batch must be a tensor.*{said}.*pass the images alone"):
+            use(model, [batch])
+    assert not any(quantizer.enabled for _, quantizer in quantizers(model))
+
+
 def test_the_report_has_the_true_clipping_and_noise() -> None:
     torch.manual_seed(3)
     model = quantize(nn.Sequential(nn.Conv2d(3, 4, 3)), "w8a8-affine")
     images = torch.randn(8, 3, 32, 32)
-    observers = collect(model, images.split(3), "percentile")
-    set_ranges(model, observers, "percentile", 99.0)
-    activation, weight = report_ranges(model, observers)
+    collected = collect(model, images.split(3), "percentile")
+    set_ranges(model, collected, "percentile", 99.0)
+    activation, weight = report_ranges(model, collected)
     assert activation.name == "0._input_quantizer"
     assert activation.grid == "uint8, affine, per tensor"
     assert activation.seen == (images.min().item(), images.max().item())

@@ -14,20 +14,12 @@ REPOSITORY = Path(__file__).resolve().parents[2]
 SCRIPTS = sorted(path.name for path in REPOSITORY.glob("*.py") if path.name != "setup.py")
 # the top-level packages that take a tenth of a second or more
 HEAVY = ("torch", "torchvision", "numpy", "onnx", "onnxruntime", "openvino", "tensorrt", "PIL", "sklearn", "timm")
-# scripts whose modules still load them
-SLOW = {"train", "quantize", "export", "classify", "demo"} | {
-    "main.py",
-    "quant_main.py",
-    "model2onnx.py",
-    "classify.py",
-}
 
 
 def commands():
     rows = [(verb, "effnet_quant/__main__.py", [verb]) for verb in VERBS] + [(name, name, []) for name in SCRIPTS]
     for name, path, words in rows:
-        marks = [pytest.mark.xfail(strict=False, reason="its module is rewritten")] if name in SLOW else []
-        yield pytest.param(path, words, id=name, marks=marks)
+        yield pytest.param(path, words, id=name)
 
 
 def heavy_modules(path, arguments):

@@ -5,27 +5,30 @@ from __future__ import annotations
 import numpy as np
 from numpy.typing import NDArray
 
-from effnet_quant.quantization.calibration.histogram import Histogram
-from effnet_quant.quantization.calibration.magnitudes import largest_magnitude, magnitude_counts
+from effnet_quant.quantization.calibration.calibrator import HistogramCalibrator
+from effnet_quant.quantization.calibration.histogram import largest_magnitude
 from effnet_quant.quantization.spec import TensorSpec
 
 
-def entropy_range(histogram: Histogram, spec: TensorSpec) -> tuple[float, float]:
-    """Ends of the range with the smallest Kullback-Leibler divergence between the values and the quantized values
-    (Migacz, "8-bit inference with TensorRT", GTC 2017), within what was seen.
+class EntropyCalibrator(HistogramCalibrator):
+    """The range with the smallest Kullback-Leibler divergence between the values and the quantized values (Migacz, "8-bit
+    inference with TensorRT", GTC 2017), within what was seen.
 
     Every bin's upper edge from the number of levels on is tried as the threshold of |x|. An affine grid is cut at the
     same threshold on both sides; behind a ReLU all its levels count. A grid that is finer than the histogram loses nothing:
     it gets the whole range.
     """
-    low, high = min(histogram.seen[0], 0.0), max(histogram.seen[1], 0.0)
-    signed = spec.signed or not spec.symmetric
-    one_sided = not signed or (not spec.symmetric and 0 in (low, high))
-    levels = 2 ** (spec.bits if one_sided else spec.bits - 1)
-    largest = largest_magnitude(histogram.seen, signed=signed)
-    counts = magnitude_counts(histogram, signed=signed)
-    threshold = min(best_threshold(counts, levels) * histogram.width, largest)
-    return (-threshold, threshold) if spec.symmetric else (max(low, -threshold), min(high, threshold))
+
+    def range(self, spec: TensorSpec) -> tuple[float, float]:
+        low, high = min(self.seen[0], 0.0), max(self.seen[1], 0.0)
+        signed = spec.signed or not spec.symmetric
+        one_sided = not signed or (not spec.symmetric and 0 in (low, high))
+        levels = 2 ** (spec.bits if one_sided else spec.bits - 1)
+        counts = self.histogram.magnitude_counts(signed=signed)
+        threshold = min(
+            best_threshold(counts, levels) * self.histogram.width, largest_magnitude(self.seen, signed=signed)
+        )
+        return (-threshold, threshold) if spec.symmetric else (max(low, -threshold), min(high, threshold))
 
 
 def best_threshold(counts: NDArray[np.float64], levels: int) -> int:

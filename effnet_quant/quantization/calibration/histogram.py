@@ -5,7 +5,9 @@ from __future__ import annotations
 import math
 import weakref
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from effnet_quant.quantization.extremes import in_memory_order
@@ -24,16 +26,24 @@ class Histogram:
     merge in powers of two, which is exact: counts depend neither on the order of the values nor on how they were split
     into batches, or between processes. Counts are 64-bit integers on the values' device.
 
+    Args:
+        exponent, seen, counts: of what was counted before; nothing was, unless they are given.
+
     Attributes:
         exponent: of the outer edge.
         seen: smallest and largest value; (inf, -inf) where nothing was counted, NaN or infinite where such a value was
             met. Those are not counted.
     """
 
-    def __init__(self) -> None:
-        self.exponent = SMALLEST_EXPONENT
-        self.seen = (math.inf, -math.inf)
-        self._counts: Tensor | None = None
+    def __init__(
+        self,
+        exponent: int = SMALLEST_EXPONENT,
+        seen: tuple[float, float] = (math.inf, -math.inf),
+        counts: Tensor | None = None,
+    ) -> None:
+        self.exponent = exponent
+        self.seen = seen
+        self._counts = counts
 
     @property
     def counts(self) -> Tensor:
@@ -45,6 +55,22 @@ class Histogram:
         """Of a bin."""
         return math.ldexp(1.0, self.exponent) / BINS
 
+    @property
+    def centres(self) -> NDArray[np.float64]:
+        """The middle of every bin; 0 for the two-sided bin of zero."""
+        index = np.arange(-(BINS - 1), BINS)
+        return (index + 0.5 * np.sign(index)) * self.width
+
+    def magnitude_counts(self, *, signed: bool) -> NDArray[np.float64]:
+        """Counts of |x| in BINS bins from zero. On an unsigned grid negative values are zeros."""
+        counts = self.counts.cpu().numpy()
+        folded = counts[BINS - 1 :].copy()
+        if signed:
+            folded[1:] += counts[: BINS - 1][::-1]
+        else:
+            folded[0] += counts[: BINS - 1].sum()
+        return folded.astype(np.float64)
+
     def add(self, x: Tensor) -> None:
         """Count the values of a tensor of any shape."""
         values = in_memory_order(x.detach())
@@ -55,7 +81,7 @@ class Histogram:
             if not math.isfinite(largest):  # also where both are NaN
                 continue
             exponent = math.frexp(largest)[1] if largest > 0 else SMALLEST_EXPONENT  # largest < 2**exponent
-            self.grow(exponent)
+            self._grow(exponent)
             index = (chunk.float() * (1 / self.width)).to(torch.int16).add_(BINS - 1)  # a power of two: exact
             counted = torch.bincount(index, minlength=2 * BINS - 1)
             self._counts = counted if self._counts is None else self._counts.add_(counted)
@@ -64,20 +90,16 @@ class Histogram:
         """Count what ``other`` has counted."""
         self._widen(*other.seen)
         if other._counts is not None:
-            self.grow(other.exponent)
+            self._grow(other.exponent)
             counts = _coarser(other._counts, self.exponent - other.exponent)
             self._counts = counts.clone() if self._counts is None else self._counts.add_(counts.to(self._counts.device))
 
-    def grow(self, exponent: int) -> None:
+    def _grow(self, exponent: int) -> None:
         """Let the range reach 2**exponent, if it does not yet."""
         if exponent > self.exponent:
             if self._counts is not None:
                 self._counts = _coarser(self._counts, exponent - self.exponent)
             self.exponent = exponent
-
-    def replace(self, counts: Tensor, seen: tuple[float, float]) -> None:
-        """Take over counts of the same exponent, and the extremes of what they count."""
-        self._counts, self.seen = counts, seen
 
     def _widen(self, low: float, high: float) -> None:
         own_low, own_high = self.seen
@@ -85,6 +107,12 @@ class Histogram:
             self.seen = (math.nan, math.nan)
         else:
             self.seen = (min(own_low, low), max(own_high, high))
+
+
+def largest_magnitude(seen: tuple[float, float], *, signed: bool) -> float:
+    """The largest |x| where x lies between the two values seen. On an unsigned grid negative values are zeros."""
+    low, high = seen
+    return max(-low, high) if signed else max(high, 0.0)
 
 
 def _coarser(counts: Tensor, doublings: int) -> Tensor:
@@ -115,24 +143,3 @@ class SeenTensors:
     def clear(self) -> None:
         """Forget the batch."""
         self._histograms.clear()
-
-
-class HistogramObserver:
-    """Counts the values of all batches.
-
-    Args:
-        shared: what the observers of a model have in common; clear it after every batch.
-    """
-
-    def __init__(self, shared: SeenTensors) -> None:
-        self.histogram = Histogram()
-        self._shared = shared
-
-    def observe(self, x: Tensor) -> None:
-        """Take one batch of any shape into account."""
-        self.histogram.merge(self._shared.histogram(x))
-
-    @property
-    def seen(self) -> tuple[float, float]:
-        """Smallest and largest value; (inf, -inf) where nothing was observed, not finite where such a value was."""
-        return self.histogram.seen

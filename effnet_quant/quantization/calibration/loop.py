@@ -9,162 +9,172 @@ import torch
 from torch import Tensor, nn
 
 from effnet_quant.errors import UserError
+from effnet_quant.quantization.calibration.calibrator import Calibrator
 from effnet_quant.quantization.calibration.histogram import SeenTensors
-from effnet_quant.quantization.calibration.methods import (
-    CalibrationObserver,
-    check_method,
-    choose_range,
-    observer_for,
-)
-from effnet_quant.quantization.calibration.mse import extremes, mse_weight_ranges
-from effnet_quant.quantization.calibration.process_group import merge_ranks, merge_tracked_ranges, total_over_ranks
-from effnet_quant.quantization.eager_evaluation import eager_pass
+from effnet_quant.quantization.calibration.methods import DEFAULT_METHOD, Method, calibrator_factory
+from effnet_quant.quantization.calibration.process_group import gathered, reduce_extremes, total_over_ranks
+from effnet_quant.quantization.eager_evaluation import Batch, device_of, eager_pass, model_arguments
 from effnet_quant.quantization.placement.insertion import output_quantizers, quantizers
 from effnet_quant.quantization.quantized_layers import float_weight
 from effnet_quant.quantization.quantizer import TensorQuantizer
-from effnet_quant.quantization.spec import TensorSpec
 
 
 def calibrate(
     model: nn.Module,
-    batches: Iterable[Tensor],
-    method: str = "percentile",
-    percentile: float = 99.99,
+    batches: Iterable[Batch],
+    method: Method = DEFAULT_METHOD,
+    percentile: float | None = None,
     progress: Callable[[int], None] | None = None,
 ) -> nn.Module:
     """Choose the range of every quantizer of ``model``, in place, in one pass over ``batches``.
 
     Activations get their range by ``method`` from what the float network puts in them; docs/quantization.md says which
     suits what. Weights of 8 bits or more get the range that holds all values (per output channel), narrower ones the one
-    with the smallest squared error; "lsq" gives symmetric weights LSQ's. The model runs in eval mode and is returned to
-    the mode it was in.
+    with the smallest squared error; "mse" gives it to all, "lsq" gives symmetric weights LSQ's. The model runs in eval mode
+    and is returned to the mode it was in.
 
-    In a process group every process brings its share of the images, and all get the ranges of the whole.
+    In a process group every process brings its share of the batches, and all get the ranges of the whole.
 
     Args:
         model: a model that ``quantize`` has been through.
-        batches: float images (N, C, H, W) as the model takes them, on any device.
-        method: "max", "percentile", "entropy", "mse", "moving-average" or "lsq".
+        batches: float images (N, C, H, W) as the model takes them, or a tuple of the model's arguments for each batch; on
+            any device.
+        method: "max", "percentile", "entropy", "mse", "moving-average" or "lsq", or what makes a Calibrator.
         percentile: 0 < percentile <= 100, for the method "percentile".
-        progress: called with the number of images after each batch.
+        progress: called with the number of examples after each batch.
 
     Returns:
         The same model, its quantizers switched on.
 
     Raises:
-        UserError: no quantizers, no images, an unknown method, or a quantizer that saw nothing, NaN or infinity.
+        UserError: no quantizers, no images, something else than a batch, an unknown method, or a quantizer that saw
+            nothing, NaN or infinity.
     """
-    check_method(method, percentile)
-    set_ranges(model, collect(model, batches, method, progress), method, percentile)
+    make = calibrator_factory(method, percentile)
+    set_ranges(model, collect(model, batches, make, progress), make)
     return model
 
 
 def collect(
     model: nn.Module,
-    batches: Iterable[Tensor],
-    method: str = "mse",
+    batches: Iterable[Batch],
+    method: Method = "mse",
     progress: Callable[[int], None] | None = None,
-) -> dict[str, CalibrationObserver]:
+) -> dict[str, Calibrator]:
     """What the activation quantizers of ``model`` see in one pass over ``batches``, by name, with all of them off.
 
     What is collected for a method that needs histograms ("percentile", "entropy", "mse", "lsq") serves ``set_ranges`` for
     all of these and for "max". The arguments and errors are those of ``calibrate``.
     """
+    make = calibrator_factory(method)
     places = dict(quantizers(model))
     if not places:
         raise UserError("the model has no quantizers to calibrate; call quantize(model) first.")
     weights = _weights(model)
     shared = SeenTensors()
-    observers = {name: observer_for(method, shared) for name in places if name not in weights}
+    calibrators = {name: make() for name in places if name not in weights}
+    for calibrator in calibrators.values():
+        calibrator.share(shared)
     before = {name: (quantizer.enabled, quantizer.observer) for name, quantizer in places.items()}
 
-    def after_batch(images: int) -> None:
+    def after_batch(examples: int) -> None:
         shared.clear()
         if progress is not None:
-            progress(images)
+            progress(examples)
 
     try:
         for name, quantizer in places.items():
             quantizer.enabled = False
-            quantizer.observer = observers.get(name)
+            quantizer.observer = calibrators.get(name)
         track_outputs(model, batches, after_batch)
     finally:
         for name, quantizer in places.items():
             quantizer.enabled, quantizer.observer = before[name]
-    merge_ranks(list(observers.values()), next(model.parameters()).device)
-    return observers
+    return {name: _of_all_ranks(calibrator, make, device_of(model)) for name, calibrator in calibrators.items()}
 
 
 def set_ranges(
     model: nn.Module,
-    observers: Mapping[str, CalibrationObserver],
-    method: str = "percentile",
-    percentile: float = 99.99,
+    collected: Mapping[str, Calibrator],
+    method: Method = DEFAULT_METHOD,
+    percentile: float | None = None,
 ) -> None:
     """Give every quantizer of ``model`` the range that ``method`` chooses from what ``collect`` found.
 
     Raises:
         UserError: an unknown method, or a quantizer that saw nothing, NaN or infinity; no range is changed.
+        ValueError: what was collected does not serve the method.
     """
-    check_method(method, percentile)
+    make = calibrator_factory(method, percentile)
     places, weights = dict(quantizers(model)), _weights(model)
     ranges: dict[str, tuple[Tensor, Tensor]] = {}
     for name, quantizer in places.items():
+        calibrator = make()
         if name in weights:
             weight = weights[name].detach().float()
-            finite = bool(torch.isfinite(weight).all())
+            _check_finite(name, bool(torch.isfinite(weight).all()))
+            ranges[name] = calibrator.weight_range(weight, quantizer.spec)
         else:
-            finite = all(map(math.isfinite, observers[name].seen))
-        if not finite:
-            raise UserError(
-                f"calibration found no finite range for {name}, which saw NaN, infinite values or nothing at all; "
-                "check the weights and the calibration images."
-            )
-        if name in weights:
-            ranges[name] = _weight_range(weight, quantizer.spec, method)
-        else:
-            low, high = choose_range(observers[name], quantizer.spec, method, percentile)
+            calibrator.adopt(collected[name])
+            _check_finite(name, all(map(math.isfinite, calibrator.seen)))
+            low, high = calibrator.range(quantizer.spec)
             ranges[name] = torch.tensor(low), torch.tensor(high)
     for name, (amin, amax) in ranges.items():
         places[name].set_range(amin, amax)
 
 
-def track_outputs(model: nn.Module, batches: Iterable[Tensor], progress: Callable[[int], None] | None = None) -> None:
-    """Renew the ranges of convolution outputs in one pass over ``batches``; other ranges stay.
+def track_outputs(model: nn.Module, batches: Iterable[Batch], progress: Callable[[int], None] | None = None) -> None:
+    """Renew the ranges of convolution outputs (``output_quantizers``) in one pass over ``batches``; other ranges stay.
 
     ``calibrate`` does this too; after training has moved the weights, this alone brings these ranges up to date. The
     model runs in eval mode and is returned to the mode it was in.
 
+    Args:
+        model, batches, progress: as ``calibrate`` takes them.
+
     Raises:
-        UserError: there are no images.
+        UserError: there are no images, or something else than a batch.
     """
     trackers = list(output_quantizers(model))
-    device = next(model.parameters()).device
-    images = 0
+    device = device_of(model)
+    total = 0
     try:
         for tracker in trackers:
             tracker.start_tracking()
         with eager_pass(model):
             for batch in batches:
-                model(batch.to(device))
-                images += len(batch)
+                arguments, examples = model_arguments(batch, device)
+                model(*arguments)
+                total += examples
                 if progress is not None:
-                    progress(len(batch))
+                    progress(examples)
     finally:
         for tracker in trackers:
             tracker.stop_tracking()
-    if total_over_ranks(images, device) == 0:
+    if total_over_ranks(total, device) == 0:
         raise UserError("there are no images to calibrate with.")
-    merge_tracked_ranges(trackers)
+    for tracker in trackers:
+        if reduce_extremes(tracker._low, tracker._high):
+            tracker.stop_tracking()  # a process without images has a range only now
 
 
-def _weight_range(weight: Tensor, spec: TensorSpec, method: str) -> tuple[Tensor, Tensor]:
-    if method == "lsq" and spec.symmetric:
-        others = list(range(weight.dim()))[spec.per_channel :]
-        mean = weight.abs().mean(dim=others, keepdim=spec.per_channel)
-        amax = 2 * mean * math.sqrt(spec.bounds[1])
-        return -amax, amax
-    return extremes(weight, spec) if spec.bits >= 8 and method != "mse" else mse_weight_ranges(weight, spec)
+def _of_all_ranks(own: Calibrator, make: Callable[[], Calibrator], device: torch.device) -> Calibrator:
+    """What the processes of a group saw together, the images of rank 0 first; without a group, ``own``."""
+    states = gathered(own.state(), device)
+    if len(states) == 1:
+        return own
+    joined = make()
+    for state in states:
+        joined.merge(state)
+    return joined
+
+
+def _check_finite(name: str, finite: bool) -> None:
+    if not finite:
+        raise UserError(
+            f"calibration found no finite range for {name}, which saw NaN, infinite values or nothing at all; "
+            "check the weights and the calibration images."
+        )
 
 
 def _weights(model: nn.Module) -> dict[str, Tensor]:

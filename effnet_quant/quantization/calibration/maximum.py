@@ -1,14 +1,16 @@
-"""The range that covers everything seen."""
+"""The range that covers everything observed."""
 
 from __future__ import annotations
 
 import torch
 from torch import Tensor
 
+from effnet_quant.quantization.calibration.calibrator import Calibrator, covering_range
 from effnet_quant.quantization.extremes import extremes
+from effnet_quant.quantization.spec import TensorSpec
 
 
-class MaxObserver:
+class MaxCalibrator(Calibrator):
     """Smallest and largest value of all batches, kept on the tensor's device."""
 
     def __init__(self) -> None:
@@ -16,17 +18,29 @@ class MaxObserver:
 
     def observe(self, x: Tensor) -> None:
         """Take one batch of any shape into account; NaN stays."""
-        low, high = extremes(x)
-        ends = self._ends.to(x.device)
-        self._ends = torch.stack((torch.minimum(ends[0], low), torch.maximum(ends[1], high)))
+        self._widen(*extremes(x))
 
     @property
     def seen(self) -> tuple[float, float]:
-        """Smallest and largest value; (inf, -inf) where nothing was observed, NaN where one was."""
         low, high = self._ends.tolist()
         return low, high
 
-    def merge_extremes(self, low: float, high: float) -> None:
-        """Take the extremes of another part of the data into account."""
-        own_low, own_high = self.seen
-        self._ends = torch.tensor([min(own_low, low), max(own_high, high)])
+    def state(self) -> Tensor:
+        """The two extremes."""
+        return self._ends.double()
+
+    def merge(self, state: Tensor) -> None:
+        self._widen(*state.float())
+
+    def range(self, spec: TensorSpec) -> tuple[float, float]:
+        return covering_range(self.seen, spec)
+
+    def adopt(self, collected: Calibrator) -> None:
+        if collected.histogram is None:
+            super().adopt(collected)
+        else:
+            self._ends = torch.tensor(collected.histogram.seen)
+
+    def _widen(self, low: Tensor, high: Tensor) -> None:
+        ends = self._ends.to(low.device)
+        self._ends = torch.stack((torch.minimum(ends[0], low), torch.maximum(ends[1], high)))

@@ -5,12 +5,14 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from effnet_quant.quantization.calibration.calibrator import Calibrator, covering_range
 from effnet_quant.quantization.extremes import extremes
+from effnet_quant.quantization.spec import TensorSpec
 
 DECAY = 0.99  # an image's share fades by this factor with every image after it
 
 
-class MovingAverageObserver:
+class MovingAverageCalibrator(Calibrator):
     """Exponential moving average of each image's smallest and largest value (Jacob et al. 2018, by image).
 
     It goes by images, not by batches, so the result depends on their order and not on how they were batched. It starts
@@ -19,10 +21,6 @@ class MovingAverageObserver:
     """
 
     def __init__(self) -> None:
-        self.clear()
-
-    def clear(self) -> None:
-        """Forget everything."""
         self._sums = [0.0, 0.0]
         self._weight = 0.0
         self._images = 0
@@ -39,13 +37,16 @@ class MovingAverageObserver:
             return float("inf"), float("-inf")
         return self._sums[0] / self._weight, self._sums[1] / self._weight
 
-    def state(self) -> list[float]:
-        """What ``append_state`` takes."""
-        return [*self._sums, self._weight, float(self._images)]
+    def state(self) -> Tensor:
+        """Weighted sums of the extremes, the sum of the weights, the number of images."""
+        return torch.tensor([*self._sums, self._weight, float(self._images)], dtype=torch.float64)
 
-    def append_state(self, state: list[float]) -> None:
-        """Go on with the images of another observer."""
-        self._append(state[:2], state[2], int(state[3]))
+    def merge(self, state: Tensor) -> None:
+        low, high, weight, images = state.tolist()
+        self._append([low, high], weight, int(images))
+
+    def range(self, spec: TensorSpec) -> tuple[float, float]:
+        return covering_range(self.seen, spec)
 
     def _append(self, sums: list[float], weight: float, images: int) -> None:
         fading = DECAY**images

@@ -5,17 +5,26 @@ from __future__ import annotations
 from collections.abc import Callable
 
 import numpy as np
-import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from effnet_quant.quantization.calibration.histogram import BINS, Histogram
-from effnet_quant.quantization.calibration.magnitudes import bin_centres, largest_magnitude
-from effnet_quant.quantization.fake_quant import fake_quantize
+from effnet_quant.quantization.calibration.calibrator import HistogramCalibrator, covering_range
+from effnet_quant.quantization.calibration.histogram import BINS, Histogram, largest_magnitude
+from effnet_quant.quantization.calibration.weight_ranges import mse_weight_range
 from effnet_quant.quantization.spec import TensorSpec
 
 _STRIDE = 16  # bins between the candidates of the first look
-_WEIGHT_CANDIDATES = 100
+
+
+class MseCalibrator(HistogramCalibrator):
+    """The range with the smallest mean squared error (``mse_range``), for weights of any width too."""
+
+    def range(self, spec: TensorSpec) -> tuple[float, float]:
+        return mse_range(self.histogram, spec)
+
+    def weight_range(self, weight: Tensor, spec: TensorSpec) -> tuple[Tensor, Tensor]:
+        """Of 100 shrunken copies of the whole range the one with the smallest squared error, by channel."""
+        return mse_weight_range(weight, spec)
 
 
 def mse_range(histogram: Histogram, spec: TensorSpec) -> tuple[float, float]:
@@ -27,7 +36,7 @@ def mse_range(histogram: Histogram, spec: TensorSpec) -> tuple[float, float]:
     low, high = histogram.seen
     largest = largest_magnitude(histogram.seen, signed=spec.signed)
     if 2**spec.bits >= BINS or max(-low, high) == 0 or (spec.symmetric and largest == 0):
-        return (-largest, largest) if spec.symmetric else (low, high)
+        return covering_range(histogram.seen, spec)
     errors = _Errors(histogram, spec)
     if spec.symmetric:
         amax = _search(lambda ends: errors(-ends, ends), largest, histogram.width)
@@ -52,33 +61,6 @@ def squared_errors(
     return _Errors(histogram, spec)(amin, amax)
 
 
-def mse_weight_ranges(weight: Tensor, spec: TensorSpec) -> tuple[Tensor, Tensor]:
-    """Ends of the ranges of a weight tensor, in the shape of its ``amax``: of 100 shrunken copies of the range of its
-    values the one with the smallest squared error, by channel."""
-    amin, amax = extremes(weight, spec)
-    best = [amin, amax]
-    smallest = torch.full_like(amax, torch.inf)
-    fixed = TensorSpec(spec.bits, spec.per_channel, spec.symmetric, spec.signed, spec.narrow)
-    for index in range(_WEIGHT_CANDIDATES, 0, -1):
-        candidate = [amin * (index / _WEIGHT_CANDIDATES), amax * (index / _WEIGHT_CANDIDATES)]
-        error = (fake_quantize(weight, candidate[1], fixed, candidate[0]) - weight).square().sum_to_size(amax.shape)
-        better = error < smallest
-        smallest = torch.where(better, error, smallest)
-        best = [torch.where(better, new, old) for new, old in zip(candidate, best, strict=True)]
-    return best[0], best[1]
-
-
-def extremes(weight: Tensor, spec: TensorSpec) -> tuple[Tensor, Tensor]:
-    """Ends of the ranges that hold all of a weight tensor, in the shape of its ``amax``."""
-    others = list(range(weight.dim()))[spec.per_channel :]
-    values = weight.detach().float()
-    keep = spec.per_channel
-    if spec.symmetric:
-        amax = (values.abs() if spec.signed else values.clamp(min=0)).amax(dim=others, keepdim=keep)
-        return -amax, amax
-    return values.amin(dim=others, keepdim=keep), values.amax(dim=others, keepdim=keep)
-
-
 def _search(error: Callable[[NDArray[np.float64]], NDArray[np.float64]], largest: float, width: float) -> float:
     """The end with the smallest error among the bins' edges up to ``largest``, and ``largest``: a look at every 16th
     edge, then at all around the three best."""
@@ -94,7 +76,7 @@ class _Errors:
     bins whose centres are nearest to it."""
 
     def __init__(self, histogram: Histogram, spec: TensorSpec) -> None:
-        counts, centres = histogram.counts.cpu().numpy().astype(np.float64), bin_centres(histogram)
+        counts, centres = histogram.counts.cpu().numpy().astype(np.float64), histogram.centres
         moments = (counts, counts * centres, counts * centres**2)
         self._sums = [np.concatenate(([0.0], moment.cumsum())) for moment in moments]
         self._width = histogram.width

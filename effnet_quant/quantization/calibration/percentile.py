@@ -5,28 +5,41 @@ from __future__ import annotations
 import numpy as np
 from numpy.typing import NDArray
 
-from effnet_quant.quantization.calibration.histogram import BINS, Histogram
-from effnet_quant.quantization.calibration.magnitudes import largest_magnitude, magnitude_counts
+from effnet_quant.errors import UserError
+from effnet_quant.quantization.calibration.calibrator import HistogramCalibrator
+from effnet_quant.quantization.calibration.histogram import BINS, largest_magnitude
 from effnet_quant.quantization.spec import TensorSpec
 
 
-def percentile_range(histogram: Histogram, spec: TensorSpec, percentile: float) -> tuple[float, float]:
-    """Ends of the range that covers ``percentile`` percent of the values, rounded out to a bin's edge, within what was seen.
+class PercentileCalibrator(HistogramCalibrator):
+    """The range that covers ``percentile`` percent of the values, rounded out to a bin's edge, within what was seen.
 
-    On a symmetric grid it covers that share of the magnitudes. On an affine grid what is left out is split evenly: half of
-    it may lie below, half above.
+    On a symmetric grid it covers that share of the magnitudes. On an affine grid half of what is left out may lie below the
+    range, half above.
+
+    Args:
+        percentile: above 0 and at most 100.
+
+    Raises:
+        UserError: another percentile.
     """
-    low, high = histogram.seen
-    if spec.symmetric:
-        counts = magnitude_counts(histogram, signed=spec.signed)
-        edge = (_reached(counts, percentile / 100) + 1) * histogram.width
-        amax = min(edge, largest_magnitude(histogram.seen, signed=spec.signed))
-        return -amax, amax
-    counts = histogram.counts.cpu().numpy().astype(np.float64)
-    share = 1 - (1 - percentile / 100) / 2
-    return max(-_upper_edge(counts[::-1], share) * histogram.width, low), min(
-        _upper_edge(counts, share) * histogram.width, high
-    )
+
+    def __init__(self, percentile: float = 99.99) -> None:
+        super().__init__()
+        if not 0 < percentile <= 100:
+            raise UserError(f"the percentile must be above 0 and at most 100, not {percentile}.")
+        self.percentile = percentile
+
+    def range(self, spec: TensorSpec) -> tuple[float, float]:
+        low, high = self.seen
+        width = self.histogram.width
+        if spec.symmetric:
+            edge = (_reached(self.histogram.magnitude_counts(signed=spec.signed), self.percentile / 100) + 1) * width
+            amax = min(edge, largest_magnitude(self.seen, signed=spec.signed))
+            return -amax, amax
+        counts = self.histogram.counts.cpu().numpy().astype(np.float64)
+        share = 1 - (1 - self.percentile / 100) / 2
+        return max(-_upper_edge(counts[::-1], share) * width, low), min(_upper_edge(counts, share) * width, high)
 
 
 def _reached(counts: NDArray[np.float64], share: float) -> int:

@@ -2,84 +2,38 @@
 
 from __future__ import annotations
 
-import math
-from collections.abc import Sequence
-
 import torch
-from torch import distributed
+from torch import Tensor, distributed
 from torch.distributed import ReduceOp
 
-from effnet_quant.quantization.calibration.histogram import Histogram, HistogramObserver
-from effnet_quant.quantization.calibration.maximum import MaxObserver
-from effnet_quant.quantization.calibration.methods import CalibrationObserver
-from effnet_quant.quantization.calibration.moving_average import MovingAverageObserver
-from effnet_quant.quantization.quantizer import TensorQuantizer
 
+def gathered(state: Tensor, device: torch.device) -> list[Tensor]:
+    """The tensors that the processes hand in, of one shape and type, in the order of the ranks; without a group, ``state``.
 
-def merge_ranks(observers: Sequence[CalibrationObserver], device: torch.device) -> None:
-    """Let every process's observers know what the same observers of the other processes saw; without a group, nothing."""
+    Args:
+        state: of this process, on any device.
+        device: one that the group's backend takes.
+    """
     if not _in_group():
-        return
-    maxima = [observer for observer in observers if isinstance(observer, MaxObserver)]
-    for observer, (low, high) in zip(maxima, _joined([observer.seen for observer in maxima], device), strict=True):
-        observer.merge_extremes(low, high)
-    _merge_histograms([item.histogram for item in observers if isinstance(item, HistogramObserver)], device)
-    _merge_averages([item for item in observers if isinstance(item, MovingAverageObserver)], device)
+        return [state]
+    states = [torch.empty_like(state, device=device) for _ in range(distributed.get_world_size())]
+    distributed.all_gather(states, state.to(device))
+    return states
 
 
-def merge_tracked_ranges(trackers: Sequence[TensorQuantizer]) -> None:
-    """Let every process's output quantizers hold the extremes that all of them saw."""
-    if _in_group():
-        for tracker in trackers:
-            distributed.all_reduce(tracker._low, ReduceOp.MIN)
-            distributed.all_reduce(tracker._high, ReduceOp.MAX)
-            tracker.stop_tracking()  # a process without images has a range only now
+def reduce_extremes(low: Tensor, high: Tensor) -> bool:
+    """Let both hold the smallest and the largest value over all processes, in place; False where there is no group."""
+    if not _in_group():
+        return False
+    distributed.all_reduce(low, ReduceOp.MIN)
+    distributed.all_reduce(high, ReduceOp.MAX)
+    return True
 
 
 def total_over_ranks(count: int, device: torch.device) -> int:
     """The sum of all processes' counts."""
-    if not _in_group():
-        return count
-    total = torch.tensor(count, device=device)
-    distributed.all_reduce(total)
-    return int(total)
+    return sum(int(other) for other in gathered(torch.tensor(count), device))
 
 
 def _in_group() -> bool:
     return distributed.is_available() and distributed.is_initialized() and distributed.get_world_size() > 1
-
-
-def _joined(seen: list[tuple[float, float]], device: torch.device) -> list[tuple[float, float]]:
-    """The extremes over all processes; NaN becomes infinity, which no backend's minimum overlooks."""
-    if not seen:
-        return []
-    reach = [(math.inf, math.inf) if math.isnan(low) else (-low, high) for low, high in seen]
-    ends = torch.tensor(reach, dtype=torch.float64, device=device)
-    distributed.all_reduce(ends, ReduceOp.MAX)
-    return [(-low, high) for low, high in ends.tolist()]
-
-
-def _merge_histograms(histograms: list[Histogram], device: torch.device) -> None:
-    if not histograms:
-        return
-    exponents = torch.tensor([histogram.exponent for histogram in histograms], device=device)
-    distributed.all_reduce(exponents, ReduceOp.MAX)
-    for histogram, exponent in zip(histograms, exponents.tolist(), strict=True):
-        histogram.grow(exponent)
-    counts = torch.stack([histogram.counts.to(device) for histogram in histograms])
-    distributed.all_reduce(counts)
-    seen = _joined([histogram.seen for histogram in histograms], device)
-    for histogram, own, ends in zip(histograms, counts, seen, strict=True):
-        histogram.replace(own, ends)
-
-
-def _merge_averages(observers: list[MovingAverageObserver], device: torch.device) -> None:
-    if not observers:
-        return
-    own = torch.tensor([observer.state() for observer in observers], dtype=torch.float64, device=device)
-    states = [torch.empty_like(own) for _ in range(distributed.get_world_size())]
-    distributed.all_gather(states, own)
-    for index, observer in enumerate(observers):
-        observer.clear()
-        for state in states:  # the images of rank 0 come first
-            observer.append_state(state[index].tolist())

@@ -11,9 +11,8 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from effnet_quant.quantization.calibration.histogram import Histogram, HistogramObserver
-from effnet_quant.quantization.calibration.magnitudes import bin_centres
-from effnet_quant.quantization.calibration.methods import CalibrationObserver
+from effnet_quant.quantization.calibration.calibrator import Calibrator
+from effnet_quant.quantization.calibration.histogram import Histogram
 from effnet_quant.quantization.calibration.mse import squared_errors
 from effnet_quant.quantization.placement.insertion import quantizers
 from effnet_quant.quantization.quantized_layers import float_weight
@@ -46,18 +45,18 @@ class RangeReport:
 
 
 @torch.no_grad()
-def report_ranges(model: nn.Module, observers: Mapping[str, CalibrationObserver]) -> list[RangeReport]:
+def report_ranges(model: nn.Module, calibrators: Mapping[str, Calibrator]) -> list[RangeReport]:
     """A RangeReport of every calibrated quantizer, in the order of the definition, from what ``collect`` found."""
     reports = []
     for name, quantizer in quantizers(model):
         amax = quantizer.amax
         amin = (-amax if quantizer.spec.signed else 0 * amax) if quantizer.amin is None else quantizer.amin
-        if name in observers:
-            observer = observers[name]
-            seen = observer.seen
+        if name in calibrators:
+            calibrator = calibrators[name]
+            seen = calibrator.seen
             clipped, sqnr = None, None
-            if isinstance(observer, HistogramObserver):
-                clipped, sqnr = _of_histogram(observer.histogram, quantizer, amin.item(), amax.item())
+            if calibrator.histogram is not None:
+                clipped, sqnr = _of_histogram(calibrator.histogram, quantizer, amin.item(), amax.item())
         else:
             weight = float_weight(model.get_submodule(name.rpartition(".")[0])).float()
             seen = (weight.min().item(), weight.max().item())
@@ -68,7 +67,7 @@ def report_ranges(model: nn.Module, observers: Mapping[str, CalibrationObserver]
 
 
 def _of_histogram(histogram: Histogram, quantizer: TensorQuantizer, amin: float, amax: float) -> tuple[float, float]:
-    counts, centres = histogram.counts.cpu().numpy().astype(np.float64), bin_centres(histogram)
+    counts, centres = histogram.counts.cpu().numpy().astype(np.float64), histogram.centres
     low, high = _limits(quantizer)
     clipped = counts[(centres < low.item()) | (centres > high.item())].sum()
     signal = noise = float((counts * centres**2).sum())
