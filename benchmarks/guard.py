@@ -26,6 +26,8 @@ import onnx
 import torch
 from random_weights import wake, with_statistics
 
+sys.path.insert(0, str(Path(__file__).parents[1]))  # this checkout, whatever is installed
+
 from effnet_quant import calibrate, create_model, export_onnx, quantize
 
 NETWORKS = (

@@ -9,15 +9,25 @@ __version__ = "0.1.0"
 
 # Public name -> the module that defines it; loaded on first use, so that `import effnet_quant` stays quick.
 _PUBLIC = {
+    "DataConfig": "effnet_quant.jobs.config",
+    "InputSpec": "effnet_quant.card",
+    "ModelCard": "effnet_quant.card",
+    "PlaceConfig": "effnet_quant.jobs.config",
+    "QatConfig": "effnet_quant.quantization.qat",
+    "StartConfig": "effnet_quant.jobs.config",
+    "TrainConfig": "effnet_quant.training.config",
     "UserError": "effnet_quant.errors",
+    "build": "effnet_quant.api",
     "calibrate": "effnet_quant.quantization.calibration",
     "compile_engine": "effnet_quant.engines.tensorrt.plans",
     "create_model": "effnet_quant.api",
     "export_onnx": "effnet_quant.export.onnx",
+    "finetune_quantized": "effnet_quant.jobs.quantized_training",
     "list_models": "effnet_quant.models.registry",
     "load_engine": "effnet_quant.engines.engine",
     "quantize": "effnet_quant.quantization.placement.insertion",
     "simulate_target": "effnet_quant.quantization.placement.insertion",
+    "train": "effnet_quant.jobs.float_training",
 }
 
 __all__ = ["__version__", *sorted(_PUBLIC)]  # noqa: PLE0604
