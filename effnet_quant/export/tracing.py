@@ -132,10 +132,7 @@ def trace_inputs(model: nn.Module, target: Target, examples: tuple[Tensor, ...])
             traced = _traced(marked, given, dimensions)
         except Exception:  # whatever the model's own code raises at another batch than the example's, and torch.export
             break
-        free = [
-            bool(node.meta["val"].shape) and isinstance(node.meta["val"].shape[0], torch.SymInt)
-            for node in traced.inputs
-        ]
+        free = [_first_is_open(node) for node in traced.inputs]
         if free == batched:
             return traced
         batched = free  # the rest keeps the size of its example
@@ -143,6 +140,12 @@ def trace_inputs(model: nn.Module, target: Target, examples: tuple[Tensor, ...])
         return _traced(marked, own, (None,) * len(own))
     except Exception as error:
         raise UserError(f"the model can't be traced: {_reason(marked, error)}") from error
+
+
+def _first_is_open(node: fx.Node) -> bool:
+    """Whether the first dimension of a traced value may vary; its symbol may have turned out to be a number."""
+    shape = node.meta["val"].shape
+    return bool(shape) and isinstance(shape[0], torch.SymInt) and not shape[0].node.expr.is_number
 
 
 def _cpu(example: Tensor) -> Tensor:
@@ -244,17 +247,22 @@ def _quiet() -> Iterator[None]:
         logging.disable(before)
 
 
+def _first_line(error: Exception) -> str:
+    return next(iter(str(error).strip().splitlines()), "") or type(error).__name__
+
+
 def _reason(model: nn.Module, error: Exception) -> str:
     """The innermost module whose forward was running, and the first line of the error."""
-    first = next(iter(str(error).strip().splitlines()), "") or type(error).__name__
     names = {id(module): name for name, module in model.named_modules()}
     where, frame = "", error.__traceback__
     while frame is not None:
         owner = frame.tb_frame.f_locals.get("self")
         where = names.get(id(owner), where) if frame.tb_frame.f_code.co_name == "forward" else where
         frame = frame.tb_next
-    return f"{where}: {first}" if where else first
+    return f"{where}: {_first_line(error)}" if where else _first_line(error)
 
 
 def _is_about_sizes(error: Exception) -> bool:
-    return isinstance(error, RuntimeError) and any(word in str(error).lower() for word in ("size", "shape"))
+    """Whether an operation was given a tensor of a size that it can't compute with."""
+    text = _first_line(error).lower()
+    return isinstance(error, RuntimeError) and any(word in text for word in ("size", "shape"))
