@@ -71,7 +71,7 @@ class TracedGraph:
     def constant(self, name: str, value: Tensor) -> fx.Node:
         """Add a parameter."""
         with self.graph.inserting_before(next(iter(self.graph.nodes))):
-            node = self.graph.placeholder(name.replace(".", "_"))
+            node = self.graph.placeholder("p_" + name.replace(".", "_"))
         node.meta["val"] = value
         self.constants[node] = value
         return node
