@@ -15,6 +15,7 @@ IMAGENET_MEAN = (0.485, 0.456, 0.406)
 IMAGENET_STD = (0.229, 0.224, 0.225)
 INTERPOLATIONS = ("bilinear", "bicubic")
 HARD_SWISH = "hard_swish"
+CLASSIFICATION = "classification"  # what a file is for that names no task
 
 LARGEST_IMAGE = 2**16  # pixels a side; beyond it one image fills the memory of any machine
 LARGEST_CLASS_COUNT = 10**7
@@ -113,7 +114,7 @@ class ModelCard:
     """
 
     arch: str | None = None
-    task: str = "classification"
+    task: str = CLASSIFICATION
     num_classes: int | None = None
     classes: tuple[str, ...] | None = None
     input: InputSpec | None = None
@@ -156,7 +157,7 @@ class ModelCard:
         values: dict[str, Any] = {
             "version": VERSION,
             "arch": self.arch,
-            "task": self.task,
+            "task": None if self.task == CLASSIFICATION else self.task,
             "num_classes": self.num_classes,
             "classes": None if self.classes is None else list(self.classes),
             "preprocessing": None if self.input is None else self.input.to_json(),

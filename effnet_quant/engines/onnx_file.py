@@ -108,6 +108,7 @@ def read_metadata(model: onnx.ModelProto) -> dict[str, Any]:
     for key in (EXTRA_KEY, METADATA_KEY):
         entry = parse_json(properties.get(key, "{}"), "the file")
         values |= entry if isinstance(entry, dict) else {}
+    values.pop("version", None)  # of the card's form
     return values
 
 

@@ -6,6 +6,7 @@ from typing import Any
 
 import numpy as np
 import onnx
+import torch
 from numpy.typing import NDArray
 from onnx import TensorProto, helper, numpy_helper
 
@@ -31,13 +32,9 @@ class GraphWriter:
         self.target = target
         self.opset = opset
         self.half = options.fp16
-        self.float_weights = options.float_weights
-        # int32 biases have steps of s_input * s_weight, which float16 has not
-        self.quantized_bias_wanted = target.quantized_bias and not options.fp16
         self.nodes: list[onnx.NodeProto] = []
         self.initializers: dict[str, NDArray[Any]] = {}
         self._names: set[str] = set()
-        self._pairs: dict[tuple[str, float, int], str] = {}
 
     def constant(self, name: str, value: NDArray[Any], *, half: bool | None = None) -> str:
         """Add an initializer; the name is made unique. Float numbers become float16 if ``half`` (default: where the graph
@@ -54,9 +51,33 @@ class GraphWriter:
         self.initializers[name] = np.array(value, order="C")
         return name
 
+    def element_type(self, dtype: torch.dtype) -> int:
+        """ONNX's number for a type of values inside the graph, where floating-point numbers have one type.
+
+        Raises:
+            UserError: ONNX has no such type.
+        """
+        if dtype.is_floating_point:
+            return TensorProto.FLOAT16 if self.half else TensorProto.FLOAT
+        name = str(dtype).removeprefix("torch.").upper()
+        if name not in dict(TensorProto.DataType.items()):
+            raise UserError(f"values of type {dtype} can't be exported; use another integer type.")
+        return int(TensorProto.DataType.Value(name))
+
+    def reserve(self, names: list[str]) -> None:
+        """Keep the names of the file's inputs and outputs from being given to anything else."""
+        self._names.update(names)
+
     def node(self, op_type: str, inputs: list[str], path: str, **attributes: Any) -> str:
         """Append a node with one output and return the output's name."""
         return self.node_with_outputs(op_type, inputs, path, 1, **attributes)[0]
+
+    def rename(self, value: str, name: str) -> str:
+        """Give a value another name, made unique; returns that."""
+        name = self._unique(name)
+        for node in self.nodes:
+            node.output[:] = [name if output == value else output for output in node.output]
+        return name
 
     def node_with_outputs(
         self, op_type: str, inputs: list[str], path: str, outputs: int, **attributes: Any
@@ -74,80 +95,84 @@ class GraphWriter:
         names = [x, self.constant(f"{path}.axes", np.array(axes, np.int64))]
         return self.node(op_type, names, path, keepdims=int(keepdims))
 
-    def quantized_activation(self, x: str, scale: float, zero_point: int, path: str) -> str:
-        """QuantizeLinear and DequantizeLinear behind ``x``; the same pair on the same value is written once."""
-        key = (x, scale, zero_point)
-        if key not in self._pairs:
-            dtype = np.dtype(self.target.activation_dtype)
-            parameters = [
-                self.constant(f"{path}.scale", np.array(scale, np.float32)),
-                self.constant(f"{path}.zero_point", np.array(zero_point, dtype)),
-            ]
-            integers = self.node("QuantizeLinear", [x, *parameters], path)
-            self._pairs[key] = self.node("DequantizeLinear", [integers, *parameters], path)
-        return self._pairs[key]
-
-    def quantized_weight(self, integers: NDArray[np.int8], scale: NDArray[np.float32], path: str) -> str:
-        """DequantizeLinear of int8 weights with a scale per output channel (dimension 0)."""
-        inputs = [
-            self.constant(f"{path}.weight", integers),
-            self.constant(f"{path}.weight_scale", scale),
-            self.constant(f"{path}.weight_zero_point", np.zeros(scale.shape, np.int8)),
-        ]
-        return self.node("DequantizeLinear", inputs, f"{path}.weight", axis=0)
-
-    def transpose_weight(self, name: str) -> None:
-        """Turn the matrix (out, in) that was written under this name to (in, out), as MatMul takes it: the numbers
-        themselves, because a runtime that finds a Transpose behind DequantizeLinear computes in float."""
-        while name not in self.initializers:
-            producer = next(node for node in self.nodes if name in node.output)
-            for attribute in producer.attribute:
-                if attribute.name == "axis":
-                    attribute.i = 1
-            name = producer.input[0]
-        self.initializers[name] = np.ascontiguousarray(self.initializers[name].T)
-
-    def rounded_weight(self, weight: NDArray[np.float32], scale: NDArray[np.float32], path: str) -> str:
-        """Float weights behind QuantizeLinear and DequantizeLinear with a scale per output channel (dimension 0)."""
+    def quantized(self, x: str, scale: float, zero_point: int, low: int, high: int, path: str) -> str:
+        """QuantizeLinear and DequantizeLinear behind ``x``, and a Clip of integers between them where the grid ends before
+        the target's integers do."""
+        dtype = np.dtype(self.target.activation_dtype)
+        limits = np.iinfo(dtype)
         parameters = [
-            self.constant(f"{path}.weight_scale", scale),
-            self.constant(f"{path}.weight_zero_point", np.zeros(scale.shape, np.int8)),
+            self.constant(f"{path}.scale", np.array(scale, np.float32)),
+            self.constant(f"{path}.zero_point", np.array(zero_point, dtype)),
         ]
-        stored = self.constant(f"{path}.weight", weight)
-        integers = self.node("QuantizeLinear", [stored, *parameters], f"{path}.weight", axis=0)
-        return self.node("DequantizeLinear", [integers, *parameters], f"{path}.weight", axis=0)
+        integers = self.node("QuantizeLinear", [x, *parameters], path)
+        if (low, high) != (limits.min, limits.max):
+            ends = (("low", low), ("high", high))
+            bounds = [self.constant(f"{path}.{name}", np.array(end, dtype)) for name, end in ends]
+            integers = self.node("Clip", [integers, *bounds], path)
+        return self.node("DequantizeLinear", [integers, *parameters], path)
 
-    def quantized_bias(self, bias: NDArray[np.float32], scale: NDArray[np.float32], path: str) -> str:
-        """DequantizeLinear of int32 biases with the scale of the accumulator, input scale times weight scale."""
+    def quantized_hard_sigmoid(self, x: str, scale: float, path: str) -> str:
+        """x + 3 as uint8 in steps of 6 * scale, which DequantizeLinear reads in steps of ``scale``."""
+        three = self.dequantized(np.array(1, np.uint8), np.array(3, np.float32), 0, f"{path}.offset", 0)
+        total = self.node("Add", [x, three], path)
+        zero_point = self.constant(f"{path}.zero_point", np.array(0, np.uint8))
+        wide = self.constant(f"{path}.sum_scale", np.array(6 * np.float32(scale), np.float32))
+        integers = self.node("QuantizeLinear", [total, wide, zero_point], path)
+        step = self.constant(f"{path}.scale", np.array(scale, np.float32))
+        return self.node("DequantizeLinear", [integers, step, zero_point], path)
+
+    def dequantized(
+        self, integers: NDArray[Any], scale: NDArray[np.float32], zero_point: int, path: str, axis: int
+    ) -> str:
+        """DequantizeLinear of stored integers; ``scale`` has one entry for each index of ``axis``, or is one number."""
         inputs = [
-            self.constant(f"{path}.bias", np.rint(bias.astype(np.float64) / scale).astype(np.int32)),
-            self.constant(f"{path}.bias_scale", scale),
-            self.constant(f"{path}.bias_zero_point", np.zeros(scale.shape, np.int32)),
+            self.constant(path, integers),
+            self.constant(f"{path}_scale", scale),
+            self.constant(f"{path}_zero_point", np.full(scale.shape, zero_point, integers.dtype)),
         ]
-        return self.node("DequantizeLinear", inputs, f"{path}.bias", axis=0)
+        return self.node("DequantizeLinear", inputs, path, **({"axis": axis} if scale.ndim else {}))
 
-    def model(self, image: onnx.ValueInfoProto, output: str) -> onnx.ModelProto:
-        """The finished model from the described input to "logits" (batch, classes)."""
-        self._sort_nodes(output)
-        for node in self.nodes:  # the graph's output takes its public name
-            node.output[:] = ["logits" if name == output else name for name in node.output]
-            node.input[:] = ["logits" if name == output else name for name in node.input]
+    def rounded(self, weight: NDArray[np.float32], scale: NDArray[np.float32], path: str, axis: int) -> str:
+        """Float weights behind QuantizeLinear and DequantizeLinear with a scale for each index of ``axis``."""
+        parameters = [
+            self.constant(f"{path}_scale", scale),
+            self.constant(f"{path}_zero_point", np.zeros(scale.shape, np.int8)),
+        ]
+        stored = self.constant(path, weight)
+        integers = self.node("QuantizeLinear", [stored, *parameters], path, axis=axis)
+        return self.node("DequantizeLinear", [integers, *parameters], path, axis=axis)
+
+    def model(
+        self, inputs: list[onnx.ValueInfoProto], outputs: list[onnx.ValueInfoProto], values: list[str]
+    ) -> onnx.ModelProto:
+        """The finished model from the described inputs to the described outputs, which are called ``values`` so far."""
+        produced = {name for node in self.nodes for name in node.output}
+        public: dict[str, str] = {}
+        for value, output in zip(values, outputs, strict=True):
+            shown = value
+            if value in public or value not in produced:  # what is given out twice, or is an input or a constant
+                shown = self.node("Identity", [value], "")
+            public[shown] = output.name
+        self._sort_nodes(list(public))
+        for node in self.nodes:  # the graph's outputs take their public names
+            node.output[:] = [public.get(name, name) for name in node.output]
+            node.input[:] = [public.get(name, name) for name in node.input]
         graph = helper.make_graph(
             self.nodes,
             "effnet_quant",
-            [image],
-            [helper.make_tensor_value_info("logits", TensorProto.FLOAT, ["batch", None])],
+            inputs,
+            outputs,
             [numpy_helper.from_array(value, name) for name, value in self.initializers.items()],
         )
         opsets = [helper.make_opsetid("", self.opset)]
         return helper.make_model(graph, opset_imports=opsets, ir_version=helper.find_min_ir_version_for(opsets))
 
-    def _sort_nodes(self, output: str) -> None:
-        """Put every node behind those it needs, and drop what the output does not need."""
+    def _sort_nodes(self, values: list[str]) -> None:
+        """Put every node behind those it needs, and drop what ``values`` do not need."""
         producers = {name: node for node in self.nodes for name in node.output}
         done: dict[str, onnx.NodeProto] = {}
         needed: set[str] = set()
-        stack = [producers[output]] if output in producers else []
+        stack = [producers[value] for value in reversed(values)]
         while stack:
             node = stack[-1]
             waiting = [producers[name] for name in reversed(node.input) if name in producers]

@@ -41,10 +41,10 @@ def write_input(writer: GraphWriter, name: str, options: ExportOptions) -> str:
     return writer.node("Cast", [name], name, to=TensorProto.FLOAT16) if options.fp16 else name
 
 
-def describe(image: onnx.ValueInfoProto, options: ExportOptions) -> dict[str, Any]:
-    """What a file's metadata says of its input and output."""
+def describe(image: onnx.ValueInfoProto, output: onnx.ValueInfoProto, options: ExportOptions) -> dict[str, Any]:
+    """What a file's metadata says of its input and its first output."""
     dtype = "float32" if options.normalisation is None else "uint8"
     return {
         "input": {"name": image.name, "type": dtype, "layout": "NCHW"},
-        "output": {"name": "logits", "type": "float32"},
+        "output": {"name": output.name, "type": "float32"},
     }

@@ -7,11 +7,11 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
-import torch
 from torch import fx
 
 from effnet_quant.errors import UserError
 from effnet_quant.export.graph_writer import GraphWriter
+from effnet_quant.export.traced_graph import argument, shape_of
 
 
 @dataclass
@@ -21,23 +21,19 @@ class Operation:
     Attributes:
         writer: the graph under construction.
         node: the traced node.
-        tensor: the ONNX name of a traced value; a Python number becomes a constant.
+        tensor: the ONNX name of a traced value; a Python number becomes a constant, of the type of the value
+            ``like``.
         path: dotted name of the module it belongs to.
     """
 
     writer: GraphWriter
     node: fx.Node
-    tensor: Callable[[Any], str]
+    tensor: Callable[..., str]
     path: str
 
     def __getitem__(self, name: str) -> Any:
         """The argument of that name in the operation's schema, or its default."""
-        for position, argument in enumerate(self.node.target._schema.arguments):  # type: ignore[union-attr]
-            if argument.name == name:
-                if position < len(self.node.args):
-                    return self.node.args[position]
-                return self.node.kwargs.get(name, argument.default_value)
-        raise KeyError(name)
+        return argument(self.node, name)
 
     @property
     def x(self) -> str:
@@ -70,11 +66,6 @@ class Operation:
 
 
 Emit = Callable[[Operation], "str | list[str]"]
-
-
-def shape_of(value: Any) -> list[int | torch.SymInt]:
-    """Sizes of a traced value; the batch is symbolic."""
-    return list(value.meta["val"].shape)
 
 
 def pair(value: Any) -> list[int]:

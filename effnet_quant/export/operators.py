@@ -22,7 +22,7 @@ def _binary(op_type: str) -> Emit:
         alpha = op.node.kwargs.get("alpha", 1)
         if alpha != 1:
             raise op.refuse(f"with alpha={alpha} can't be exported; multiply before adding")
-        return op.emit(op_type, op.tensor(op.node.args[0]), op.tensor(op.node.args[1]))
+        return op.emit(op_type, op.tensor(op.node.args[0]), op.tensor(op.node.args[1], like=op.node))
 
     return emit
 
@@ -186,10 +186,24 @@ def _attention(op: Operation) -> str:
 
 
 def _cast(op: Operation) -> str:
-    """Networks turn float32 into float32, to be sure of it, and constants into something else."""
-    if not (op.node.args[0].meta["val"].is_floating_point() and op.node.meta["val"].is_floating_point()):  # type: ignore[union-attr]
-        raise op.refuse("between integers and floating-point numbers can't be exported")
-    return op.x
+    """Networks turn float32 into float32, to be sure of it. What is floating-point has one type in a file."""
+    own, wanted = op.node.args[0].meta["val"].dtype, op.node.meta["val"].dtype  # type: ignore[union-attr]
+    if own == wanted or (own.is_floating_point and wanted.is_floating_point):
+        return op.x
+    return op.emit("Cast", op.x, to=op.writer.element_type(wanted))
+
+
+def _embedding(op: Operation) -> str:
+    return op.emit("Gather", op.tensor(op["weight"]), op.tensor(op["indices"]), axis=0)
+
+
+def _compare(op_type: str) -> Emit:
+    def emit(op: Operation) -> str:
+        x, other = op.node.args[:2]
+        answer = op.emit(op_type.removeprefix("Not"), op.tensor(x), op.tensor(other, like=x))
+        return op.emit("Not", answer) if op_type.startswith("Not") else answer
+
+    return emit
 
 
 def _einsum(op: Operation) -> str:
@@ -228,19 +242,11 @@ _ELEMENTWISE: dict[str, Emit] = {
 }
 
 OPERATIONS: dict[Any, Emit] = {
-    **{
-        getattr(aten, name + suffix).default: emit
-        for name, emit in _ELEMENTWISE.items()
-        for suffix in ("", "_")
-        if hasattr(aten, name + suffix)
-    },
+    **{getattr(aten, name).default: emit for name, emit in _ELEMENTWISE.items()},
     aten.add.Tensor: _binary("Add"),
-    aten.add_.Tensor: _binary("Add"),
     aten.sub.Tensor: _binary("Sub"),
     aten.mul.Tensor: _binary("Mul"),
-    aten.mul_.Tensor: _binary("Mul"),
     aten.div.Tensor: _binary("Div"),
-    aten.div_.Tensor: _binary("Div"),
     aten.addcmul.default: _add_product,
     aten.pow.Tensor_Scalar: _binary("Pow"),
     aten.maximum.default: _binary("Max"),
@@ -293,6 +299,10 @@ OPERATIONS: dict[Any, Emit] = {
     aten.chunk.default: shapes.split,
     aten.split.Tensor: shapes.split,
     aten.split_with_sizes.default: shapes.split,
+    aten.embedding.default: _embedding,
+    aten.eq.Scalar: _compare("Equal"),
+    aten.ne.Scalar: _compare("NotEqual"),
+    aten.gt.Scalar: _compare("Greater"),
     aten.to.dtype: _cast,
     aten.to.dtype_layout: _cast,
     aten.type_as.default: _cast,
@@ -302,17 +312,3 @@ OPERATIONS: dict[Any, Emit] = {
     aten.batch_norm.default: normalisations.batch_norm,
     aten.softmax.int: _softmax,
 }
-
-# Operations that do nothing in eval mode, or nothing that ONNX could tell.
-IDENTITIES = frozenset(
-    {
-        aten.dropout.default,
-        aten.dropout_.default,
-        aten.feature_dropout.default,
-        aten.alias.default,
-        aten.detach.default,
-        aten.detach_.default,
-        aten.contiguous.default,
-        aten.clone.default,
-    }
-)

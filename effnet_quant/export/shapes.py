@@ -10,7 +10,8 @@ import torch
 from torch import fx
 
 from effnet_quant.errors import UserError
-from effnet_quant.export.operation import Emit, Operation, rank, shape_of
+from effnet_quant.export.operation import Emit, Operation, rank
+from effnet_quant.export.traced_graph import shape_of
 
 aten = torch.ops.aten
 

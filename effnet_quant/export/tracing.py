@@ -2,103 +2,42 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
+import inspect
+import io
+import logging
+from collections.abc import Iterator
 from typing import Any
 
 import torch
 from torch import Tensor, fx, nn
-from torch.nn import functional as F
+from torch.export.graph_signature import InputKind, OutputKind
+from torch.utils import _pytree as pytree
 
 from effnet_quant.errors import UserError
+from effnet_quant.export.custom_ops import conv_same, quantize
+from effnet_quant.export.traced_graph import TracedGraph
 from effnet_quant.quantization.placement.insertion import quantizers, simulate_target
 from effnet_quant.quantization.quantized_layers import QuantGate
 from effnet_quant.quantization.quantizer import TensorQuantizer
 from effnet_quant.quantization.targets import Target
 
-
-@torch.library.custom_op("effnet_quant::fake_quantize", mutates_args=())
-def fake_quantize_node(x: Tensor, scale: Tensor, low: int, high: int) -> Tensor:
-    """Marks a quantizer in a traced graph; computes what the quantizer does."""
-    return torch.clamp(torch.round(x / scale), low, high) * scale
-
-
-@fake_quantize_node.register_fake
-def _(x: Tensor, scale: Tensor, low: int, high: int) -> Tensor:
-    return torch.empty_like(x)
-
-
-@torch.library.custom_op("effnet_quant::quantize_output", mutates_args=())
-def quantize_output_node(x: Tensor, scale: float, zero_point: int) -> Tensor:
-    """Marks the quantizer of an output in a traced graph; computes what it does."""
-    return (torch.clamp(torch.round(x / scale) + zero_point, 0, 255) - zero_point) * scale
-
-
-@quantize_output_node.register_fake
-def _(x: Tensor, scale: float, zero_point: int) -> Tensor:
-    return torch.empty_like(x)
-
-
-@torch.library.custom_op("effnet_quant::pad_same", mutates_args=())
-def pad_same_node(x: Tensor, kernel: list[int], stride: list[int]) -> Tensor:
-    """Marks the zeros that TensorFlow's "SAME" puts around images of any size, one more at the end if their number is odd,
-    before a convolution; puts them there."""
-    pads: list[int] = []
-    for size, length, step in zip(x.shape[-2:], kernel, stride, strict=True):
-        missing = _padded(size, length, step) - size
-        pads = [missing // 2, missing - missing // 2, *pads]  # PyTorch lists the last dimension first
-    return F.pad(x, pads)
-
-
-@pad_same_node.register_fake
-def _(x: Tensor, kernel: list[int], stride: list[int]) -> Tensor:
-    sizes = [_padded(size, length, step) for size, length, step in zip(x.shape[-2:], kernel, stride, strict=True)]
-    return x.new_empty([*x.shape[:-2], *sizes])
-
-
-def _padded(size: Any, kernel: int, stride: int) -> Any:
-    """The size at which a convolution's last step ends with the image."""
-    return size if kernel == 1 else (size - 1) // stride * stride + kernel
-
-
-PAD_SAME = torch.ops.effnet_quant.pad_same.default
-QUANTIZE_OUTPUT = torch.ops.effnet_quant.quantize_output.default
-FAKE_QUANTIZE = torch.ops.effnet_quant.fake_quantize.default
+BATCH = 2  # of the inputs while a model is traced: torch.export takes a size of 1 for one that never varies
 
 
 class _MarkedQuantizer(nn.Module):
-    """Stands in for a TensorQuantizer while the model is traced; its bounds are the grid's, less the zero point."""
+    """Stands in for a quantizer while the model is traced."""
 
     scale: Tensor
 
-    def __init__(self, name: str, quantizer: TensorQuantizer) -> None:
+    def __init__(self, scale: Tensor, zero_point: int, low: int, high: int) -> None:
         super().__init__()
-        zero_points = quantizer.zero_point.unique()
-        if len(zero_points) > 1:
-            raise UserError(f"{name}: a zero point per channel can't be exported; choose a symmetric grid.")
-        low, high = quantizer.spec.bounds
-        self.bounds = low - int(zero_points), high - int(zero_points)
-        self.register_buffer("scale", quantizer.scale.clone())
+        self.integers = zero_point, low, high
+        self.register_buffer("scale", scale.clone())
 
     def forward(self, x: Tensor) -> Tensor:
-        low, high = self.bounds
-        return fake_quantize_node(x, self.scale, low, high)
-
-
-class _MarkedOutput(nn.Module):
-    """Stands in for the quantizer of an output."""
-
-    def __init__(self, scale: float, zero_point: int) -> None:
-        super().__init__()
-        self.scale, self.zero_point = scale, zero_point
-
-    def forward(self, x: Tensor) -> Tensor:
-        return quantize_output_node(x, self.scale, self.zero_point)
-
-
-def _mark(name: str, quantizer: TensorQuantizer) -> nn.Module:
-    if quantizer.role == "output":
-        return _MarkedOutput(quantizer.scale.item(), int(quantizer.zero_point))
-    return _MarkedQuantizer(name, quantizer)
+        return quantize(x, self.scale, *self.integers)
 
 
 class _MarkedSameConv(nn.Module):
@@ -110,11 +49,11 @@ class _MarkedSameConv(nn.Module):
         self.weight, self.bias = conv.weight, conv.bias
         self._input_quantizer = getattr(conv, "_input_quantizer", nn.Identity())
         self._weight_quantizer = getattr(conv, "_weight_quantizer", nn.Identity())
-        self.kernel, self.stride, self.groups = list(conv.kernel_size), list(conv.stride), conv.groups
+        self.stride, self.groups = list(conv.stride), conv.groups
 
     def forward(self, x: Tensor) -> Tensor:
-        x = pad_same_node(self._input_quantizer(x), self.kernel, self.stride)
-        return F.conv2d(x, self._weight_quantizer(self.weight), self.bias, self.stride, groups=self.groups)
+        x = self._input_quantizer(x)
+        return conv_same(x, self._weight_quantizer(self.weight), self.bias, self.stride, self.groups)
 
 
 def _pads_same(module: nn.Module) -> bool:
@@ -124,43 +63,6 @@ def _pads_same(module: nn.Module) -> bool:
         return False
     steps = zip(module.kernel_size, module.stride, strict=True)
     return module.dilation == (1, 1) and all(kernel == 1 or kernel >= stride for kernel, stride in steps)
-
-
-class TracedModel:
-    """The operations of a model in eval mode, in order, with its parameters and buffers as constants.
-
-    Attributes:
-        nodes: the graph's nodes; each ``call_function`` node has an ATen overload or ``FAKE_QUANTIZE``, ``QUANTIZE_OUTPUT``
-            or ``PAD_SAME`` as target.
-        constants: the value of every placeholder node but the input's, as float32 (or integer) CPU tensors.
-        input: the placeholder of the images.
-        output: the node that computes the logits.
-    """
-
-    def __init__(self, program: torch.export.ExportedProgram) -> None:
-        signature = program.graph_signature
-        values = {**dict(program.state_dict), **program.constants}
-        names = {**signature.inputs_to_parameters, **signature.inputs_to_buffers}
-        names.update(signature.inputs_to_lifted_tensor_constants)
-        self.nodes = list(program.graph.nodes)
-        self.constants: dict[fx.Node, Tensor] = {}
-        for node in self.nodes:
-            if node.op != "placeholder":
-                continue
-            if node.name in names:
-                self.constants[node] = values[names[node.name]].detach().cpu()
-            else:
-                self.input = node
-        output_node = next(node for node in self.nodes if node.op == "output")
-        self.output: fx.Node = output_node.args[0][0]
-
-    def fold_constant(self, node: fx.Node) -> bool:
-        """Compute ``node`` and count it among the constants, if it depends on no input; says whether it did."""
-        if any(value not in self.constants for value in node.all_input_nodes):
-            return False
-        args, kwargs = fx.map_arg((node.args, node.kwargs), lambda value: self.constants[value])
-        self.constants[node] = node.target(*args, **kwargs)  # type: ignore[operator]
-        return True
 
 
 @torch.no_grad()
@@ -180,16 +82,83 @@ def image_channels(model: nn.Module, image_size: int) -> int:
     return first
 
 
-def trace(
+def trace_image(
     model: nn.Module, target: Target, image_size: int, in_channels: int = 3, *, dynamic_size: bool = False
-) -> TracedModel:
-    """Trace ``model``, with the quantizers that ``target`` wants, on an image batch of dynamic size, with
-    ``dynamic_size`` on images of any height and width too; the
-    model itself is left untouched.
+) -> TracedGraph:
+    """Trace ``model``, with the quantizers that ``target`` wants, on a batch of any number of square images, with
+    ``dynamic_size`` on images of any height and width too; the model itself is left untouched.
 
     Raises:
         UserError: the model has quantizers without ranges, can't be traced, or takes images of one size only.
     """
+    marked = _marked(model, target, same_convolutions=dynamic_size)
+    images = torch.zeros(BATCH, in_channels, image_size, image_size)
+    dimensions: dict[int, Any] = {0: torch.export.Dim("batch", min=1)}
+    if dynamic_size:
+        dimensions |= {2: torch.export.Dim.AUTO, 3: torch.export.Dim.AUTO}
+    try:
+        traced = _traced(marked, (images,), (dimensions,))
+    except Exception as error:  # whatever a model's own code raises, and torch.export
+        why = _reason(marked, error)
+        if _is_about_sizes(error):
+            why += "; is the image size large enough for it?"
+        raise UserError(f"the model can't be traced at {image_size} px: {why}") from error
+    open_sizes = [isinstance(size, torch.SymInt) for size in traced.inputs[0].meta["val"].shape[2:]]
+    if dynamic_size and not (
+        all(open_sizes) and _runs(marked, images.new_zeros(1, in_channels, image_size + 32, image_size))
+    ):
+        raise UserError(f"the model takes images of {image_size} px only; export it without a dynamic size.")
+    return traced
+
+
+def trace_inputs(model: nn.Module, target: Target, examples: tuple[Tensor, ...]) -> TracedGraph:
+    """Trace ``model``, with the quantizers that ``target`` wants, on ``examples``; the model itself is left untouched.
+
+    The first dimension of the first input is the batch, and that of each input with as many entries. Where the model takes
+    no other number than that of the examples, the dimension stays fixed.
+
+    Raises:
+        UserError: the model has quantizers without ranges, or can't be traced.
+    """
+    marked = _marked(model, target)
+    own = tuple(_cpu(example) for example in examples)
+    batch = own[0].shape[0] if own[0].ndim else 0
+    batched = [bool(batch) and example.ndim > 0 and example.shape[0] == batch for example in own]
+    while any(batched):
+        given = tuple(_rows(one) if varies else one for one, varies in zip(own, batched, strict=True))
+        dimensions = tuple({0: torch.export.Dim.AUTO} if varies else None for varies in batched)
+        try:
+            traced = _traced(marked, given, dimensions)
+        except Exception:  # whatever the model's own code raises at another batch than the example's, and torch.export
+            break
+        free = [_first_is_open(node) for node in traced.inputs]
+        if free == batched:
+            return traced
+        batched = free  # the rest keeps the size of its example
+    try:
+        return _traced(marked, own, (None,) * len(own))
+    except Exception as error:
+        raise UserError(f"the model can't be traced: {_reason(marked, error)}") from error
+
+
+def _first_is_open(node: fx.Node) -> bool:
+    """Whether the first dimension of a traced value may vary; its symbol may have turned out to be a number."""
+    shape = node.meta["val"].shape
+    return bool(shape) and isinstance(shape[0], torch.SymInt) and not shape[0].node.expr.is_number
+
+
+def _cpu(example: Tensor) -> Tensor:
+    example = example.detach().cpu().contiguous()
+    return example.float() if example.is_floating_point() else example
+
+
+def _rows(example: Tensor) -> Tensor:
+    """The example with at least BATCH rows."""
+    return example if len(example) >= BATCH else torch.cat([example] * BATCH)[:BATCH]
+
+
+def _marked(model: nn.Module, target: Target, *, same_convolutions: bool = False) -> nn.Module:
+    """A copy of ``model`` in which each quantizer that ``target`` wants is one operation."""
     marked = simulate_target(copy.deepcopy(model), target)
     wanted = {name: quantizer for name, quantizer in quantizers(marked) if quantizer.simulated}
     missing = [name for name, quantizer in wanted.items() if not quantizer.calibrated]
@@ -200,33 +169,58 @@ def trace(
         )
     marked = marked.cpu().float().eval().to(memory_format=torch.contiguous_format)
     for name, module in list(marked.named_modules()):
-        if isinstance(module, TensorQuantizer) and module.role != "gate":
-            marked.set_submodule(name, _mark(name, module) if module.rounds else nn.Identity())
+        twin: nn.Module = nn.Identity()
+        if isinstance(module, TensorQuantizer):
+            if module.role == "gate":  # the gate around it goes as a whole
+                continue
+            if module.rounds:
+                zero_points = module.zero_point.unique()
+                if len(zero_points) > 1:
+                    raise UserError(f"{name}: a zero point per channel can't be exported; choose a symmetric grid.")
+                twin = _MarkedQuantizer(module.scale, int(zero_points), *module.spec.bounds)
         elif isinstance(module, QuantGate):
-            marked.set_submodule(name, module.activation())
-    if dynamic_size:
+            twin = module.activation()
+        else:
+            continue
+        marked.set_submodule(name, twin)
+    if same_convolutions:
         for name, module in list(marked.named_modules()):
             if _pads_same(module):
                 marked.set_submodule(name, _MarkedSameConv(module))
-    images = torch.zeros(2, in_channels, image_size, image_size)
-    dimensions = {0: torch.export.Dim("batch", min=1)}
-    if dynamic_size:
-        dimensions |= {2: torch.export.Dim.AUTO, 3: torch.export.Dim.AUTO}
-    try:
-        with torch.no_grad():
-            program = torch.export.export(marked, (images,), dynamic_shapes=(dimensions,), strict=False)
-    except Exception as error:
-        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-        raise UserError(
-            f"the model can't be traced at {image_size} px: {reason}; is the image size large enough for it?"
-        ) from error
-    traced = TracedModel(program)
-    open_sizes = [isinstance(size, torch.SymInt) for size in traced.input.meta["val"].shape[2:]]
-    if dynamic_size and not (
-        all(open_sizes) and _runs(marked, images.new_zeros(1, in_channels, image_size + 32, image_size))
-    ):
-        raise UserError(f"the model takes images of {image_size} px only; export it without a dynamic size.")
-    return traced
+    return marked
+
+
+def _traced(model: nn.Module, examples: tuple[Tensor, ...], dimensions: tuple[Any, ...]) -> TracedGraph:
+    with torch.no_grad(), _quiet():
+        program = torch.export.export(model, examples, dynamic_shapes=_by_parameter(model, dimensions), strict=False)
+    signature = program.graph_signature
+    values = {**dict(program.state_dict), **program.constants}
+    graph = program.graph_module.graph
+    placeholders = [node for node in graph.nodes if node.op == "placeholder"]
+    inputs, constants = [], {}
+    for node, spec in zip(placeholders, signature.input_specs, strict=True):
+        if spec.kind is InputKind.USER_INPUT:
+            inputs.append(node)
+        else:
+            constants[node] = values[str(spec.target)].detach().cpu()
+    output = graph.output_node()
+    results = zip(output.args[0], signature.output_specs, strict=True)
+    outputs = tuple(value for value, spec in results if spec.kind is OutputKind.USER_OUTPUT)
+    for value in outputs:
+        if not isinstance(value, fx.Node) or not isinstance(value.meta.get("val"), Tensor):
+            raise UserError(f"it returns {value!r} beside tensors; return tensors, or tuples, lists or dicts of them.")
+    output.args = (outputs,)
+    structure = pytree.tree_unflatten(range(len(outputs)), program.call_spec.out_spec)
+    return TracedGraph(graph, inputs, constants, structure)
+
+
+def _by_parameter(model: nn.Module, dimensions: tuple[Any, ...]) -> tuple[Any, ...]:
+    """One entry for each parameter of the model's forward: the inputs that ``*args`` takes are one."""
+    kinds = [parameter.kind for parameter in inspect.signature(model.forward).parameters.values()]
+    if inspect.Parameter.VAR_POSITIONAL not in kinds:
+        return dimensions
+    own = kinds.index(inspect.Parameter.VAR_POSITIONAL)
+    return (*dimensions[:own], dimensions[own:])
 
 
 def _runs(model: nn.Module, images: Tensor) -> bool:
@@ -238,8 +232,35 @@ def _runs(model: nn.Module, images: Tensor) -> bool:
     return True
 
 
-def module_path(node: fx.Node) -> str:
-    """Dotted name of the module that a node comes from, e.g. "stem.conv"."""
-    stack = node.meta.get("nn_module_stack") or {}
-    paths = [path for path, _ in stack.values()]
-    return paths[-1] if paths else ""
+@contextlib.contextmanager
+def _quiet() -> Iterator[None]:
+    """Keep torch.export from printing the graph of a model that it can't trace: the error says why."""
+    before = logging.root.manager.disable
+    logging.disable(logging.CRITICAL)
+    try:
+        with contextlib.redirect_stderr(io.StringIO()):
+            yield
+    finally:
+        logging.disable(before)
+
+
+def _first_line(error: Exception) -> str:
+    return next(iter(str(error).strip().splitlines()), "") or type(error).__name__
+
+
+def _reason(model: nn.Module, error: Exception) -> str:
+    """The innermost module whose forward was running, and the first line of the error."""
+    names = {id(module): name for name, module in model.named_modules()}
+    where, frame = "", error.__traceback__
+    while frame is not None:
+        owner = frame.tb_frame.f_locals.get("self")
+        where = names.get(id(owner), where) if frame.tb_frame.f_code.co_name == "forward" else where
+        frame = frame.tb_next
+    return f"{where}: {_first_line(error)}" if where else _first_line(error)
+
+
+def _is_about_sizes(error: Exception) -> bool:
+    """Whether an operation was given a tensor of a size that it can't compute with."""
+    text = _first_line(error).lower()
+    branches = "data-dependent" in text  # torch.export lists "size-like symbols" there
+    return isinstance(error, RuntimeError) and not branches and any(word in text for word in ("size", "shape"))

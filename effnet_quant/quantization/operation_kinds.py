@@ -23,6 +23,10 @@ aten = torch.ops.aten
 class Kind(enum.Flag):
     """What an operation does in eval mode with the values of its first operand."""
 
+    IDENTITY = enum.auto()
+    """The results are the values."""
+    RESHAPES = enum.auto()
+    """The results are the values, each once, in another shape or order."""
     MOVES = enum.auto()
     """Every result is one of the values; rounding may come before or after."""
     CLIPS = enum.auto()
@@ -41,6 +45,8 @@ class Kind(enum.Flag):
     """Results are products of two operands."""
     CONCATENATES = enum.auto()
     """The results are the values of all operands, one behind the other."""
+    CONVOLVES = enum.auto()
+    """A convolution, whose weights are the second operand."""
 
 
 class _Row(NamedTuple):
@@ -86,10 +92,10 @@ _TABLE = (
     ),
     _Row(_SQUASHING, (F.hardsigmoid,), (), (nn.Hardsigmoid,), (aten.hardsigmoid.default, aten.hardsigmoid_.default)),
     _Row(Kind.NEVER_NEGATIVE, (torch.softmax, F.softmax), ("softmax",), (nn.Softmax,), (aten.softmax.int,)),
-    # of several values the largest; of whole dimensions, their order and their names
+    # of several values the largest
     _Row(Kind.MOVES, (F.max_pool2d,), (), (nn.MaxPool2d,), (aten.max_pool2d.default, aten.adaptive_max_pool2d.default)),
     _Row(
-        Kind.MOVES,
+        Kind.MOVES | Kind.RESHAPES,
         (torch.flatten, torch.reshape, torch.squeeze, torch.unsqueeze),
         ("flatten", "view", "reshape", "squeeze", "unsqueeze"),
         (nn.Flatten,),
@@ -98,6 +104,9 @@ _TABLE = (
             aten.view.default,
             aten._unsafe_view.default,
             aten.reshape.default,
+            aten.unflatten.int,
+            aten.reshape_as.default,
+            aten.view_as.default,
             aten.squeeze.default,
             aten.squeeze.dim,
             aten.squeeze.dims,
@@ -105,11 +114,11 @@ _TABLE = (
         ),
     ),
     _Row(
-        Kind.MOVES,
+        Kind.MOVES | Kind.RESHAPES,
         (torch.transpose, torch.permute),
         ("transpose", "permute"),
         (),
-        (aten.transpose.int, aten.permute.default),
+        (aten.transpose.int, aten.t.default, aten.permute.default),
     ),
     _Row(
         Kind.MOVES,
@@ -118,9 +127,8 @@ _TABLE = (
         (),
         (aten.chunk.default, aten.split.Tensor, aten.split_with_sizes.default, aten.slice.Tensor, aten.select.int),
     ),
-    # nothing at all
     _Row(
-        Kind.MOVES | Kind.MONOTONIC,
+        Kind.IDENTITY | Kind.RESHAPES | Kind.MOVES | Kind.MONOTONIC,
         (F.dropout,),
         ("contiguous",),
         (nn.Identity, nn.Dropout),
@@ -158,8 +166,11 @@ _TABLE = (
         (aten.mul.Tensor, aten.mul_.Tensor),
     ),
     _Row(Kind.CONCATENATES, (torch.cat, torch.concat), (), (), (aten.cat.default,)),
+    _Row(
+        Kind.CONVOLVES, overloads=(aten.conv2d.default, aten.conv2d.padding, aten.conv1d.default, aten.conv1d.padding)
+    ),
 )
-_NOTHING = Kind(0)
+NOTHING = Kind(0)
 _KINDS: dict[Any, Kind] = {operation: row.kind for row in _TABLE for operations in row[1:] for operation in operations}
 
 
@@ -170,9 +181,9 @@ def kind_of(operation: Any) -> Kind:
         operation: a function, a tensor method's name, an ATen overload, or a module's class. That very class: one that is
             derived from it may do anything.
     """
-    return _KINDS.get(operation, _NOTHING)
+    return _KINDS.get(operation, NOTHING)
 
 
 def kind_of_base(module: type[nn.Module]) -> Kind:
     """What the table says of a module's class or, where it says nothing, of the nearest class it is derived from."""
-    return next((_KINDS[base] for base in module.__mro__ if base in _KINDS), _NOTHING)
+    return next((_KINDS[base] for base in module.__mro__ if base in _KINDS), NOTHING)

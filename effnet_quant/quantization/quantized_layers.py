@@ -22,7 +22,6 @@ from effnet_quant.quantization.quantizer import AFFINE_UINT8, TensorQuantizer
 from effnet_quant.quantization.spec import SpecLookup
 from effnet_quant.quantization.targets import FollowsTarget, Target
 
-GATE_STEPS = 255  # gates are multiples of 1 / GATE_STEPS
 IMAGE_CHANNELS = 4  # a convolution of no more channels takes the image
 
 

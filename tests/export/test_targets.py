@@ -13,7 +13,7 @@ from effnet_quant import UserError, calibrate, create_model, export_onnx, load_e
 from effnet_quant.checks.layer_comparison import compare_layers
 from effnet_quant.checks.tuning import operations_of
 from effnet_quant.engines.openvino import shared_core
-from effnet_quant.export.onnx import FLOAT_OPERATIONS, build_onnx
+from effnet_quant.export.onnx import build_onnx
 from effnet_quant.models.activations import replace_silu
 from effnet_quant.models.efficientnet import MBConv, Stage
 from effnet_quant.models.layers import ConvBNAct
@@ -221,7 +221,7 @@ def test_the_file_says_what_was_left_in_float(model: nn.Module, tmp_path: Path) 
     rules = get_target("onnxruntime").leaving_in_float(["mul", "silu"])
     export_onnx(model, tmp_path / "model.onnx", SIZE, target=rules)
     metadata = load_engine(tmp_path / "model.onnx").metadata
-    assert (metadata["target"], metadata[FLOAT_OPERATIONS]) == ("onnxruntime", ["mul", "silu"])
+    assert (metadata["target"], metadata["float_operations"]) == ("onnxruntime", ["mul", "silu"])
     with pytest.raises(UserError, match="no operation swish"):
         Target.leaving_in_float(rules, ["swish"])
 

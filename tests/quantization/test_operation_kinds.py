@@ -25,6 +25,7 @@ ARGUMENTS: dict[Any, tuple[Any, ...]] = {
     torch.transpose: (0, 1), "transpose": (0, 1), aten.transpose.int: (0, 1),
     torch.permute: ((1, 0, 2, 3),), "permute": (1, 0, 2, 3), aten.permute.default: ((1, 0, 2, 3),),
     torch.chunk: (2,), "chunk": (2,), aten.chunk.default: (2,), aten.split.Tensor: (1,), operator.getitem: (0,),
+    aten.unflatten.int: (1, [2, 2]),
     aten.slice.Tensor: (0, 0, 1), aten.select.int: (0, 0), aten.dropout.default: (0.5, False),
     aten.feature_dropout.default: (0.5, False), F.dropout: (0.5, False),
     F.adaptive_avg_pool2d: (1,), F.avg_pool2d: (2,), nn.AdaptiveAvgPool2d: (1,), nn.AvgPool2d: (2,),
@@ -39,6 +40,11 @@ WITHOUT_ARGUMENTS = [
 ]  # fmt: skip
 
 
+def name_of(operation: Any) -> str:
+    """The same in every process, for the tests' names."""
+    return str(operation) if isinstance(operation, (str, torch._ops.OpOverload)) else operation.__qualname__
+
+
 def results(operation: Any, x: Tensor) -> list[Tensor]:
     arguments = ARGUMENTS.get(operation, ())
     if isinstance(operation, str):
@@ -51,7 +57,7 @@ def results(operation: Any, x: Tensor) -> list[Tensor]:
     return [value for value in values if value.is_floating_point()]
 
 
-@pytest.mark.parametrize("operation", [*ARGUMENTS, *WITHOUT_ARGUMENTS], ids=str)
+@pytest.mark.parametrize("operation", [*ARGUMENTS, *WITHOUT_ARGUMENTS], ids=name_of)
 def test_numbers_say_the_same(operation: Any) -> None:
     kind = kind_of(operation)
     assert kind
@@ -60,6 +66,10 @@ def test_numbers_say_the_same(operation: Any) -> None:
     assert bool(below_zero.min() >= 0) == bool(kind & Kind.NEVER_NEGATIVE)
     got = torch.cat([value.flatten() for value in results(operation, x.clone())])
     assert torch.isin(got, x).all() == bool(kind & Kind.MOVES)
+    if kind & Kind.RESHAPES:
+        torch.testing.assert_close(got.sort().values, x.flatten().sort().values, rtol=0, atol=0)
+    if kind & Kind.IDENTITY:
+        torch.testing.assert_close(got, x.flatten(), rtol=0, atol=0)
     if kind & Kind.CLIPS:
         torch.testing.assert_close(got, x.flatten().clamp(got.min(), got.max()))
     if kind & Kind.MONOTONIC:

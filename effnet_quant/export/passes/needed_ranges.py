@@ -14,9 +14,16 @@ import math
 from collections.abc import Callable
 from typing import NamedTuple
 
-import numpy as np
-import onnx
+import torch
+from torch import fx
 
+from effnet_quant.export.custom_ops import QUANTIZE
+from effnet_quant.export.traced_graph import Grid, TracedGraph, kind_of, module_path
+from effnet_quant.quantization.grid import scale_and_zero_point
+from effnet_quant.quantization.operation_kinds import Kind
+from effnet_quant.quantization.quantizer import AFFINE_UINT8
+
+aten = torch.ops.aten
 # SiLU and hard-swish fall from 0 to their minimum at this abscissa and rise from there on.
 SILU_MINIMUM_AT = -1.2784645427610738
 HARD_SWISH_MINIMUM_AT = -1.5
@@ -30,76 +37,65 @@ class Needed(NamedTuple):
     step: float
 
 
-class NeededRanges:
-    """Answers what matters of a value, for the nodes of one graph.
+def quantize_layer_outputs(traced: TracedGraph) -> None:
+    """Quantize the result of each integer convolution that something else than one quantize node takes, over the range that
+    matters; it stays a float convolution where everything does."""
+    for node in traced.operations():
+        if Kind.CONVOLVES not in kind_of(node) or not traced.is_quantized(node.args[0]):
+            continue
+        if traced.quantized_weights(node) is None or [user.target for user in node.users] == [QUANTIZE]:
+            continue
+        needed = needed_of(traced, node)
+        if needed is None:
+            continue
+        low, high = torch.tensor(needed.low), torch.tensor(needed.high)
+        scale, zero_point = scale_and_zero_point(high, AFFINE_UINT8, low)
+        assert zero_point is not None
+        grid = Grid(scale, int(zero_point), *AFFINE_UINT8.bounds)
+        rounded = traced.quantize(node, grid, f"{module_path(node)}.output")
+        for user in list(node.users):
+            if user is not rounded:
+                user.replace_input_with(node, rounded)
 
-    Args:
-        nodes: the graph, in any order.
-        constants: scales and zero points by name.
-    """
 
-    def __init__(self, nodes: list[onnx.NodeProto], constants: dict[str, np.ndarray]) -> None:
-        self._constants = constants
-        self._consumers: dict[str, list[onnx.NodeProto]] = {}
-        self._producers: dict[str, onnx.NodeProto] = {}
-        for node in nodes:
-            for name in node.output:
-                self._producers[name] = node
-            for name in dict.fromkeys(node.input):
-                self._consumers.setdefault(name, []).append(node)
+def needed_of(traced: TracedGraph, value: fx.Node) -> Needed | None:
+    """What matters of ``value``; None if everything does, or nothing is known."""
+    found: Needed | None = None
+    for node in value.users:
+        needed = _through(traced, node, value)
+        if needed is None:
+            return None
+        found = needed if found is None else _hull(found, needed)
+    return found
 
-    def of(self, value: str) -> Needed | None:
-        """What matters of ``value``; None if everything does, or nothing is known."""
-        consumers = self._consumers.get(value, [])
-        sigmoid, product = self._silu(value, consumers)
-        found: Needed | None = None
-        for node in consumers:
-            if node is sigmoid:
-                continue  # half of a SiLU; its product counts for both
-            if node is product:
-                needed = _through_swish(self.of(node.output[0]), _silu, SILU_MINIMUM_AT)
-            else:
-                needed = self._through(node, value)
-            if needed is None:
-                return None
-            found = needed if found is None else _hull(found, needed)
-        return found
 
-    def _through(self, node: onnx.NodeProto, value: str) -> Needed | None:
-        if node.op_type == "QuantizeLinear":
-            return self._grid(node)
-        if node.op_type == "Sigmoid":
-            return _through_sigmoid(self.of(node.output[0]))
-        if node.op_type == "HardSwish":
-            return _through_swish(self.of(node.output[0]), _hard_swish, HARD_SWISH_MINIMUM_AT)
-        if node.op_type == "HardSigmoid":
-            return _through_hard_sigmoid(self.of(node.output[0]))
-        if node.op_type in ("Flatten", "Unsqueeze"):
-            return self.of(node.output[0])
-        if node.op_type == "Add":
-            total = self.of(node.output[0])
-            other = self._producers.get(next((name for name in node.input if name != value), value))
-            if total is None or other is None or other.op_type != "DequantizeLinear":
-                return None
-            grid = self._grid(other)
-            return Needed(total.low - grid.high, total.high - grid.low, total.step)
-        return None
+def _through(traced: TracedGraph, node: fx.Node, value: fx.Node) -> Needed | None:
+    if node.target is QUANTIZE:
+        return _reach(traced.grid(node))
+    if node.target is aten.silu.default:
+        return _through_swish(needed_of(traced, node), _silu, SILU_MINIMUM_AT)
+    if node.target is aten.sigmoid.default:
+        return _through_sigmoid(needed_of(traced, node))
+    if node.target is aten.hardswish.default:
+        return _through_swish(needed_of(traced, node), _hard_swish, HARD_SWISH_MINIMUM_AT)
+    if node.target is aten.hardsigmoid.default:
+        return _through_hard_sigmoid(needed_of(traced, node))
+    if Kind.RESHAPES in kind_of(node):
+        return needed_of(traced, node)
+    if node.target is aten.add.Tensor and not node.kwargs:
+        total = needed_of(traced, node)
+        other = node.args[1] if node.args[0] is value else node.args[0]
+        if total is None or not traced.is_quantized(other):
+            return None
+        reach = _reach(traced.grid(other))  # type: ignore[arg-type]
+        return Needed(total.low - reach.high, total.high - reach.low, total.step)
+    return None
 
-    def _grid(self, node: onnx.NodeProto) -> Needed:
-        """The grid of a Quantize- or DequantizeLinear, and half a step around it, from where rounding still reaches it."""
-        step, zero_point = float(self._constants[node.input[1]]), int(self._constants[node.input[2]])
-        bounds = np.iinfo(self._constants[node.input[2]].dtype)
-        return Needed((bounds.min - zero_point - 0.5) * step, (bounds.max - zero_point + 0.5) * step, step)
 
-    def _silu(
-        self, value: str, consumers: list[onnx.NodeProto]
-    ) -> tuple[onnx.NodeProto, onnx.NodeProto] | tuple[None, None]:
-        """The Sigmoid and the Mul of value * sigmoid(value), where the sigmoid serves nothing else."""
-        for sigmoid in (node for node in consumers if node.op_type == "Sigmoid"):
-            gates = self._consumers.get(sigmoid.output[0], [])
-            if len(gates) == 1 and gates[0].op_type == "Mul" and value in gates[0].input:
-                return sigmoid, gates[0]
-        return None, None
+def _reach(grid: Grid) -> Needed:
+    """The grid, and half a step around it, from where rounding still reaches it."""
+    step = float(grid.scale)
+    return Needed((grid.low - grid.zero_point - 0.5) * step, (grid.high - grid.zero_point + 0.5) * step, step)
 
 
 def _hull(a: Needed, b: Needed) -> Needed:

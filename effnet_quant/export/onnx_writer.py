@@ -1,0 +1,168 @@
+"""OnnxWriter: writes a traced graph, as the passes left it, node by node."""
+
+from __future__ import annotations
+
+import operator
+from typing import Any
+
+import numpy as np
+import torch
+from torch import fx
+
+from effnet_quant.errors import UserError
+from effnet_quant.export.custom_ops import CONV_PADDED, CONV_SAME, QUANTIZE, QUANTIZED_HARD_SIGMOID
+from effnet_quant.export.graph_writer import GraphWriter
+from effnet_quant.export.operation import Operation
+from effnet_quant.export.operators import OPERATIONS
+from effnet_quant.export.passes.convolution_padding import per_dimension
+from effnet_quant.export.traced_graph import TracedGraph, argument, kind_of, module_path, shape_of
+from effnet_quant.quantization.operation_kinds import Kind
+
+aten = torch.ops.aten
+_SIZES = (int, float, bool, torch.SymInt, torch.SymFloat, torch.SymBool)
+
+
+class OnnxWriter:
+    """Writes the operations of a graph.
+
+    Args:
+        traced: the graph.
+        writer: takes the ONNX nodes.
+        float_weights: store quantized weights as floats with a QuantizeLinear behind them.
+    """
+
+    def __init__(self, traced: TracedGraph, writer: GraphWriter, *, float_weights: bool) -> None:
+        self.traced = traced
+        self.writer = writer
+        self.float_weights = float_weights
+        self.names: dict[fx.Node, str] = {}
+        self.parts: dict[fx.Node, list[str]] = {}  # of operations with several results
+
+    def run(self, inputs: list[str]) -> list[str]:
+        """Write every node; gives the names of the outputs.
+
+        Args:
+            inputs: the names of the model's inputs, as its first layers take them.
+        """
+        self.names = dict(zip(self.traced.inputs, inputs, strict=True))
+        for node in self.traced.operations():
+            if not isinstance(node.meta.get("val"), _SIZES):  # sizes are known when the graph is written
+                self._write(node)
+        return [self._tensor(node) for node in self.traced.outputs]
+
+    def _write(self, node: fx.Node) -> None:
+        path = module_path(node)
+        if node.target is QUANTIZE:
+            if node.args[0] not in self.traced.constants:
+                grid = self.traced.grid(node)
+                source = self._tensor(node.args[0])
+                integers = (grid.zero_point, grid.low, grid.high)
+                self.names[node] = self.writer.quantized(source, float(grid.scale), *integers, path)
+        elif node.target is QUANTIZED_HARD_SIGMOID:
+            scale = float(self.traced.constants[node.args[1]])  # type: ignore[index]
+            self.names[node] = self.writer.quantized_hard_sigmoid(self._tensor(node.args[0]), scale, path)
+        elif Kind.CONVOLVES in kind_of(node):
+            self.names[node] = self._convolution(node, path)
+        elif node.target is aten.linear.default:
+            self.names[node] = self._linear(node, path)
+        elif node.target is operator.getitem:
+            self.names[node] = self.parts[node.args[0]][node.args[1]]  # type: ignore[index]
+        elif node.target in OPERATIONS:
+            written = OPERATIONS[node.target](Operation(self.writer, node, self._tensor, path))
+            if isinstance(written, list):
+                self.parts[node] = written
+            else:
+                self.names[node] = written
+        else:
+            raise UserError(f"{path or 'the model'}: the operation {node.target} can't be exported to ONNX yet.")
+        if "quantizer" in node.meta:  # the value has the name under which tools look for quantized values
+            self.names[node] = self.writer.rename(self.names[node], f"{node.meta['quantizer']}/DequantizeLinear")
+
+    def _tensor(self, value: Any, like: fx.Node | None = None) -> str:
+        """The name of a value; numbers become constants, of the type of ``like`` (default: float32)."""
+        if not isinstance(value, fx.Node):
+            integers = like is not None and not like.meta["val"].is_floating_point()
+            return self.writer.constant("number", np.array(value, np.int64 if integers else np.float32))
+        if value not in self.names and value in self.traced.constants:
+            self.names[value] = self.writer.constant(value.name, self.traced.constants[value].numpy())
+        if value not in self.names and value.target is QUANTIZE:
+            self.names[value] = self._stored(value, module_path(value))
+        if value not in self.names:
+            raise UserError(
+                f"{module_path(value) or 'the model'}: computes with the images' size, which can't be exported; leave "
+                "their size fixed."
+            )
+        return self.names[value]
+
+    def _convolution(self, node: fx.Node, path: str) -> str:
+        names = [self._tensor(node.args[0]), *self._parameters(node, path)]
+        kernel = [int(size) for size in shape_of(node.args[1])[2:]]
+        dims = len(kernel)
+        if node.target is CONV_SAME:
+            padded: dict[str, Any] = {"auto_pad": "SAME_UPPER"}
+        elif node.target is CONV_PADDED:
+            padded = {"pads": argument(node, "padding")}
+        else:
+            padded = {"pads": per_dimension(argument(node, "padding"), dims) * 2}
+        dilation = 1 if node.target is CONV_SAME else argument(node, "dilation")
+        return self.writer.node(
+            "Conv",
+            names,
+            path,
+            kernel_shape=kernel,
+            strides=per_dimension(argument(node, "stride"), dims),
+            **padded,
+            dilations=per_dimension(dilation, dims),
+            group=argument(node, "groups"),
+        )
+
+    def _linear(self, node: fx.Node, path: str) -> str:
+        x, matrix = self._tensor(node.args[0]), len(shape_of(node)) == 2
+        # MatMul takes (in, out): the numbers themselves, because a runtime that finds a Transpose computes in float
+        names = [x, *self._parameters(node, path, transposed=not matrix)]
+        if matrix:
+            return self.writer.node("Gemm", names, path, transB=1)
+        product = self.writer.node("MatMul", names[:2], path)
+        return self.writer.node("Add", [product, names[2]], path) if len(names) > 2 else product
+
+    def _parameters(self, node: fx.Node, path: str, *, transposed: bool = False) -> list[str]:
+        """Write a layer's weights and bias; gives their names."""
+        if self.traced.weights(node) is None:
+            raise UserError(
+                f"{path or 'the model'}: a convolution whose weights are computed from the image "
+                "(a conditional convolution) can't be exported; choose a network with fixed weights."
+            )
+        names = [self._parameter(node.args[1], f"{path}.weight", transposed=transposed, as_floats=self.float_weights)]
+        if len(node.args) > 2 and node.args[2] is not None:
+            names.append(self._parameter(node.args[2], f"{path}.bias"))
+        return names
+
+    def _parameter(self, node: Any, path: str, *, transposed: bool = False, as_floats: bool = False) -> str:
+        if node.target is QUANTIZE:
+            return self._stored(node, path, transposed=transposed, as_floats=as_floats)
+        value = self.traced.constants[node].float().numpy()
+        return self.writer.constant(path, np.ascontiguousarray(value.T) if transposed else value)
+
+    def _stored(self, node: fx.Node, path: str, *, transposed: bool = False, as_floats: bool = False) -> str:
+        """A quantized constant: its integers, with one step for each index of its first dimension."""
+        grid, value = self.traced.grid(node), self.traced.constants[node.args[0]].float()  # type: ignore[index]
+        scale = grid.scale if not value.ndim else grid.scale.flatten().expand(len(value)).contiguous()
+        steps = scale.double().reshape((-1,) + (1,) * (value.ndim - 1)) if value.ndim else scale.double()
+        axis = 1 if transposed else 0
+        if as_floats:
+            return self.writer.rounded(_oriented(value, transposed), scale.numpy(), path, axis)
+        integers = torch.clamp(torch.round(value.double() / steps) + grid.zero_point, grid.low, grid.high)
+        stored = _oriented(integers.to(_integer_type(grid.low, grid.high)), transposed)
+        return self.writer.dequantized(stored, scale.numpy(), grid.zero_point, path, axis)
+
+
+def _oriented(value: torch.Tensor, transposed: bool) -> np.ndarray:
+    return np.ascontiguousarray(value.numpy().T if transposed else value.numpy())
+
+
+def _integer_type(low: int, high: int) -> torch.dtype:
+    """The smallest type that holds a grid: int8 where that and uint8 do."""
+    for dtype in (torch.int8, torch.uint8):
+        if torch.iinfo(dtype).min <= low and high <= torch.iinfo(dtype).max:
+            return dtype
+    return torch.int32

@@ -1,0 +1,56 @@
+"""Biases of integer layers become integers."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, fx
+
+from effnet_quant.export.traced_graph import Grid, TracedGraph, is_layer, module_path, set_argument, shape_of
+
+aten = torch.ops.aten
+# 2**30: an int32 bias beyond this could overflow the accumulator it is added to.
+LARGEST_BIAS = float(2**30)
+_INT32 = torch.iinfo(torch.int32)
+
+
+def quantize_biases(traced: TracedGraph) -> None:
+    """Round the bias of each layer with quantized input and weights to int32, in steps of input scale times weight scale.
+
+    A linear layer over more than two dimensions keeps a float bias: runtimes add it behind the integer product.
+    """
+    for node in traced.operations():
+        bias = node.args[2] if is_layer(node) and len(node.args) > 2 else None
+        if not isinstance(bias, fx.Node) or not traced.is_quantized(node.args[0]):
+            continue
+        found = traced.quantized_weights(node)
+        if found is None or (node.target is aten.linear.default and len(shape_of(node)) > 2):
+            continue
+        values, input_scale = traced.constants[bias].float(), traced.grid(node.args[0]).scale  # type: ignore[arg-type]
+        weight, grid = _widened(*found, values, input_scale)
+        if grid is not found[1]:
+            traced.set_weights(node, weight, grid)
+        path = f"{module_path(node)}.bias"
+        step = grid.scale.flatten().expand(len(weight)) * input_scale
+        stored = traced.constant(path, values)
+        set_argument(node, "bias", traced.quantize(stored, Grid(step, 0, _INT32.min, _INT32.max), path))
+
+
+def _widened(weight: Tensor, grid: Grid, bias: Tensor, input_scale: Tensor) -> tuple[Tensor, Grid]:
+    """Raise the step of channels whose bias would overflow int32 in units of the accumulator.
+
+    Such a channel has weights so small beside its bias that a coarser grid changes its output by less than one part in a
+    million.
+    """
+    smallest = (bias.abs().double() / (LARGEST_BIAS * input_scale.double())).float()
+    scale = grid.scale.flatten().expand(len(weight))
+    if not bool((smallest > scale).any()):
+        return weight, grid
+    return coarser(weight, grid, torch.maximum(scale, smallest))
+
+
+def coarser(weight: Tensor, grid: Grid, scale: Tensor) -> tuple[Tensor, Grid]:
+    """Weights on a grid with the steps ``scale`` (out,): those of channels whose step grows are rounded anew."""
+    shape = (-1,) + (1,) * (weight.ndim - 1)
+    old, new = grid.scale.flatten().expand(len(weight)).reshape(shape), scale.reshape(shape)
+    weight = torch.where(new > old, torch.round(weight / old * (old / new)) * new, weight)
+    return weight, Grid(new, grid.zero_point, grid.low, grid.high)

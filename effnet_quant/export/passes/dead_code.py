@@ -1,0 +1,13 @@
+"""What no output needs goes."""
+
+from __future__ import annotations
+
+from effnet_quant.export.traced_graph import TracedGraph
+
+
+def remove_dead_code(traced: TracedGraph) -> None:
+    """Remove operations and parameters without users, checks of sizes among them."""
+    for node in reversed(list(traced.graph.nodes)):
+        if node.op != "output" and not node.users and node not in traced.inputs:
+            traced.graph.erase_node(node)
+            traced.constants.pop(node, None)

@@ -1,0 +1,27 @@
+"""Grids with fewer integers than the type has, for runtimes that do not clip integers."""
+
+from __future__ import annotations
+
+import torch
+
+from effnet_quant.export.custom_ops import QUANTIZE
+from effnet_quant.export.traced_graph import Grid, TracedGraph, module_path
+
+aten = torch.ops.aten
+
+
+def clip_before_rounding(traced: TracedGraph, dtype: str) -> None:
+    """Clip the real numbers in front of a quantize node whose grid ends before ``dtype`` does, and widen the grid."""
+    limits = torch.iinfo(getattr(torch, dtype))
+    for node in traced.operations():
+        if node.target is not QUANTIZE or node.args[0] in traced.constants:
+            continue
+        grid = traced.grid(node)
+        if grid.high - grid.low >= limits.max - limits.min:
+            continue
+        scale = float(grid.scale)
+        ends = [(end - grid.zero_point) * scale for end in (grid.low, grid.high)]
+        source = node.args[0]
+        clipped = traced.insert_after(source, aten.clamp.default, (source, *ends), node, module_path(node))  # type: ignore[arg-type]
+        node.replace_input_with(source, clipped)  # type: ignore[arg-type]
+        traced.set_grid(node, Grid(grid.scale, grid.zero_point, limits.min, limits.max))

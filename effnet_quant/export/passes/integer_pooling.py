@@ -1,0 +1,30 @@
+"""Rounding moves in front of max pooling, for runtimes that pool integers where they get some."""
+
+from __future__ import annotations
+
+import torch
+from torch import fx
+
+from effnet_quant.export.traced_graph import TracedGraph, module_path
+
+aten = torch.ops.aten
+
+
+def pool_integers(traced: TracedGraph) -> None:
+    """Quantize in front of max pooling instead of behind it, where nothing else takes the pooled values; exact.
+
+    The convolution in front then writes integers. The pooled value keeps the name of the quantized one
+    (``meta["quantizer"]``), because that is what it is.
+    """
+    for node in traced.operations():
+        pool = node.args[0] if traced.is_quantized(node) else None
+        if not isinstance(pool, fx.Node) or pool.target is not aten.max_pool2d.default or len(pool.users) != 1:
+            continue
+        source = pool.args[0]
+        assert isinstance(source, fx.Node)
+        node.replace_all_uses_with(pool)
+        pool.meta["quantizer"] = module_path(node)
+        node.replace_input_with(pool, source)
+        node.meta = {"val": source.meta["val"], "path": f"{module_path(pool)}.rounded"}
+        pool.prepend(node)
+        pool.replace_input_with(source, node)
