@@ -63,7 +63,7 @@ class Calibrator(ABC):
             raise _not_enough(self, collected)
         self.merge(collected.state())
 
-    def share(self, seen: SeenTensors) -> None:  # noqa: B027 (most methods have no use for it)
+    def share_histograms(self, seen: SeenTensors) -> None:  # noqa: B027 (most methods have no use for it)
         """Hear of the histograms that the calibrators of a model share. Methods that count take them from there."""
 
 
@@ -76,7 +76,7 @@ class HistogramCalibrator(Calibrator):
         self.histogram = Histogram()
         self._shared: SeenTensors | None = None
 
-    def share(self, seen: SeenTensors) -> None:
+    def share_histograms(self, seen: SeenTensors) -> None:
         """Count a tensor that several calibrators observe once, in ``seen``; its owner clears it after every batch."""
         self._shared = seen
 

@@ -74,7 +74,7 @@ def collect(
     shared = SeenTensors()
     calibrators = {name: make() for name in places if name not in weights}
     for calibrator in calibrators.values():
-        calibrator.share(shared)
+        calibrator.share_histograms(shared)
     before = {name: (quantizer.enabled, quantizer.observer) for name, quantizer in places.items()}
 
     def after_batch(examples: int) -> None:
