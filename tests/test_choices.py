@@ -42,7 +42,7 @@ def test_interpolations_are_torchvisions():
 
 
 def test_calibration_methods_are_those_of_the_calibration():
-    assert tuple(METHODS) == CALIBRATION_METHODS
+    assert tuple(METHODS) == tuple(CALIBRATION_METHODS)
 
 
 def test_optimizers_are_pytorchs():

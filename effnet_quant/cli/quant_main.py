@@ -10,7 +10,7 @@ from effnet_quant.cli.process import run
 from effnet_quant.cli.quantization import add_qat_arguments, add_spec_arguments, asked_overrides, asked_spec, qat_config
 from effnet_quant.errors import UserError
 from effnet_quant.files import check_writable
-from effnet_quant.quantization.choices import CALIBRATION_METHODS
+from effnet_quant.quantization.choices import CALIBRATION_METHODS, DEFAULT_METHOD, DEFAULT_PERCENTILE
 from effnet_quant.quantization.targets import TARGETS
 
 
@@ -29,10 +29,9 @@ def build_parser() -> Parser:
         help="the runtime to simulate (default: what the weights say, else tensorrt for efficientnet-quant-* and "
         "onnxruntime for all others)",
     )
-    parser.add_argument(
-        "--calibration-method", choices=CALIBRATION_METHODS, default="percentile", help="how ranges are chosen"
-    )
-    parser.add_argument("--percentile", type=float, default=99.99, help="share of magnitudes covered, in percent")
+    methods = tuple(CALIBRATION_METHODS)
+    parser.add_argument("--calibration-method", choices=methods, default=DEFAULT_METHOD, help="how ranges are chosen")
+    parser.add_argument("--percentile", type=float, default=DEFAULT_PERCENTILE, help="magnitudes covered, in percent")
     parser.add_argument("--calibration-images", type=int, default=512, help="training images to calibrate with")
     parser.add_argument("--report", metavar="FILE", help="page of plots of all ranges to write (.png, .pdf or .svg)")
     return parser

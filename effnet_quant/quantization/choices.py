@@ -2,4 +2,15 @@
 
 from __future__ import annotations
 
-CALIBRATION_METHODS = ("max", "percentile", "entropy", "mse", "moving-average", "lsq")
+# name -> file and class in calibration/; a new calibrator is a file there and a row here
+CALIBRATION_METHODS = {
+    "max": "maximum.MaxCalibrator",
+    "percentile": "percentile.PercentileCalibrator",
+    "entropy": "entropy.EntropyCalibrator",
+    "mse": "mse.MseCalibrator",
+    "moving-average": "moving_average.MovingAverageCalibrator",
+    "lsq": "lsq.LsqCalibrator",
+}
+# by the table in docs/quantization.md
+DEFAULT_METHOD = "percentile"
+DEFAULT_PERCENTILE = 99.99

@@ -2,27 +2,25 @@
 
 from __future__ import annotations
 
+import importlib
 from collections.abc import Callable
 from functools import partial
 
 from effnet_quant.errors import UserError
 from effnet_quant.quantization.calibration.calibrator import Calibrator
-from effnet_quant.quantization.calibration.entropy import EntropyCalibrator
-from effnet_quant.quantization.calibration.lsq import LsqCalibrator
-from effnet_quant.quantization.calibration.maximum import MaxCalibrator
-from effnet_quant.quantization.calibration.moving_average import MovingAverageCalibrator
-from effnet_quant.quantization.calibration.mse import MseCalibrator
 from effnet_quant.quantization.calibration.percentile import PercentileCalibrator
+from effnet_quant.quantization.choices import CALIBRATION_METHODS, DEFAULT_METHOD
 
-METHODS: dict[str, type[Calibrator]] = {
-    "max": MaxCalibrator,
-    "percentile": PercentileCalibrator,
-    "entropy": EntropyCalibrator,
-    "mse": MseCalibrator,
-    "moving-average": MovingAverageCalibrator,
-    "lsq": LsqCalibrator,
-}
-DEFAULT_METHOD = "percentile"
+__all__ = ["DEFAULT_METHOD", "METHODS", "Method", "calibrator_factory"]
+
+
+def _class_of(place: str) -> type[Calibrator]:
+    module, _, name = place.partition(".")
+    kind: type[Calibrator] = getattr(importlib.import_module(f"{__package__}.{module}"), name)
+    return kind
+
+
+METHODS: dict[str, type[Calibrator]] = {name: _class_of(place) for name, place in CALIBRATION_METHODS.items()}
 # a name, or what makes a calibrator: a class, or functools.partial(PercentileCalibrator, 99.9)
 Method = str | Callable[[], Calibrator]
 

@@ -8,6 +8,7 @@ from numpy.typing import NDArray
 from effnet_quant.errors import UserError
 from effnet_quant.quantization.calibration.calibrator import HistogramCalibrator
 from effnet_quant.quantization.calibration.histogram import BINS, largest_magnitude
+from effnet_quant.quantization.choices import DEFAULT_PERCENTILE
 from effnet_quant.quantization.spec import TensorSpec
 
 
@@ -24,7 +25,7 @@ class PercentileCalibrator(HistogramCalibrator):
         UserError: another percentile.
     """
 
-    def __init__(self, percentile: float = 99.99) -> None:
+    def __init__(self, percentile: float = DEFAULT_PERCENTILE) -> None:
         super().__init__()
         if not 0 < percentile <= 100:
             raise UserError(f"the percentile must be above 0 and at most 100, not {percentile}.")
