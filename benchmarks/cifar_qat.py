@@ -19,7 +19,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from effnet_quant import calibrate, create_model, quantize
-from effnet_quant.data.transforms import Preprocessing, normalize
+from effnet_quant.data.transforms import normalize
 from effnet_quant.models.registry import get_entry
 from effnet_quant.quantization.qat import Distillation, float_teacher, learned_ranges, reestimate_batch_norm
 from effnet_quant.quantization.spec import resolve_spec
@@ -43,7 +43,7 @@ def main() -> None:
     parser.add_argument("--lr", type=float, default=0.01)
     arguments = parser.parse_args()
     generator = torch.Generator().manual_seed(0)
-    preprocessing = Preprocessing(**get_entry(MODEL).input.__dict__)
+    preprocessing = get_entry(MODEL).input
     train, train_labels = read_images(arguments.data / ARCHIVE, "train")
     test, labels = read_images(arguments.data / ARCHIVE, "test")
     train, test = normalize(train, preprocessing), normalize(test, preprocessing)

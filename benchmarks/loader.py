@@ -29,12 +29,12 @@ from torchvision import transforms as pil_transforms
 from torchvision.io import ImageReadMode, decode_jpeg
 from torchvision.transforms import v2
 
-from effnet_quant.card import IMAGENET_MEAN, IMAGENET_STD
+from effnet_quant.card import IMAGENET_MEAN, IMAGENET_STD, InputSpec
 from effnet_quant.data.backends import open_loader
 from effnet_quant.data.folders import FolderSource
 from effnet_quant.data.loaders import Loader
 from effnet_quant.data.sources import EncodedSource, NameTable
-from effnet_quant.data.transforms import Preprocessing, training_transform
+from effnet_quant.data.transforms import training_transform
 
 SIZE = 224
 AHEAD = 4  # batches that are not counted: some loaders prepare them while others run
@@ -116,7 +116,7 @@ def _compare(
 def _runs(
     source: FolderSource, indices: torch.Tensor, arguments: argparse.Namespace, augmentation: str | None
 ) -> dict[str, Run]:
-    transform = training_transform(Preprocessing(SIZE, SIZE + 32), augmentation)
+    transform = training_transform(InputSpec(SIZE, SIZE + 32), augmentation)
     batch_size, workers = arguments.batch_size, arguments.workers
     runs: dict[str, Run] = {}
     for name, backend in (("ours, pytorch", "pytorch"), ("ours, dali-cpu", "dali-cpu")):
@@ -193,7 +193,7 @@ def _epoch_starts(classes: list[str], workers: int, count: int = 1_300_000, epoc
     from torchvision.io import encode_jpeg
 
     small = encode_jpeg(torch.zeros(3, 32, 32, dtype=torch.uint8)).numpy()
-    loader = Loader(_Names(count, small), training_transform(Preprocessing(32, 32)), 32, shuffle=True, workers=workers)
+    loader = Loader(_Names(count, small), training_transform(InputSpec(32, 32)), 32, shuffle=True, workers=workers)
     starts, sizes = [], []
     for epoch in range(epochs):
         start = time.perf_counter()

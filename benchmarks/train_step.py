@@ -35,7 +35,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from effnet_quant import create_model
-from effnet_quant.data.transforms import Preprocessing, normalize
+from effnet_quant.card import InputSpec, ModelCard
+from effnet_quant.data.transforms import normalize
 from effnet_quant.memory import keep_freed_memory
 from effnet_quant.training.config import TrainConfig
 from effnet_quant.training.machine import describe_machine
@@ -121,7 +122,7 @@ def _serve(main: Connection, name: str, compiled: bool, arguments: argparse.Name
     else:
         batches = [
             (
-                normalize(images.to(device), Preprocessing(0, 0)).contiguous(memory_format=torch.channels_last),
+                normalize(images.to(device), InputSpec(1, 1)).contiguous(memory_format=torch.channels_last),
                 labels.to(device),
             )
             for images, labels in batches
@@ -160,9 +161,9 @@ def _trainer(model: nn.Module, batches: Batches, device: torch.device, *, compil
         epochs=10**6, run_epochs=1, lr=LR, lr_schedule="linear", batch_size=len(batches[0][1]), channels_last=True,
         training_only=True, save_checkpoints=False, compile=compiled,
     )  # fmt: skip
-    metadata = {"arch": "efficientnet-b0", "num_classes": 1000}
+    card = ModelCard(arch="efficientnet-b0", num_classes=1000, input=InputSpec(1, 1))  # the batches have their size
     workspace = Path(tempfile.gettempdir())
-    trainer = Trainer(model, config, Preprocessing(0, 0), device, workspace, Recorder(None), metadata)
+    trainer = Trainer(model, config, card, device, workspace, Recorder(None))
     loader = Memory(batches)
 
     def run() -> None:

@@ -11,6 +11,10 @@ from typing import Any
 from effnet_quant.errors import UserError
 
 VERSION = 1
+# Entries of .safetensors and ONNX files: the card, what a file takes and gives, what else the exporting program had to say
+CARD_KEY = "effnet_quant"
+SIGNATURE_KEY = "effnet_quant.signature"
+EXTRA_KEY = "effnet_quant.metadata"
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
 IMAGENET_STD = (0.229, 0.224, 0.225)
 INTERPOLATIONS = ("bilinear", "bicubic")

@@ -11,8 +11,9 @@ import torch
 from torch import nn
 from torchvision.transforms import InterpolationMode, v2
 
+from effnet_quant.card import InputSpec
 from effnet_quant.data.choices import AUGMENTATIONS, INTERPOLATIONS
-from effnet_quant.data.transforms import Preprocessing, training_transform
+from effnet_quant.data.transforms import training_transform
 from effnet_quant.quantization.calibration import METHODS
 from effnet_quant.quantization.choices import CALIBRATION_METHODS
 from effnet_quant.training.choices import AMP_DTYPES, OPTIMIZERS, SCHEDULES
@@ -33,7 +34,7 @@ def test_augmentations_are_torchvisions():
     expected = {"autoaugment": v2.AutoAugment, "randaugment": v2.RandAugment, "trivialaugment": v2.TrivialAugmentWide}
     assert list(AUGMENTATIONS) == list(expected)
     for name, kind in expected.items():
-        transform = training_transform(Preprocessing(8, 8), augmentation=name)
+        transform = training_transform(InputSpec(8, 8), augmentation=name)
         assert type(transform._policy) is kind
 
 

@@ -19,7 +19,7 @@ from effnet_quant.cli.process import run
 from effnet_quant.cli.quantization import add_spec_arguments
 from effnet_quant.cli.verify import add_verify_arguments, refuse_comparison, verify_engine
 from effnet_quant.errors import UserError
-from effnet_quant.export.options import OPSETS, ExportOptions, Normalisation
+from effnet_quant.export.options import OPSETS, ExportOptions
 from effnet_quant.files import check_writable
 from effnet_quant.quantization.targets import TARGETS, get_target
 
@@ -75,7 +75,7 @@ def job(arguments: Sequence[str]) -> int:
         opset=parsed.opset,
         dynamic_size=parsed.dynamic_size,
         fp16=parsed.fp16,
-        normalisation=Normalisation(card.input.mean, card.input.std) if parsed.with_preprocessing else None,
+        normalisation=card.input if parsed.with_preprocessing else None,
         float_weights=parsed.weights == "float",
     )
     tuning = _tune(model, card, card.input, options, parsed) if parsed.tune else None

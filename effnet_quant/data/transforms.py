@@ -23,14 +23,13 @@ _CROP_TRIES = 10
 _LONGEST = 8  # times the shorter side; beyond it the ends are cut before an image is scaled
 
 Transform = Callable[[Tensor | EncodedImage], Tensor]
-Preprocessing = InputSpec
 
 
 @dataclass(frozen=True)
 class EvaluationTransform:
     """The shorter side scaled to ``resize_size``, then the centre, ``image_size`` square."""
 
-    preprocessing: Preprocessing
+    preprocessing: InputSpec
 
     def __call__(self, image: Tensor | EncodedImage) -> Tensor:
         """From uint8 (3, H, W), or its file, to uint8 (3, image_size, image_size).
@@ -67,7 +66,7 @@ class TrainingTransform:
         augmentation: a name in ``AUGMENTATIONS``, or None.
     """
 
-    preprocessing: Preprocessing
+    preprocessing: InputSpec
     augmentation: str | None = None
 
     def __call__(self, image: Tensor | EncodedImage) -> Tensor:
@@ -117,12 +116,12 @@ class TrainingTransform:
         return getattr(v2, AUGMENTATIONS[self.augmentation])()
 
 
-def evaluation_transform(preprocessing: Preprocessing) -> EvaluationTransform:
+def evaluation_transform(preprocessing: InputSpec) -> EvaluationTransform:
     """uint8 (3, H, W) of any size to uint8 (3, image_size, image_size): scale the shorter side, crop the centre."""
     return EvaluationTransform(preprocessing)
 
 
-def training_transform(preprocessing: Preprocessing, augmentation: str | None = None) -> TrainingTransform:
+def training_transform(preprocessing: InputSpec, augmentation: str | None = None) -> TrainingTransform:
     """Random resized crop (8-100 % of the area, aspect 3/4 to 4/3), random flip, then the augmentation of that name."""
     return TrainingTransform(preprocessing, augmentation)
 
@@ -144,7 +143,7 @@ def _packed(region: Tensor) -> Tensor:
     return region.permute(1, 2, 0).contiguous().permute(2, 0, 1) if region.stride(0) == 1 else region
 
 
-def normalize(images: Tensor, preprocessing: Preprocessing) -> Tensor:
+def normalize(images: Tensor, preprocessing: InputSpec) -> Tensor:
     """uint8 (N, 3, H, W) to float32 with ``mean`` and ``std`` of the preprocessing, on the images' device.
 
     One pass over the pixels, which casts, scales and shifts; the result has the images' memory layout.

@@ -8,10 +8,9 @@ from typing import Any
 
 import onnx
 
-from effnet_quant.card import ModelCard, parse_json
-from effnet_quant.engines.signature import SIGNATURE_KEY, ArrayInput, ArrayOutput, Signature
+from effnet_quant.card import CARD_KEY, EXTRA_KEY, SIGNATURE_KEY, ModelCard, parse_json
+from effnet_quant.engines.signature import ArrayInput, ArrayOutput, Signature
 from effnet_quant.errors import UserError
-from effnet_quant.models.weights import EXTRA_KEY, METADATA_KEY
 
 _IMAGE_TYPES = ("float32", "float16", "uint8")
 # what a residual network of convolutions, ReLUs and additions consists of, and what prepares its images
@@ -98,14 +97,14 @@ def read_card(model: onnx.ModelProto, source: str = "the file") -> ModelCard:
     Raises:
         UserError: that can't be used.
     """
-    return ModelCard.from_text(_properties(model).get(METADATA_KEY, "{}"), source)
+    return ModelCard.from_text(_properties(model).get(CARD_KEY, "{}"), source)
 
 
 def read_metadata(model: onnx.ModelProto) -> dict[str, Any]:
     """What ``export_onnx`` stored in a model, as plain values; empty for models of other tools."""
     properties = _properties(model)
     values: dict[str, Any] = {}
-    for key in (EXTRA_KEY, METADATA_KEY):
+    for key in (EXTRA_KEY, CARD_KEY):
         entry = parse_json(properties.get(key, "{}"), "the file")
         values |= entry if isinstance(entry, dict) else {}
     values.pop("version", None)  # of the card's form

@@ -11,7 +11,6 @@ from numpy.typing import NDArray
 
 # The model's return value with an output's position at each leaf: an int, or one of the keys "tuple", "list" and "dict".
 Structure = int | dict[str, Any]
-SIGNATURE_KEY = "effnet_quant.signature"  # the entry of an ONNX file's metadata_props
 INPUT_TYPES = ("float32", "float16", "uint8", "int32", "int64", "bool")
 # Of one input at one run. A file that fixes more is damaged: 4 GiB in float32, for each call.
 MOST_NUMBERS = 1 << 30

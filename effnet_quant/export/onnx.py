@@ -11,7 +11,7 @@ import onnx
 from onnx import TensorProto, helper
 from torch import Tensor, nn
 
-from effnet_quant.card import ModelCard
+from effnet_quant.card import CARD_KEY, EXTRA_KEY, SIGNATURE_KEY, ModelCard
 from effnet_quant.errors import UserError
 from effnet_quant.export.graph_writer import GraphWriter
 from effnet_quant.export.image_input import describe, image_input, write_input
@@ -20,7 +20,6 @@ from effnet_quant.export.options import ExportOptions
 from effnet_quant.export.passes import run_passes
 from effnet_quant.export.signature import (
     LOGITS,
-    SIGNATURE_KEY,
     dimension_names,
     input_names,
     output_names,
@@ -30,7 +29,6 @@ from effnet_quant.export.signature import (
 from effnet_quant.export.traced_graph import TracedGraph
 from effnet_quant.export.tracing import image_channels, trace_image, trace_inputs
 from effnet_quant.files import replace_file
-from effnet_quant.models.weights import EXTRA_KEY, METADATA_KEY
 from effnet_quant.quantization.placement.insertion import quantizers
 from effnet_quant.quantization.targets import Target, get_target
 
@@ -112,7 +110,7 @@ def build_onnx(
     left = tuple(sorted(get_target(rules.name).quantized - rules.quantized))
     card = replace(card or ModelCard.from_json(metadata or {}, "metadata"), target=rules.name, float_operations=left)
     returned = json.dumps(signature(proto, traced.structure))  # a dict's keys stay in the model's order
-    entries = {METADATA_KEY: card.to_json(), EXTRA_KEY: {**about_images, **(metadata or {})}}
+    entries = {CARD_KEY: card.to_json(), EXTRA_KEY: {**about_images, **(metadata or {})}}
     texts = {key: json.dumps(values, sort_keys=True) for key, values in entries.items()}
     helper.set_model_props(proto, {**texts, SIGNATURE_KEY: returned})
     onnx.checker.check_model(proto, full_check=True)

@@ -4,20 +4,13 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from effnet_quant.card import InputSpec
 from effnet_quant.errors import UserError
 
 # 17 brought LayerNormalization; up to 21 every form that the exporter writes has been run.
 OPSETS = range(17, 22)
 # from here on QuantizeLinear and DequantizeLinear take and give float16
 HALF_QDQ_OPSET = 19
-
-
-@dataclass(frozen=True)
-class Normalisation:
-    """(x / 255 - mean) / std per channel, of images in 0 … 255."""
-
-    mean: tuple[float, ...]
-    std: tuple[float, ...]
 
 
 @dataclass(frozen=True)
@@ -28,8 +21,8 @@ class ExportOptions:
         opset: version of ONNX's operators, 17 to 21; None for the lowest that the other choices need.
         dynamic_size: height and width of the images stay open, as the batch does.
         fp16: what is not integer is computed in float16; input and logits stay float32, with Casts behind and before them.
-        normalisation: the graph takes the pixels, uint8 (N, C, H, W), and normalises them itself (in float32); None for
-            normalised float32 images.
+        normalisation: the graph takes the pixels, uint8 (N, C, H, W), and normalises them itself (in float32) with these
+            mean and std; None for normalised float32 images.
         float_weights: weights are stored as float32 with a QuantizeLinear behind them, instead of as int8.
 
     Raises:
@@ -39,7 +32,7 @@ class ExportOptions:
     opset: int | None = None
     dynamic_size: bool = False
     fp16: bool = False
-    normalisation: Normalisation | None = None
+    normalisation: InputSpec | None = None
     float_weights: bool = False
 
     def __post_init__(self) -> None:

@@ -14,7 +14,6 @@ from torch import Tensor, fx, nn
 from effnet_quant.errors import UserError
 from effnet_quant.export.traced_graph import TracedGraph, shape_of
 
-SIGNATURE_KEY = "effnet_quant.signature"  # the entry of a file's metadata
 LOGITS = "logits"  # the output of a classifier of square images
 
 

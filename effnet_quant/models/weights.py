@@ -17,12 +17,10 @@ import safetensors.torch
 import torch
 from torch import Tensor, nn
 
-from effnet_quant.card import ModelCard
+from effnet_quant.card import CARD_KEY, ModelCard
 from effnet_quant.errors import UserError
 from effnet_quant.files import replace_file
 
-METADATA_KEY = "effnet_quant"  # of the card, in .safetensors and ONNX files
-EXTRA_KEY = "effnet_quant.metadata"  # of what else the exporting program had to say
 EMA_KEY = "state_dict_ema"  # in checkpoints, as in NVIDIA's
 _RANGE_SUFFIXES = ("_quantizer._amax", "_quantizer._amin")
 # In torchvision's published files: classifiers that only training from scratch needs, and layers' names of old
@@ -113,7 +111,7 @@ def read_weights(path: str | Path, *, ema: bool = False) -> Weights:
         try:
             with safetensors.safe_open(path, framework="pt") as file:
                 tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
-                text = (file.metadata() or {}).get(METADATA_KEY, "{}")
+                text = (file.metadata() or {}).get(CARD_KEY, "{}")
         except (safetensors.SafetensorError, OSError, ValueError) as error:
             raise UserError(
                 f"{path} is truncated, damaged or no safetensors file; get it again from where it came from."
@@ -141,7 +139,7 @@ def write_weights(path: str | Path, tensors: dict[str, Tensor], card: ModelCard 
     tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
     if path.suffix == ".safetensors":
         content = safetensors.torch.save(
-            tensors, {METADATA_KEY: json.dumps((card or ModelCard()).to_json(), sort_keys=True)}
+            tensors, {CARD_KEY: json.dumps((card or ModelCard()).to_json(), sort_keys=True)}
         )
     elif path.suffix == ".pth":
         buffer = io.BytesIO()

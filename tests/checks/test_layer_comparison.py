@@ -10,8 +10,8 @@ import torch
 from onnx import TensorProto, helper, numpy_helper
 
 from effnet_quant import UserError, calibrate, create_model, export_onnx, load_engine, quantize
+from effnet_quant.card import SIGNATURE_KEY
 from effnet_quant.checks.layer_comparison import compare_layers, format_layers
-from effnet_quant.engines.signature import SIGNATURE_KEY
 from effnet_quant.quantization.placement.insertion import quantizers, simulate_target
 
 IMAGES = torch.randn(4, 3, 32, 32, generator=torch.Generator().manual_seed(0))

@@ -12,12 +12,13 @@ import pytest
 import torch
 from PIL import Image
 
+from effnet_quant.card import InputSpec
 from effnet_quant.data.arrays import DigitsSource
 from effnet_quant.data.choices import AUGMENTATIONS
 from effnet_quant.data.dali import DaliLoader
 from effnet_quant.data.folders import FolderSource
 from effnet_quant.data.loaders import Loader
-from effnet_quant.data.transforms import Preprocessing, evaluation_transform, training_transform
+from effnet_quant.data.transforms import evaluation_transform, training_transform
 from effnet_quant.errors import UserError
 
 pytest.importorskip("nvidia.dali", reason="needs the extra 'dali'")
@@ -34,7 +35,7 @@ def difference(first, second):
 @pytest.mark.parametrize("interpolation", ["bilinear", "bicubic"])
 def test_evaluation_agrees_with_the_pytorch_backend(photo_folder, interpolation):
     source = FolderSource(photo_folder)
-    transform = evaluation_transform(Preprocessing(96, 128, interpolation))
+    transform = evaluation_transform(InputSpec(96, 128, interpolation))
     ours = list(DaliLoader(source, transform, 4, CPU).epoch())
     reference = list(Loader(source, transform, 4).epoch())
     assert [labels.tolist() for _, labels in ours] == [labels.tolist() for _, labels in reference]
@@ -53,8 +54,8 @@ def test_photographs_agree_with_the_pytorch_backend(tmp_path, make):
         archive.extractall(tmp_path, filter="data")
     source = FolderSource(tmp_path / "val")
     options = {"shuffle": make is training_transform, "seed": 2}
-    ours = list(DaliLoader(source, make(Preprocessing(224, 256)), 50, CPU, **options).epoch())
-    reference = list(Loader(source, make(Preprocessing(224, 256)), 50, **options).epoch())
+    ours = list(DaliLoader(source, make(InputSpec(224, 256)), 50, CPU, **options).epoch())
+    reference = list(Loader(source, make(InputSpec(224, 256)), 50, **options).epoch())
     assert difference(ours, reference) <= 1.5
 
 
@@ -62,15 +63,15 @@ def test_photographs_agree_with_the_pytorch_backend(tmp_path, make):
 @pytest.mark.parametrize("make", [evaluation_transform, training_transform])
 def test_the_gpus_images_agree_with_the_pytorch_backend(photo_folder, make):
     source = FolderSource(photo_folder)
-    ours = list(DaliLoader(source, make(Preprocessing(96, 128)), 4, torch.device("cuda", 0)).epoch())
+    ours = list(DaliLoader(source, make(InputSpec(96, 128)), 4, torch.device("cuda", 0)).epoch())
     assert all(images.is_cuda for images, _ in ours)
     on_cpu = [(images.cpu(), labels) for images, labels in ours]
-    assert difference(on_cpu, list(Loader(source, make(Preprocessing(96, 128)), 4).epoch())) <= 1.5
+    assert difference(on_cpu, list(Loader(source, make(InputSpec(96, 128)), 4).epoch())) <= 1.5
 
 
 def test_training_agrees_with_the_pytorch_backend(photo_folder):
     source = FolderSource(photo_folder)
-    transform = training_transform(Preprocessing(96, 128))
+    transform = training_transform(InputSpec(96, 128))
     ours, reference = (
         DaliLoader(source, transform, 4, CPU, shuffle=True, seed=3),
         Loader(source, transform, 4, shuffle=True, seed=3),
@@ -82,7 +83,7 @@ def test_training_agrees_with_the_pytorch_backend(photo_folder):
 
 
 def test_an_epoch_can_be_left_and_can_start_at_any_batch(photo_folder):
-    loader = DaliLoader(FolderSource(photo_folder), training_transform(Preprocessing(32, 32)), 2, CPU, shuffle=True)
+    loader = DaliLoader(FolderSource(photo_folder), training_transform(InputSpec(32, 32)), 2, CPU, shuffle=True)
     whole = list(loader.epoch(5))
     next(loader.epoch(2))
     rest = list(loader.epoch(5, 2))
@@ -95,11 +96,11 @@ def test_an_epoch_can_be_left_and_can_start_at_any_batch(photo_folder):
 @pytest.mark.parametrize(("batch_size", "shuffle"), [(100, False), (360, True)])
 def test_every_epoch_has_its_batches_when_they_are_counted(batch_size, shuffle):
     source = DigitsSource("val")  # 360 images
-    loader = DaliLoader(source, evaluation_transform(Preprocessing(8, 8)), batch_size, CPU, shuffle=shuffle)
+    loader = DaliLoader(source, evaluation_transform(InputSpec(8, 8)), batch_size, CPU, shuffle=shuffle)
     for epoch in range(4):  # the trainer takes so many, and never asks for the end
         batches = list(islice(loader.epoch(epoch), len(loader)))
         reference = list(
-            Loader(source, evaluation_transform(Preprocessing(8, 8)), batch_size, shuffle=shuffle).epoch(epoch)
+            Loader(source, evaluation_transform(InputSpec(8, 8)), batch_size, shuffle=shuffle).epoch(epoch)
         )
         assert [labels.tolist() for _, labels in batches] == [labels.tolist() for _, labels in reference]
         assert difference(batches, reference) == 0
@@ -112,7 +113,7 @@ def test_every_epoch_has_its_batches_when_they_are_counted(batch_size, shuffle):
 def test_policies_change_images_and_keep_their_form(photo_folder, augmentation):
     source = FolderSource(photo_folder)
     plain, augmented = (
-        next(DaliLoader(source, training_transform(Preprocessing(48, 48), name), 8, CPU, shuffle=True).epoch())
+        next(DaliLoader(source, training_transform(InputSpec(48, 48), name), 8, CPU, shuffle=True).epoch())
         for name in (None, augmentation)
     )
     assert (augmented[0].shape, augmented[0].dtype) == (plain[0].shape, torch.uint8)
@@ -122,14 +123,14 @@ def test_policies_change_images_and_keep_their_form(photo_folder, augmentation):
 
 def test_arrays_go_through_unchanged():
     source = DigitsSource("val")
-    ours = list(DaliLoader(source, evaluation_transform(Preprocessing(8, 8)), 100, CPU).epoch())
+    ours = list(DaliLoader(source, evaluation_transform(InputSpec(8, 8)), 100, CPU).epoch())
     assert [len(labels) for _, labels in ours] == [100, 100, 100, 60]
     assert torch.equal(torch.cat([images for images, _ in ours]), torch.stack([source.read(i) for i in range(360)]))
 
 
 def test_kinds_that_dali_reads_otherwise_agree_too(odd_images):
     source = FolderSource(odd_images)
-    transform = evaluation_transform(Preprocessing(32, 40))
+    transform = evaluation_transform(InputSpec(32, 40))
     ours = list(DaliLoader(source, transform, 4, CPU).epoch())
     assert difference(ours, list(Loader(source, transform, 4).epoch())) <= 1.5
 
@@ -149,7 +150,7 @@ def spoiled(photo_folder, tmp_path):
 
 def test_broken_images_are_left_out_of_evaluation(spoiled, capfd):
     source = FolderSource(spoiled)
-    loader = DaliLoader(source, evaluation_transform(Preprocessing(32, 40)), 4, CPU, max_bad_images=3)
+    loader = DaliLoader(source, evaluation_transform(InputSpec(32, 40)), 4, CPU, max_bad_images=3)
     for _ in range(2):
         assert [len(images) for images, _ in loader.epoch()] == [3, 2]
     assert sorted(loader.bad_images.sentences) == [2, 4, 5]
@@ -158,20 +159,20 @@ def test_broken_images_are_left_out_of_evaluation(spoiled, capfd):
 
 def test_broken_images_are_replaced_in_training(spoiled):
     source = FolderSource(spoiled)
-    loader = DaliLoader(source, training_transform(Preprocessing(32, 40)), 8, CPU, shuffle=True, max_bad_images=3)
+    loader = DaliLoader(source, training_transform(InputSpec(32, 40)), 8, CPU, shuffle=True, max_bad_images=3)
     assert [len(images) for images, _ in loader.epoch()] == [8]
 
 
 def test_a_batch_without_readable_images_repeats_the_last_one(spoiled):
     source = FolderSource(spoiled)
-    loader = DaliLoader(source, training_transform(Preprocessing(32, 40)), 1, CPU, shuffle=True, max_bad_images=3)
+    loader = DaliLoader(source, training_transform(InputSpec(32, 40)), 1, CPU, shuffle=True, max_bad_images=3)
     first = next(epoch for epoch in range(99) if loader.names(epoch, 0)[0].endswith(("0.jpg", "1.jpg", "3.jpg")))
     assert [len(images) for images, _ in loader.epoch(first)] == [1] * 8
     assert sorted(loader.bad_images.sentences) == [2, 4, 5]
 
 
 def test_what_dali_refuses_and_we_read_is_handed_over_as_pixels_once(photo_folder):
-    loader = DaliLoader(FolderSource(photo_folder), evaluation_transform(Preprocessing(32, 40)), 8, CPU)
+    loader = DaliLoader(FolderSource(photo_folder), evaluation_transform(InputSpec(32, 40)), 8, CPU)
     whole = list(loader.epoch())
     batches = loader.epoch()
     next(batches)
@@ -189,16 +190,16 @@ def test_what_dali_refuses_and_we_read_is_handed_over_as_pixels_once(photo_folde
 def test_too_many_broken_images_stop_the_epoch(spoiled):
     source = FolderSource(spoiled)
     with pytest.raises(UserError, match="--max-bad-images 2"):
-        list(DaliLoader(source, evaluation_transform(Preprocessing(32, 40)), 4, CPU, max_bad_images=2).epoch())
+        list(DaliLoader(source, evaluation_transform(InputSpec(32, 40)), 4, CPU, max_bad_images=2).epoch())
     with pytest.raises(UserError, match=r"\.jpg is not an image or is damaged"):
-        list(DaliLoader(source, evaluation_transform(Preprocessing(32, 40)), 4, CPU).epoch())
+        list(DaliLoader(source, evaluation_transform(InputSpec(32, 40)), 4, CPU).epoch())
 
 
 def test_an_image_of_one_pixel_and_a_strip(tmp_path):
     (tmp_path / "c").mkdir()
     Image.new("RGB", (1, 1), (9, 80, 200)).save(tmp_path / "c/0.png")
     Image.fromarray(np.full((1, 20_000, 3), 77, dtype=np.uint8)).save(tmp_path / "c/1.jpg")
-    ((images, _),) = DaliLoader(FolderSource(tmp_path), evaluation_transform(Preprocessing(16, 16)), 2, CPU).epoch()
+    ((images, _),) = DaliLoader(FolderSource(tmp_path), evaluation_transform(InputSpec(16, 16)), 2, CPU).epoch()
     assert images[0, :, 5, 5].tolist() == [9, 80, 200]
     assert (images[1] - 77.0).abs().max() <= 1
 

@@ -10,10 +10,11 @@ import pytest
 import torch
 from torchvision.io import encode_jpeg
 
+from effnet_quant.card import InputSpec
 from effnet_quant.data.folders import FolderSource
 from effnet_quant.data.loaders import Loader
 from effnet_quant.data.sources import EncodedSource, NameTable
-from effnet_quant.data.transforms import Preprocessing, evaluation_transform, training_transform
+from effnet_quant.data.transforms import evaluation_transform, training_transform
 from effnet_quant.errors import UserError
 
 
@@ -109,7 +110,7 @@ def test_chosen_indices_come_in_their_order():
 
 def test_workers_change_nothing(image_folder):
     source = FolderSource(image_folder / "train")
-    transform = training_transform(Preprocessing(16, 16), "autoaugment")
+    transform = training_transform(InputSpec(16, 16), "autoaugment")
     alone, pair = (
         list(Loader(source, transform, 4, shuffle=True, seed=9, workers=workers).epoch(2)) for workers in (0, 2)
     )
@@ -121,7 +122,7 @@ def test_workers_change_nothing(image_folder):
 
 def test_random_transforms_do_not_depend_on_where_the_epoch_starts(image_folder):
     source = FolderSource(image_folder / "train")
-    loader = Loader(source, training_transform(Preprocessing(16, 16)), 4, shuffle=True, seed=9)
+    loader = Loader(source, training_transform(InputSpec(16, 16)), 4, shuffle=True, seed=9)
     whole, rest = list(loader.epoch(0)), list(loader.epoch(0, 2))
     assert torch.equal(whole[2][0], rest[0][0])
     assert torch.equal(whole[3][0], rest[1][0])
@@ -129,7 +130,7 @@ def test_random_transforms_do_not_depend_on_where_the_epoch_starts(image_folder)
 
 def test_random_transforms_differ_between_epochs_and_seeds(image_folder):
     source = FolderSource(image_folder / "train")
-    transform = training_transform(Preprocessing(16, 16))
+    transform = training_transform(InputSpec(16, 16))
 
     def brightness(seed, epoch):  # of each image after its crop, whatever the order of the images
         ((images, _),) = Loader(source, transform, 18, shuffle=True, seed=seed).epoch(epoch)
@@ -143,7 +144,7 @@ def test_random_transforms_differ_between_epochs_and_seeds(image_folder):
 @pytest.mark.parametrize("workers", [0, 1])
 def test_the_programs_own_random_state_is_left_alone(image_folder, workers):
     loader = Loader(
-        FolderSource(image_folder / "val"), training_transform(Preprocessing(16, 16)), 6, shuffle=True, workers=workers
+        FolderSource(image_folder / "val"), training_transform(InputSpec(16, 16)), 6, shuffle=True, workers=workers
     )
     torch.manual_seed(5)
     before = torch.get_rng_state()
@@ -173,7 +174,7 @@ def test_sources_in_memory_use_no_workers():
 
 
 def test_evaluation_transform_makes_one_size_of_all(image_folder):
-    batches = list(Loader(FolderSource(image_folder / "val"), evaluation_transform(Preprocessing(16, 20)), 7).epoch())
+    batches = list(Loader(FolderSource(image_folder / "val"), evaluation_transform(InputSpec(16, 20)), 7).epoch())
     assert [tuple(images.shape) for images, _ in batches] == [(7, 3, 16, 16), (7, 3, 16, 16), (4, 3, 16, 16)]
 
 
@@ -212,7 +213,7 @@ def private_memory(process):
 @pytest.mark.slow
 @pytest.mark.skipif(not Path("/proc/self/smaps_rollup").exists(), reason="needs Linux's /proc")
 def test_workers_do_not_grow_over_20_epochs_of_imagenets_size():
-    loader = Loader(Names(1_300_000), training_transform(Preprocessing(32, 32)), 32, shuffle=True, workers=2)
+    loader = Loader(Names(1_300_000), training_transform(InputSpec(32, 32)), 32, shuffle=True, workers=2)
     sizes = []
     for epoch in range(20):
         assert len(list(islice(loader.epoch(epoch), 60))) == 60

@@ -15,17 +15,18 @@ import torch
 from PIL import Image, ImageOps
 from torch.utils.data import Dataset
 
+from effnet_quant.card import InputSpec
 from effnet_quant.data import decoding
 from effnet_quant.data.decoding import MAX_PIXELS, Box, DecodeError, EncodedImage, decode
 from effnet_quant.data.folders import FolderSource
 from effnet_quant.data.inspection import look
 from effnet_quant.data.loaders import Loader
 from effnet_quant.data.sources import EncodedSource, read_image
-from effnet_quant.data.transforms import Preprocessing, evaluation_transform, training_transform
+from effnet_quant.data.transforms import evaluation_transform, training_transform
 from effnet_quant.data.workers import explained_deaths, in_workers
 from effnet_quant.errors import UserError
 
-EVALUATION = evaluation_transform(Preprocessing(32, 40))
+EVALUATION = evaluation_transform(InputSpec(32, 40))
 
 
 def test_every_kind_of_image_decodes_as_pillow_has_it(odd_images):
@@ -40,7 +41,7 @@ def test_every_kind_of_image_decodes_as_pillow_has_it(odd_images):
 
 
 def test_every_kind_of_image_goes_through_training(odd_images):
-    loader = Loader(FolderSource(odd_images), training_transform(Preprocessing(32, 40)), 5, shuffle=True, workers=2)
+    loader = Loader(FolderSource(odd_images), training_transform(InputSpec(32, 40)), 5, shuffle=True, workers=2)
     assert [tuple(images.shape) for images, _ in loader.epoch()] == [(5, 3, 32, 32)] * 2
 
 
@@ -181,7 +182,7 @@ def test_broken_images_are_left_out_of_evaluation_and_told_once(spoiled, capfd, 
 
 @pytest.mark.parametrize("workers", [0, 2])
 def test_broken_images_are_replaced_in_training(spoiled, workers):
-    transform = training_transform(Preprocessing(32, 40))
+    transform = training_transform(InputSpec(32, 40))
     loader = Loader(FolderSource(spoiled), transform, 8, shuffle=True, workers=workers, max_bad_images=4)
     ((images, labels),) = loader.epoch()
     assert (len(images), len(labels)) == (8, 8)
@@ -217,7 +218,7 @@ def _small_jpeg(folder):
 def test_tiny_images_and_strips(tmp_path, shape, kind):
     path = tmp_path / f"strip.{kind}"
     Image.new("RGB", shape, (9, 80, 200)).save(path)
-    for transform in (EVALUATION, training_transform(Preprocessing(32, 40))):
+    for transform in (EVALUATION, training_transform(InputSpec(32, 40))):
         image = transform(EncodedImage(np.fromfile(path, dtype=np.uint8)))
         assert image.shape == (3, 32, 32)
         assert (image - torch.tensor([9.0, 80, 200])[:, None, None]).abs().max() <= 3
@@ -321,7 +322,7 @@ def test_too_little_memory_for_an_image_leaves_it_out(photo_folder, capfd):
 
 @pytest.mark.parametrize("batch_size", [1, 2])
 def test_a_batch_without_readable_images_takes_the_next_one(spoiled, batch_size):
-    transform = training_transform(Preprocessing(32, 40))
+    transform = training_transform(InputSpec(32, 40))
     source = FolderSource(spoiled)
     loader = Loader(source, transform, batch_size, shuffle=True, workers=1, max_bad_images=4)
     for epoch in range(3):

@@ -14,18 +14,19 @@ import pytest
 import torch
 from fsspec.implementations.local import LocalFileSystem
 
+from effnet_quant.card import InputSpec
 from effnet_quant.data.backends import open_loader
 from effnet_quant.data.data_argument import open_sources
 from effnet_quant.data.folders import FolderSource
 from effnet_quant.data.shards import ShardSource, pack, write_index
 from effnet_quant.data.streaming import ShardLoader
-from effnet_quant.data.transforms import Preprocessing, evaluation_transform, training_transform
+from effnet_quant.data.transforms import evaluation_transform, training_transform
 from effnet_quant.errors import UserError
 
 pytest.importorskip("webdataset", reason="needs the extra 'webdataset'")
 
-EVALUATION = evaluation_transform(Preprocessing(32, 40))
-TRAINING = training_transform(Preprocessing(32, 40))
+EVALUATION = evaluation_transform(InputSpec(32, 40))
+TRAINING = training_transform(InputSpec(32, 40))
 
 
 @pytest.fixture(scope="module")

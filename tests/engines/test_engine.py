@@ -12,12 +12,12 @@ from onnx import TensorProto, helper, numpy_helper
 from torch import nn
 
 from effnet_quant import UserError, calibrate, create_model, export_onnx, load_engine, quantize
-from effnet_quant.card import ModelCard
+from effnet_quant.card import InputSpec, ModelCard
 from effnet_quant.engines import cpu, onnxruntime, openvino
 from effnet_quant.engines.compiled import Settings, run_in_batches
 from effnet_quant.engines.onnx_file import read_onnx
 from effnet_quant.engines.runtimes import BACKENDS, get_backend
-from effnet_quant.export.options import ExportOptions, Normalisation
+from effnet_quant.export.options import ExportOptions
 from effnet_quant.models.weights import write_weights
 from effnet_quant.quantization.placement.insertion import simulate_target
 
@@ -274,7 +274,7 @@ def test_openvino_convolutions_add_shortcuts_of_integers_themselves(
     ).eval()
     path, images = tmp_path / "model.onnx", torch.randint(0, 256, (4, 3, 16, 16), dtype=torch.uint8)
     calibrate(quantize(model, "w7a8", target="openvino"), [images / 255], method="max")
-    options = ExportOptions(normalisation=Normalisation((0.0,) * 3, (1.0,) * 3) if preprocessing else None)
+    options = ExportOptions(normalisation=InputSpec(8, 8, mean=(0.0,) * 3, std=(1.0,) * 3) if preprocessing else None)
     export_onnx(model, path, 16, target="openvino", options=options)
     assert read_onnx(path).adds_integers == (gate is None)
 

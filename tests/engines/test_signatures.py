@@ -10,9 +10,9 @@ import pytest
 from onnx import TensorProto, helper, numpy_helper
 
 from effnet_quant import UserError, load_engine
+from effnet_quant.card import SIGNATURE_KEY
 from effnet_quant.checks.latency import measure_engines
 from effnet_quant.engines.onnx_file import read_onnx
-from effnet_quant.engines.signature import SIGNATURE_KEY
 
 BACKENDS = ("onnxruntime", "openvino")
 STRUCTURE = {"dict": {"scores": 1, "both": {"tuple": [0, {"list": [2]}]}}}

@@ -18,9 +18,10 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from effnet_quant import UserError, calibrate, create_model, export_onnx, load_engine, quantize
+from effnet_quant.card import InputSpec
 from effnet_quant.checks.lint import lint_tensorrt
 from effnet_quant.export.onnx import build_onnx
-from effnet_quant.export.options import OPSETS, ExportOptions, Normalisation
+from effnet_quant.export.options import OPSETS, ExportOptions
 from effnet_quant.quantization.placement.insertion import simulate_target
 
 PIXELS = torch.randint(0, 256, (4, 3, 32, 32), generator=torch.Generator().manual_seed(0), dtype=torch.uint8)
@@ -254,7 +255,7 @@ def test_what_float16_can_not_do_is_said(model: nn.Module) -> None:
 @pytest.mark.parametrize("target", TARGETS)
 @torch.no_grad()
 def test_normalisation_in_the_graph(model: nn.Module, target: str, tmp_path: Path) -> None:
-    options = ExportOptions(normalisation=Normalisation(MEAN, STD))
+    options = ExportOptions(normalisation=InputSpec(8, 8, mean=MEAN, std=STD))
     export_onnx(model, tmp_path / "pixels.onnx", 32, target=target, options=options)
     for backend in ("onnxruntime", "openvino"):
         engine = load_engine(tmp_path / "pixels.onnx", backend)

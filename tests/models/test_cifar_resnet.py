@@ -11,7 +11,7 @@ from PIL import Image
 from torch.nn import functional as F
 
 from effnet_quant import calibrate, create_model
-from effnet_quant.data.transforms import Preprocessing, normalize
+from effnet_quant.data.transforms import normalize
 from effnet_quant.models.cifar_resnet import BasicBlock
 from effnet_quant.models.registry import get_entry
 from effnet_quant.models.weights import load_weights, read_weights
@@ -89,10 +89,9 @@ def test_published_weights_have_their_accuracy_on_jpeg_images(test_images: tuple
     model = create_model("cifar-resnet20")
     assert load_weights(model, weights) is True
     spec = get_entry("cifar-resnet20").input
-    preprocessing = Preprocessing(spec.image_size, spec.resize_size, spec.interpolation, spec.mean, spec.std)
     model.eval()
     right = sum(
-        (model(normalize(some, preprocessing)).argmax(1) == truth).sum().item()
+        (model(normalize(some, spec)).argmax(1) == truth).sum().item()
         for some, truth in zip(images.split(500), labels.split(500), strict=True)
     )
     print(f"top-1 {right / 100} %")

@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
-from effnet_quant.errors import UserError
-from effnet_quant.quantization.targets.onnxruntime import ONNXRUNTIME
-from effnet_quant.quantization.targets.openvino import OPENVINO
-from effnet_quant.quantization.targets.rules import OPERATIONS, FollowsTarget, Target
-from effnet_quant.quantization.targets.tensorrt import TENSORRT
+import importlib
+import pkgutil
 
-TARGETS = {target.name: target for target in (ONNXRUNTIME, OPENVINO, TENSORRT)}
+from effnet_quant.errors import UserError
+from effnet_quant.quantization.targets.rules import OPERATIONS, FollowsTarget, Target
+
+# a runtime is a file in this folder with a constant TARGET
+_ROWS = [name for _, name, _ in pkgutil.iter_modules(__path__) if name != "rules"]
+TARGETS: dict[str, Target] = {
+    target.name: target for target in (importlib.import_module(f"{__name__}.{name}").TARGET for name in _ROWS)
+}
 
 __all__ = ["OPERATIONS", "TARGETS", "FollowsTarget", "Target", "get_target"]
 

@@ -9,7 +9,7 @@ hard-swish a sum (QLinearAdd).
 
 from effnet_quant.quantization.targets.rules import Target
 
-ONNXRUNTIME = Target(
+TARGET = Target(
     name="onnxruntime",
     activation_dtype="uint8",
     unsigned=True,

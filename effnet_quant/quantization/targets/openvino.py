@@ -7,7 +7,7 @@ products stay in float: integers there cost a reorder each and save nothing.
 
 from effnet_quant.quantization.targets.rules import Target
 
-OPENVINO = Target(
+TARGET = Target(
     name="openvino",
     activation_dtype="uint8",
     unsigned=True,

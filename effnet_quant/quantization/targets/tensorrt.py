@@ -3,7 +3,7 @@ quantizer into the convolution itself (NVIDIA's placement, the one the quantized
 
 from effnet_quant.quantization.targets.rules import Target
 
-TENSORRT = Target(
+TARGET = Target(
     name="tensorrt",
     activation_dtype="int8",
     unsigned=False,
