@@ -12,6 +12,7 @@ import pytest
 import torch
 
 from effnet_quant import UserError, calibrate, create_model, export_onnx, load_engine, quantize
+from effnet_quant.card import CARD_KEY, ModelCard
 from effnet_quant.cli import model2trt
 from effnet_quant.engines.signature import ArrayInput, ArrayOutput, Signature
 from effnet_quant.engines.tensorrt import library
@@ -175,7 +176,7 @@ def plan_of(path: Path, content: bytes) -> Plan:
     layers, options = read_layers(json.dumps(TENSORRT_10)), BuildOptions()
     digest = hashlib.sha256(content).hexdigest()
     takes = Signature((with_profile(OPEN, options),), (ArrayOutput("logits", "float32", (None,)),))
-    return Plan(path, digest, MACHINE, options, takes, {"classes": ["a"]}, layers)
+    return Plan(path, digest, MACHINE, options, takes, ModelCard(classes=("a",)), {"classes": ["a"]}, layers)
 
 
 def test_a_plan_and_its_description_belong_together(tmp_path: Path) -> None:
@@ -267,7 +268,7 @@ def test_what_is_wrong_with_the_file_is_said_before_tensorrt_is_needed(path: Pat
     with pytest.raises(UserError, match=r"call it .*model\.plan"):
         model2trt.job([str(path), "--output", str(tmp_path / "model.engine")])
     unsigned = onnx.load(path)
-    (said,) = unsigned.metadata_props
+    (said,) = (entry for entry in unsigned.metadata_props if entry.key == CARD_KEY)
     said.value = said.value.replace('"tensorrt"', '"onnxruntime"')
     onnx.save(unsigned, tmp_path / "unsigned.onnx")
     with pytest.raises(UserError, match=r"quantized for onnxruntime.*--target tensorrt"):

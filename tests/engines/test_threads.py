@@ -9,6 +9,7 @@ import torch
 from torch import nn
 
 from effnet_quant import calibrate, create_model, export_onnx, load_engine, quantize
+from effnet_quant.card import InputSpec, ModelCard
 from effnet_quant.models.weights import write_weights
 
 SIZE, CALLERS, CALLS = 16, 8, 500
@@ -22,7 +23,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     write_weights(
         folder / "torch.safetensors",
         model.state_dict(),
-        {"arch": "cifar-resnet20", "preprocessing": {"image_size": SIZE}},
+        ModelCard(arch="cifar-resnet20", input=InputSpec(SIZE, SIZE)),
     )
     small = nn.Sequential(
         *(nn.Conv2d(3, 16, 3), nn.ReLU(), nn.Conv2d(16, 32, 3), nn.ReLU()),

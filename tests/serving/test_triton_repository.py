@@ -13,6 +13,7 @@ import pytest
 from google.protobuf import text_format
 
 from effnet_quant import UserError, create_model, export_onnx
+from effnet_quant.card import InputSpec, ModelCard
 from effnet_quant.cli import triton_repository as command
 from effnet_quant.engines.openvino import shared_core
 from effnet_quant.engines.signature import ArrayInput, ArrayOutput, Signature
@@ -22,7 +23,7 @@ from effnet_quant.serving.settings import Serving
 from effnet_quant.serving.triton_repository import model_config, write_model
 
 CLASSES = ["ship", 'a "quoted" dog', "Käfer", "two\nlines", *"efghij"]
-PREPROCESSING = {"image_size": 32, "mean": [0.5, 0.5, 0.5]}
+IMAGES = InputSpec(32, 36, mean=(0.5, 0.5, 0.5))
 
 
 @pytest.fixture(scope="module")
@@ -41,8 +42,8 @@ def schema() -> ModuleType:
 @pytest.fixture(scope="module")
 def path(tmp_path_factory: pytest.TempPathFactory) -> Path:
     path = tmp_path_factory.mktemp("triton") / "digits.onnx"
-    metadata = {"classes": CLASSES, "num_classes": 10, "preprocessing": PREPROCESSING}
-    export_onnx(create_model("cifar-resnet20").eval(), path, 32, metadata=metadata)
+    card = ModelCard(classes=CLASSES, num_classes=10, input=IMAGES)
+    export_onnx(create_model("cifar-resnet20").eval(), path, 32, card=card)
     return path
 
 
@@ -65,7 +66,7 @@ def test_the_configuration_says_what_the_engine_takes_and_gives(path: Path, sche
     assert (logits.name, logits.data_type, list(logits.dims)) == (graph.output[0].name, schema.TYPE_FP32, [10])
     assert config.dynamic_batching.max_queue_delay_microseconds == 500
     assert (group.count, group.kind) == (2, schema.ModelInstanceGroup.KIND_CPU)
-    assert json.loads(config.parameters["preprocessing"].string_value) == PREPROCESSING
+    assert json.loads(config.parameters["preprocessing"].string_value) == IMAGES.to_json()
     labels = (folder / logits.label_filename).read_text(encoding="utf-8").splitlines()
     assert labels == ["ship", 'a "quoted" dog', "Käfer", "two lines", *"efghij"]
     assert (folder.stat().st_mode & 0o755) == 0o755
@@ -130,7 +131,14 @@ def test_a_plan_is_served_on_the_card_in_its_own_batches(schema: ModuleType, tmp
     image, logits = ArrayInput("input", "uint8", (32, 32, 3), 1, 64), ArrayOutput("logits", "float32")
     digest = hashlib.sha256(b"plan").hexdigest()
     plan = Plan(
-        tmp_path / "b0.plan", digest, machine, options, Signature((image,), (logits,)), {"classes": ["a", "b"]}, []
+        tmp_path / "b0.plan",
+        digest,
+        machine,
+        options,
+        Signature((image,), (logits,)),
+        ModelCard(classes=("a", "b")),
+        {},
+        [],
     )
     write_plan(plan, b"plan")
     assert command.job([str(plan.path), str(tmp_path / "models"), "--max-batch", "128"]) == 0
@@ -149,7 +157,7 @@ def test_a_plan_is_served_on_the_card_in_its_own_batches(schema: ModuleType, tmp
 def test_a_fixed_batch_is_a_dimension_to_triton(schema: ModuleType) -> None:
     image = ArrayInput("input", "float32", (3, None, None), 4, 4)
     signature = Signature((image,), (ArrayOutput("logits", "float32"),))
-    text = model_config("fixed", signature, {}, Serving("onnxruntime"))
+    text = model_config("fixed", signature, ModelCard(), Serving("onnxruntime"))
     config = text_format.Parse(text, schema.ModelConfig())
     assert config.max_batch_size == 0
     assert not config.HasField("dynamic_batching")
@@ -157,14 +165,14 @@ def test_a_fixed_batch_is_a_dimension_to_triton(schema: ModuleType) -> None:
     assert list(config.output[0].dims) == [4, -1]
     assert config.output[0].label_filename == ""
     with pytest.raises(UserError, match="a file with a fixed batch takes each request by itself"):
-        model_config("fixed", signature, {}, Serving("onnxruntime", max_batch=4))
+        model_config("fixed", signature, ModelCard(), Serving("onnxruntime", max_batch=4))
 
 
 def test_every_input_and_output_is_served(schema: ModuleType) -> None:
     inputs = (ArrayInput("image", "float32", (3, 8, 6)), ArrayInput("tokens", "int64", (None,)))
     outputs = (ArrayOutput("boxes", "float32", (None, 4)), ArrayOutput("kinds", "int32", (5,)))
     signature = Signature(inputs, outputs, {"tuple": [0, 1]})
-    text = model_config("detector", signature, {"classes": ["a", "b"]}, Serving("onnxruntime"))
+    text = model_config("detector", signature, ModelCard(classes=("a", "b")), Serving("onnxruntime"))
     config = text_format.Parse(text, schema.ModelConfig())
     assert [(value.name, value.data_type, list(value.dims)) for value in config.input] == [
         ("image", schema.TYPE_FP32, [3, 8, 6]),

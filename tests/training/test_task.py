@@ -9,6 +9,7 @@ import pytest
 import torch
 from torch import nn
 
+from effnet_quant.card import ModelCard
 from effnet_quant.data.transforms import normalize
 from effnet_quant.tasks.task import Metric, Score, Task
 from effnet_quant.training.checkpoint import load_checkpoint
@@ -106,15 +107,13 @@ def test_another_task_trains_validates_and_chooses_its_best(make_loaders, prepro
         epochs=4, lr=lr, lr_schedule="cosine", batch_size=4, momentum=0.0, weight_decay=0.0, early_stopping_patience=2
     )
     model = Heads()
-    metadata = {"arch": "heads", "num_classes": 1}
     trainer = Trainer(
         model,
         config,
-        preprocessing,
+        ModelCard(arch="heads", num_classes=1, input=preprocessing),
         torch.device("cpu"),
         tmp_path,
         Recorder(raport),
-        metadata,
         task=Regression(),
     )
     trainer.fit(Named(train), Named(val))
