@@ -93,7 +93,7 @@ class InputSpec:
             raise UserError(f"preprocessing must be a mapping, not {_shown(values)}.")
         names = {"image_size", "resize_size", "interpolation", "mean", "std"}
         if different := names ^ set(map(str, values)):
-            raise UserError(f"preprocessing has the entries {', '.join(sorted(names))}; check {min(different)[:40]}.")
+            raise UserError(f"preprocessing has the entries {', '.join(sorted(names))}; check {_shown(min(different))}.")
         return InputSpec(**values)
 
 
@@ -227,7 +227,7 @@ def _card(values: Any) -> ModelCard:
         rest["input"] = InputSpec.from_json(rest.pop("preprocessing"))
     known = set(ModelCard.__dataclass_fields__)
     if unknown := [str(name) for name in rest if name not in known]:
-        raise UserError(f"there is no entry '{unknown[0][:40]}'; it has {', '.join(sorted(known))}.")
+        raise UserError(f"there is no entry {_shown(unknown[0])}; it has {', '.join(sorted(known))}.")
     return ModelCard(**rest)
 
 
