@@ -93,7 +93,9 @@ class InputSpec:
             raise UserError(f"preprocessing must be a mapping, not {_shown(values)}.")
         names = {"image_size", "resize_size", "interpolation", "mean", "std"}
         if different := names ^ set(map(str, values)):
-            raise UserError(f"preprocessing has the entries {', '.join(sorted(names))}; check {_shown(min(different))}.")
+            raise UserError(
+                f"preprocessing has the entries {', '.join(sorted(names))}; check {_shown(min(different))}."
+            )
         return InputSpec(**values)
 
 

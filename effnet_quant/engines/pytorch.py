@@ -13,7 +13,7 @@ from effnet_quant.api import create_model
 from effnet_quant.engines.compiled import Arrays, Compiled, Settings
 from effnet_quant.engines.signature import ArrayInput, ArrayOutput, Signature
 from effnet_quant.errors import UserError
-from effnet_quant.export.tracing import image_channels
+from effnet_quant.models.input_channels import image_channels
 from effnet_quant.models.registry import get_entry
 from effnet_quant.models.weights import read_weights
 from effnet_quant.quantization.placement.insertion import quantizers

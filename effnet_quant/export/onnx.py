@@ -19,7 +19,6 @@ from effnet_quant.export.onnx_writer import OnnxWriter
 from effnet_quant.export.options import ExportOptions
 from effnet_quant.export.passes import run_passes
 from effnet_quant.export.signature import (
-    LOGITS,
     dimension_names,
     input_names,
     output_names,
@@ -27,10 +26,12 @@ from effnet_quant.export.signature import (
     value_infos,
 )
 from effnet_quant.export.traced_graph import TracedGraph
-from effnet_quant.export.tracing import image_channels, trace_image, trace_inputs
+from effnet_quant.export.tracing import trace_image, trace_inputs
 from effnet_quant.files import replace_file
+from effnet_quant.models.input_channels import image_channels
 from effnet_quant.quantization.placement.insertion import quantizers
 from effnet_quant.quantization.targets import Target, get_target
+from effnet_quant.tasks import get_task
 
 PLAIN = ExportOptions()
 
@@ -104,11 +105,12 @@ def build_onnx(
         names = input_names(model, len(examples))
         traced = trace_inputs(model, rules, examples)
         described = value_infos(traced.inputs, names, {})
-    proto = _write(run_passes(traced, rules, options), described, rules, options, quantized, image=inputs is None)
-    if inputs is None:
-        about_images = {"image_size": image_size, **describe(described[0], proto.graph.output[0], options)}
     left = tuple(sorted(get_target(rules.name).quantized - rules.quantized))
     card = replace(card or ModelCard.from_json(metadata or {}, "metadata"), target=rules.name, float_operations=left)
+    known = get_task(card.task).output_names if inputs is None else ()
+    proto = _write(run_passes(traced, rules, options), described, rules, options, quantized, known)
+    if inputs is None:
+        about_images = {"image_size": image_size, **describe(described[0], proto.graph.output[0], options)}
     returned = json.dumps(signature(proto, traced.structure))  # a dict's keys stay in the model's order
     entries = {CARD_KEY: card.to_json(), EXTRA_KEY: {**about_images, **(metadata or {})}}
     texts = {key: json.dumps(values, sort_keys=True) for key, values in entries.items()}
@@ -134,11 +136,10 @@ def _write(
     target: Target,
     options: ExportOptions,
     quantized: bool,
-    *,
-    image: bool,
+    known: tuple[str, ...],
 ) -> onnx.ModelProto:
-    """The ONNX model of a graph that the passes are done with; ``image``: of a network for square images."""
-    names = output_names(traced, image=image)
+    """The ONNX model of a graph that the passes are done with; ``known`` are the names that its task gives outputs."""
+    names = output_names(traced, known)
     if clash := {value.name for value in inputs} & set(names):
         raise UserError(f"{', '.join(sorted(clash))} is an input and an output; rename the key of the result.")
     writer = GraphWriter(target, options.opset_for(quantized), options)
@@ -155,8 +156,8 @@ def _write(
             writer.node("Cast", [value], name, to=TensorProto.FLOAT) if node.meta["val"].is_floating_point() else value
             for value, name, node in zip(values, names, traced.outputs, strict=True)
         ]
-    if names == [LOGITS]:
-        outputs = [helper.make_tensor_value_info(LOGITS, TensorProto.FLOAT, ["batch", None])]
+    if names == list(known):
+        outputs = [helper.make_tensor_value_info(names[0], TensorProto.FLOAT, ["batch", None])]
     else:
         outputs = value_infos(traced.outputs, names, dimension_names(traced.inputs, inputs))
     return writer.model(inputs, outputs, values)

@@ -14,8 +14,6 @@ from torch import Tensor, fx, nn
 from effnet_quant.errors import UserError
 from effnet_quant.export.traced_graph import TracedGraph, shape_of
 
-LOGITS = "logits"  # the output of a classifier of square images
-
 
 def input_names(model: nn.Module, count: int) -> list[str]:
     """The names of a model's first ``count`` arguments.
@@ -39,16 +37,17 @@ def input_names(model: nn.Module, count: int) -> list[str]:
     return names
 
 
-def output_names(traced: TracedGraph, *, image: bool) -> list[str]:
-    """The names of the outputs: "logits" for the 2-D result of a classifier (``image``), the keys of a dict, else
-    "output_0", "output_1" and so on.
+def output_names(traced: TracedGraph, known: tuple[str, ...]) -> list[str]:
+    """The names of the outputs: the one ``known`` name for a single 2-D result, the keys of a dict, else "output_0",
+    "output_1" and so on.
 
     Raises:
         UserError: the model returns something else than tensors, tuples, lists and dicts with strings as keys.
     """
     first = traced.outputs[0].meta["val"] if traced.outputs else None
-    if image and traced.structure == 0 and first is not None and first.ndim == 2 and first.is_floating_point():
-        return [LOGITS]
+    single = traced.structure == 0 and first is not None and first.ndim == 2 and first.is_floating_point()
+    if single and len(known) == 1:
+        return list(known)
     names: dict[int, str] = {}
     for position, path in _leaves(traced.structure, ()):
         keys = [str(step) for step in path]

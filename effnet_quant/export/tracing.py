@@ -65,23 +65,6 @@ def _pads_same(module: nn.Module) -> bool:
     return module.dilation == (1, 1) and all(kernel == 1 or kernel >= stride for kernel, stride in steps)
 
 
-@torch.no_grad()
-def image_channels(model: nn.Module, image_size: int) -> int:
-    """Channels of the images that a model takes: those of its first convolution, unless the images reach that transformed
-    (by a cosine transform, say) and the model takes 3."""
-    first = next((module.in_channels for module in model.modules() if isinstance(module, nn.Conv2d)), 3)
-    if first == 3:
-        return first
-    probed = copy.deepcopy(model).cpu().float().eval()
-    for channels in (first, 3):
-        try:
-            probed(torch.zeros(1, channels, image_size, image_size))
-        except Exception:  # whatever a model's own code raises at images of another shape
-            continue
-        return channels
-    return first
-
-
 def trace_image(
     model: nn.Module, target: Target, image_size: int, in_channels: int = 3, *, dynamic_size: bool = False
 ) -> TracedGraph:

@@ -123,11 +123,11 @@ def _script(command: str, *more: str | Path) -> None:
 
 @dataclass(frozen=True)
 class _Variant:
-    """A row of the table before its speed is known; ``logits`` maps float32 images (N, 3, H, W) to logits, in NumPy."""
+    """A row of the table before its speed is known; ``run`` maps float32 images (N, 3, H, W) to outputs, in NumPy."""
 
     title: str
     path: Path
-    logits: Callable[[NDArray[np.float32]], NDArray[np.float32]]
+    run: Callable[[NDArray[np.float32]], NDArray[np.float32]]
     simulation: nn.Module
     is_engine: bool
 
@@ -151,10 +151,10 @@ def _measure(paths: dict[str, Path]) -> list[Row]:
             engine = load_engine(path, runtime)
             simulated = simulate_target(copy.deepcopy(models[simulation]), runtime)
             variants.append(_Variant(f"{precision} engine ({title})", path, engine, simulated, is_engine=True))
-    comparisons = [compare(variant.logits, variant.simulation, batches) for variant in variants]
+    comparisons = [compare(variant.run, variant.simulation, batches) for variant in variants]
     many = batches[0][0].numpy()
-    single = median_seconds([partial(variant.logits, many[:1]) for variant in variants])
-    batch = median_seconds([partial(variant.logits, many) for variant in variants])
+    single = median_seconds([partial(variant.run, many[:1]) for variant in variants])
+    batch = median_seconds([partial(variant.run, many) for variant in variants])
     return [
         Row(
             variant.title,
@@ -171,11 +171,11 @@ def _measure(paths: dict[str, Path]) -> list[Row]:
 
 
 def _in_numpy(model: nn.Module) -> Callable[[NDArray[np.float32]], NDArray[np.float32]]:
-    def logits(images: NDArray[np.float32]) -> NDArray[np.float32]:
+    def run(images: NDArray[np.float32]) -> NDArray[np.float32]:
         with torch.no_grad():
             return np.asarray(model(torch.from_numpy(images)))
 
-    return logits
+    return run
 
 
 def _slower_than_float(rows: Sequence[Row]) -> list[str]:
