@@ -16,9 +16,9 @@ Batch = Tensor | tuple[Any, ...]  # the model's only argument, or a tuple of all
 
 @contextmanager
 def eager_pass(model: nn.Module) -> Iterator[None]:
-    """Within the block the model is in eval mode, without gradients and uncompiled. Afterwards every module has its old mode.
+    """Within the block the model runs in eval mode, eagerly and without gradients. Then every module has its old mode.
 
-    Uncompiled, because a pass sets and removes observers, and each change would compile a compiled model again.
+    Eagerly, because a pass sets and removes observers, and each change would compile a compiled model again.
     """
     modes = {module: module.training for module in model.modules()}
     try:
