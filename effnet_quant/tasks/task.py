@@ -111,7 +111,7 @@ class Task(ABC):
         """
 
     def mixed(self, inputs: Inputs, targets: Targets, num_classes: int, seed: int) -> tuple[Inputs, Targets]:
-        """A training batch with its examples mixed (e.g. mixup), if the options ask for that. ``seed`` makes it repeatable."""
+        """A training batch, with its examples mixed (e.g. mixup) if the options ask for that. ``seed`` decides how."""
         return inputs, targets
 
     @abstractmethod
