@@ -93,7 +93,9 @@ class InputSpec:
             raise UserError(f"preprocessing must be a mapping, not {_shown(values)}.")
         names = {"image_size", "resize_size", "interpolation", "mean", "std"}
         if different := names ^ set(map(str, values)):
-            raise UserError(f"preprocessing has the entries {', '.join(sorted(names))}; check {min(different)[:40]}.")
+            raise UserError(
+                f"preprocessing must have the entries {', '.join(sorted(names))}; check {min(different)[:40]}."
+            )
         return InputSpec(**values)
 
 
@@ -210,7 +212,7 @@ def parse_json(text: str, source: str) -> Any:
             raise ValueError("too long")
         return json.loads(text)
     except (ValueError, RecursionError) as error:
-        raise UserError(f"{source} describes its model in a way that can't be used: it is no JSON of ours.") from error
+        raise UserError(f"{source} describes its model in a way that can't be used: it is not valid JSON.") from error
 
 
 def _card(values: Any) -> ModelCard:
@@ -221,13 +223,13 @@ def _card(values: Any) -> ModelCard:
         return _card_of_before(values)
     if values["version"] != VERSION or not _is_integer(values["version"]):
         version = _shown(values["version"])
-        raise UserError(f"it is of version {version}, and this program reads version {VERSION}; update effnet-quant.")
+        raise UserError(f"its version is {version}, but this program reads version {VERSION}; update effnet-quant.")
     rest = {name: value for name, value in values.items() if name != "version"}
     if "preprocessing" in rest:
         rest["input"] = InputSpec.from_json(rest.pop("preprocessing"))
     known = set(ModelCard.__dataclass_fields__)
     if unknown := [str(name) for name in rest if name not in known]:
-        raise UserError(f"there is no entry '{unknown[0][:40]}'; it has {', '.join(sorted(known))}.")
+        raise UserError(f"the entry '{unknown[0][:40]}' is unknown; a card may have {', '.join(sorted(known))}.")
     return ModelCard(**rest)
 
 

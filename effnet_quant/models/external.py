@@ -67,7 +67,7 @@ def _timm_entry(model: str) -> ModelEntry:
     config = timm.get_pretrained_cfg(model)
     if config is None:
         raise UserError(
-            f"timm has {model.partition('.')[0]}, but no weights of it are tagged '{model.partition('.')[2]}'."
+            f"timm's {model.partition('.')[0]} has no weights with the tag '{model.partition('.')[2]}'; check the tag."
         )
     size = config.input_size[-1]
     published = config.has_weights
