@@ -148,7 +148,7 @@ class _LearnedRange(torch.autograd.Function):
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
         ratio, low, high, amin, amax = ctx.saved_tensors
         steps, gradient_scale = ctx.constants
-        # A value equal to an end counts as inside, so it does not move that end. Behind a ReLU half of the values do this.
+        # A value equal to an end counts as inside, so it does not move the end. After a ReLU half of the values are there.
         above, below = ratio > high, ratio < low
         inside = ~(above | below)
         slope = torch.where(inside, (torch.round(ratio) - ratio) / steps, 0)

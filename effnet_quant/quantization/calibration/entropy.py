@@ -14,9 +14,9 @@ class EntropyCalibrator(HistogramCalibrator):
     """The range with the smallest Kullback-Leibler divergence between the values and the quantized values (Migacz, "8-bit
     inference with TensorRT", GTC 2017). It stays within the values seen.
 
-    Each upper edge of a bin is a candidate for the threshold of |x|, from as many bins as the grid has levels on. An affine
-    grid is cut at the same threshold on both sides; after a ReLU all its levels count. A grid finer than the histogram gets
-    the whole range.
+    Candidates for the threshold of |x| are the upper edges of the bins; at least as many bins are kept as the grid has
+    levels. An affine grid is cut at the same threshold on both sides; after a ReLU all its levels count. A grid finer than
+    the histogram gets the whole range.
     """
 
     def range(self, spec: TensorSpec) -> tuple[float, float]:
@@ -65,7 +65,7 @@ def best_threshold(counts: NDArray[np.float64], levels: int) -> int:
     cross = _times_log(reference, mean).sum(axis=1)
     with np.errstate(divide="ignore", invalid="ignore"):
         divergence = (entropy - cross) / total - np.log(total) + np.log(inside)
-    divergence[(inside == 0) | ((last == 0) & (outliers > 0))] = np.inf  # P is not zero where Q is
+    divergence[(inside == 0) | ((last == 0) & (outliers > 0))] = np.inf  # somewhere Q is zero and P is not
     # the widest of equally good ranges
     return int(sizes[len(sizes) - 1 - np.argmin(divergence[::-1])])
 

@@ -36,14 +36,14 @@ def quantize(
 ) -> nn.Module:
     """Place quantizers in ``model``, in place.
 
-    They go on the inputs and weights of convolutions and linear layers, on the inputs of average pooling, and on every
-    QuantPoint and OutputPoint. The quantizers of all targets are placed, so the same weights serve every target. Those that
-    ``target`` asks for round (``simulate_target``).
+    Quantizers go on inputs and weights of convolutions and linear layers, on inputs of average pooling, and on every
+    QuantPoint and OutputPoint. The quantizers of all targets are placed, so the same weights serve every target. Only the
+    quantizers that ``target`` needs will round (``simulate_target``).
 
-    A model without QuantPoint or OutputPoint is traced with torch.fx. Quantizers then go on the shortcut of an addition,
-    both operands of a product, the inputs of a concatenation (with one range) and of functional pooling. The traced graph
-    becomes the model's forward, so Python branches on ``self.training`` outside of modules are fixed. A warning names the
-    modules that can't be traced.
+    A model without QuantPoint or OutputPoint is traced with torch.fx. Then the shortcut of an addition, both operands of a
+    product, all inputs of a concatenation (with one range) and the input of functional pooling get quantizers too. The
+    traced graph becomes the model's forward, so Python branches on ``self.training`` outside of modules are fixed. A warning
+    names the modules that can't be traced.
 
     The quantizers have no ranges yet, and the network computes what the float network does. ``calibrate`` or loaded weights
     give it ranges. Parameters are shared with the float model and keep their names.
