@@ -1,4 +1,4 @@
-"""How a model is assembled: which card it gets, and the one function that builds it."""
+"""Assembles models: create_model; choose_card, which makes a model's card; and build, which makes the model of a card."""
 
 from __future__ import annotations
 
@@ -37,22 +37,21 @@ def create_model(
 
     Args:
         name: one of ``list_models()``, or ``timm:<name>`` or ``torchvision:<name>``.
-        num_classes: number of classes; None for as many as the weights have, else the model's own number.
-        weights: a ``.safetensors``, ``.pth`` or ``.pth.tar`` file to load; random initialisation without it.
+        num_classes: number of classes. None: that of the weights, else the model's default.
+        weights: a ``.safetensors``, ``.pth`` or ``.pth.tar`` file to load. None: random initialisation.
         pretrained: load the published weights instead.
-        quantized: whether quantizers are placed (they are off until they have ranges). None: the ``efficientnet-*``
-            models as their names say, any other if the weights bring ranges.
-        quant_spec: how, as ``resolve_spec`` takes it; None for what the weights say of themselves, else "w8a8".
-        target: the runtime that a quantized network simulates (``simulate_target``); None for what the weights say of
-            themselves, else "tensorrt" for ``efficientnet-quant-*`` and "onnxruntime" for the others.
-        hard_swish: put hard-swish in the place of SiLU (``replace_silu``); None for what the weights say of themselves, else
-            SiLU.
+        quantized: whether quantizers are placed; they are off until they have ranges. None: by the name for
+            ``efficientnet-*``; for other models, if the weights have ranges.
+        quant_spec: the quantization spec, as ``resolve_spec`` takes it. None: that of the weights' card, else "w8a8".
+        target: the runtime that a quantized network simulates (``simulate_target``). None: that of the weights' card, else
+            "tensorrt" for ``efficientnet-quant-*`` and "onnxruntime" for the others.
+        hard_swish: replace SiLU by hard-swish (``replace_silu``). None: as the weights' card says, else SiLU.
         **options: of the network, e.g. ``dropout``, ``bn_momentum``, ``survival_prob``, ``in_channels``, and ``se_as_conv``
             of the EfficientNets.
 
     Raises:
-        UserError: unknown name or option, a network without SiLU where ``hard_swish`` is asked for, or weights that are
-            missing, damaged or do not fit.
+        UserError: unknown name or option, ``hard_swish`` for a network without SiLU, or weights that are missing, damaged
+            or do not fit.
     """
     if pretrained and weights is not None:
         raise UserError("weights= and pretrained=True both bring weights; give one of them.")
@@ -82,13 +81,13 @@ def choose_card(
     target: str | None = None,
     hard_swish: bool | None = None,
 ) -> ModelCard:
-    """The card of the model that a name, its weights and the arguments mean.
+    """The card of the model that a name, weights and arguments ask for.
 
-    An argument wins over what the weights say, and that over the model's own defaults. The arguments are those of
+    An argument wins over the weights' card, and the card wins over the model's defaults. The arguments are those of
     ``create_model``; ``overrides`` are added to the spec (``QuantSpec.with_overrides``).
 
     Raises:
-        UserError: unknown name or target, or an override that means nothing.
+        UserError: unknown name or target, or an invalid override.
     """
     entry = get_entry(name)
     said = ModelCard() if weights is None else weights.card
@@ -110,7 +109,7 @@ def choose_card(
         return card
     spec = quant_spec or resolve_spec(said.quant_spec or "w8a8")
     changed = spec.with_overrides(overrides)
-    # the overrides that the weights were made with, given again, change nothing
+    # Overrides that the weights' spec ends with already are not added again.
     repeated = quant_spec is None and changed.overrides[len(spec.overrides) :] == spec.overrides[-len(overrides) :]
     spec = spec if repeated else changed
     usual = "tensorrt" if entry.quantized else "onnxruntime"  # efficientnet-quant-* compute NVIDIA's numbers
@@ -120,17 +119,16 @@ def choose_card(
 def build(
     card: ModelCard, weights: Weights | None = None, *, new_classifier: bool = False, **options: Any
 ) -> nn.Module:
-    """The model of a card, in training mode, on the CPU. Ranges of ``weights`` that are for other grids or activations are
-    left out (``ranges_fit``).
+    """Build the model of a card, in training mode, on the CPU.
 
     Args:
-        card: says arch and num_classes, and what else of the model's form differs from the default.
-        weights: to load; random initialisation without them.
-        new_classifier: where the weights are for another number of classes, keep the model's own classifier.
+        card: names arch; num_classes, activation, quant_spec and target where they differ from the model's defaults.
+        weights: to load. None: random initialisation. Ranges for other grids or activations are left out (``ranges_fit``).
+        new_classifier: if the weights are for another number of classes, keep the model's own classifier.
         **options: of the network, as ``create_model`` takes them.
 
     Raises:
-        UserError: as ``create_model``.
+        UserError: the card has no arch, or as ``create_model``.
     """
     if card.arch is None:
         raise UserError("which model is it? The card names no arch; give one.")
@@ -147,8 +145,11 @@ def build(
 
 
 def ranges_fit(weights: Weights, card: ModelCard) -> bool:
-    """Whether the ranges in ``weights``, if there are any, belong to the grids and activations of ``card``. Weights that say
-    nothing of theirs are taken to fit; so are all for a float model, which drops ranges."""
+    """Whether the ranges in ``weights`` are for the grids and activations of ``card``.
+
+    Weights without ranges fit. Weights whose card has no spec are taken to fit. All weights fit a float model, which drops
+    ranges.
+    """
     said = weights.card
     if card.quant_spec is None or not weights.has_ranges:
         return True
@@ -158,7 +159,7 @@ def ranges_fit(weights: Weights, card: ModelCard) -> bool:
 
 
 def left_out(weights: Weights, model: nn.Module, card: ModelCard) -> list[str]:
-    """What of ``weights`` the model that ``build`` made of them does not have, as sentences."""
+    """Sentences that name the parts of ``weights`` that ``build`` did not load into ``model``."""
     sentences = []
     if not ranges_fit(weights, card):
         sentences.append(f"the ranges in {weights.source} are for another quantization; they are left out")

@@ -1,4 +1,4 @@
-"""ModelCard: what a file says of its model. Weights, checkpoints, ONNX files and engines carry one."""
+"""ModelCard: the description of a model that weights, checkpoints, ONNX files and engines carry."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from typing import Any
 from effnet_quant.errors import UserError
 
 VERSION = 1
-# Entries of .safetensors and ONNX files: the card, what a file takes and gives, what else the exporting program had to say
+# Entries of .safetensors and ONNX files: the card, the inputs and outputs, further entries of the exporting program
 CARD_KEY = "effnet_quant"
 SIGNATURE_KEY = "effnet_quant.signature"
 EXTRA_KEY = "effnet_quant.metadata"
@@ -19,9 +19,9 @@ IMAGENET_MEAN = (0.485, 0.456, 0.406)
 IMAGENET_STD = (0.229, 0.224, 0.225)
 INTERPOLATIONS = ("bilinear", "bicubic")
 HARD_SWISH = "hard_swish"
-CLASSIFICATION = "classification"  # what a file is for that names no task
+CLASSIFICATION = "classification"  # the task of a file that names none
 
-LARGEST_IMAGE = 2**16  # pixels a side; beyond it one image fills the memory of any machine
+LARGEST_IMAGE = 2**16  # pixels a side; a larger image would fill the memory of any machine
 LARGEST_CLASS_COUNT = 10**7
 LARGEST_JSON = 2**26  # characters; ten million class names fit
 _DEEPEST = 16  # levels of lists and mappings; a quantization spec has five
@@ -29,16 +29,16 @@ _DEEPEST = 16  # levels of lists and mappings; a quantization spec has five
 
 @dataclass(frozen=True)
 class InputSpec:
-    """The images that a model takes: how they are prepared at evaluation.
+    """The images that a model takes, and their preparation at evaluation.
 
     Attributes:
         image_size: height and width of the centre crop, in pixels.
-        resize_size: length that an image's shorter side is scaled to before the crop, in pixels.
+        resize_size: length of an image's shorter side after scaling and before the crop, in pixels.
         interpolation: "bilinear" or "bicubic".
-        mean, std: one number per channel, of values in 0 … 1.
+        mean, std: one number per channel, for pixel values in 0 … 1.
 
     Raises:
-        UserError: a value that no image could have.
+        UserError: an invalid value.
     """
 
     image_size: int
@@ -65,11 +65,11 @@ class InputSpec:
 
     @property
     def channels(self) -> int:
-        """Of an image."""
+        """Number of channels of an image."""
         return len(self.mean)
 
     def resized(self, image_size: int) -> InputSpec:
-        """The same for another image size, with the same margin around the crop."""
+        """A copy for another image size, with the same margin around the crop."""
         return replace(self, image_size=image_size, resize_size=image_size + self.resize_size - self.image_size)
 
     def to_json(self) -> dict[str, Any]:
@@ -94,29 +94,29 @@ class InputSpec:
         names = {"image_size", "resize_size", "interpolation", "mean", "std"}
         if different := names ^ set(map(str, values)):
             raise UserError(
-                f"preprocessing has the entries {', '.join(sorted(names))}; check {_shown(min(different))}."
+                f"preprocessing must have the entries {', '.join(sorted(names))}; check {_shown(min(different))}."
             )
         return InputSpec(**values)
 
 
 @dataclass(frozen=True)
 class ModelCard:
-    """What a file says of its model. None stands for "not said".
+    """The description of a model in a file. None means unknown, unless an attribute says otherwise.
 
     Attributes:
         arch: name of the model in the registry.
-        task: what the model is for, a name in effnet_quant.tasks.
+        task: name of the model's task in effnet_quant.tasks.
         num_classes: number of classes.
-        classes: their names, in the order of the outputs.
-        input: the images it takes.
-        activation: "hard_swish" where that has taken SiLU's place.
-        quant_spec: how it is quantized, the plain values of ``QuantSpec.to_json``; None for a float model.
+        classes: names of the classes, in the order of the outputs.
+        input: the images that the model takes.
+        activation: "hard_swish" if hard-swish replaces SiLU.
+        quant_spec: the quantization spec, as plain values of ``QuantSpec.to_json``; None for a float model.
         target: the runtime that a quantized model simulates, or that a file was exported for.
-        tuned_precision: what the runtime computes in where the file says float, as measured by ``--tune``.
-        float_operations: operations that the target computes with integers and this file leaves in float.
+        tuned_precision: the precision that ``--tune`` chose for the file's float operations.
+        float_operations: operations that the target computes with integers but this file keeps in float.
 
     Raises:
-        UserError: a value of a wrong type, or one that no model could have.
+        UserError: a value of a wrong type, or an invalid one.
     """
 
     arch: str | None = None
@@ -159,7 +159,7 @@ class ModelCard:
         return self.quant_spec is not None
 
     def to_json(self) -> dict[str, Any]:
-        """Plain values for a file; what is not said is left out."""
+        """Plain values for a file; unknown values are left out."""
         values: dict[str, Any] = {
             "version": VERSION,
             "arch": self.arch,
@@ -177,10 +177,10 @@ class ModelCard:
 
     @staticmethod
     def from_json(values: Any, source: str = "the file") -> ModelCard:
-        """The card of plain values, as ``to_json`` writes them; those of files from before there were cards too.
+        """The card of plain values, as ``to_json`` writes them. Values from files older than cards are read too.
 
         Args:
-            values: a mapping; empty for a file that says nothing of itself.
+            values: a mapping; empty for a file without a card.
             source: names the file in messages.
 
         Raises:
@@ -202,17 +202,17 @@ class ModelCard:
 
 
 def parse_json(text: str, source: str) -> Any:
-    """The values of a JSON text that a file of unknown origin holds.
+    """The values of a JSON text from a file of unknown origin.
 
     Raises:
-        UserError: it is too long, too deep or no JSON.
+        UserError: the text is too long, nested too deep or no JSON.
     """
     try:
         if len(text) > LARGEST_JSON:
             raise ValueError("too long")
         return json.loads(text)
     except (ValueError, RecursionError) as error:
-        raise UserError(f"{source} describes its model in a way that can't be used: it is no JSON of ours.") from error
+        raise UserError(f"{source} describes its model in a way that can't be used: it is not valid JSON.") from error
 
 
 def _card(values: Any) -> ModelCard:
@@ -223,18 +223,18 @@ def _card(values: Any) -> ModelCard:
         return _card_of_before(values)
     if values["version"] != VERSION or not _is_integer(values["version"]):
         version = _shown(values["version"])
-        raise UserError(f"it is of version {version}, and this program reads version {VERSION}; update effnet-quant.")
+        raise UserError(f"its version is {version}, but this program reads version {VERSION}; update effnet-quant.")
     rest = {name: value for name, value in values.items() if name != "version"}
     if "preprocessing" in rest:
         rest["input"] = InputSpec.from_json(rest.pop("preprocessing"))
     known = set(ModelCard.__dataclass_fields__)
     if unknown := [str(name) for name in rest if name not in known]:
-        raise UserError(f"there is no entry {_shown(unknown[0])}; it has {', '.join(sorted(known))}.")
+        raise UserError(f"the entry {_shown(unknown[0])} is unknown; a card may have {', '.join(sorted(known))}.")
     return ModelCard(**rest)
 
 
 def _card_of_before(values: Mapping[str, Any]) -> ModelCard:
-    """What files said of themselves before there was a version; other entries of theirs were the user's own."""
+    """The card of a file from before cards had a version. Its other entries are the user's own and are ignored."""
     names = ("arch", "num_classes", "classes", "quant_spec", "tuned_precision", "float_operations")
     known = {name: values[name] for name in names if values.get(name) is not None}
     if values.get("preprocessing") is not None:
@@ -273,6 +273,6 @@ def _are_names(value: Any) -> bool:
 
 
 def _shown(value: Any) -> str:
-    """A value in a message, cut to a line."""
+    """A value for a message, in at most 60 characters."""
     text = repr(value)
     return text if len(text) <= 60 else f"{text[:57]}…"

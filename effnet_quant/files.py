@@ -1,4 +1,4 @@
-"""Writing files so that a crash, a full disk or a signal leaves either the old file or the new one, never half of one."""
+"""Writes files atomically: after a crash, a full disk or a signal there is the old file or the new one, never a part."""
 
 from __future__ import annotations
 
@@ -11,10 +11,10 @@ from effnet_quant.errors import UserError
 
 
 def create_folder(folder: Path, setting: str) -> Path:
-    """Create a folder and those above it, unless they exist; returns it.
+    """Create a folder and its parents, unless they exist. Returns the folder.
 
     Raises:
-        UserError: it can't be created; the sentence names ``setting``, the option or variable that chooses another.
+        UserError: it can't be created. The message names ``setting``, the option or variable that chooses another place.
     """
     try:
         folder.mkdir(parents=True, exist_ok=True)
@@ -24,17 +24,17 @@ def create_folder(folder: Path, setting: str) -> Path:
 
 
 def cache_folder() -> Path:
-    """Where downloads, indices and plans are kept: ``$XDG_CACHE_HOME/effnet-quant``, by default in ``~/.cache``.
+    """The folder for downloads, indices and plans: ``$XDG_CACHE_HOME/effnet-quant``, by default in ``~/.cache``.
 
     Raises:
-        UserError: it can't be created.
+        UserError: the folder can't be created.
     """
     caches = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
     return create_folder(caches / "effnet-quant", "XDG_CACHE_HOME")
 
 
 def check_writable(path: Path) -> None:
-    """Find out before long work whether ``replace_file`` will have a place to write to.
+    """Check whether ``replace_file`` can write ``path``. Call it before long work.
 
     Raises:
         UserError: the folder is missing or not writable, or ``path`` is a folder.
@@ -51,7 +51,7 @@ def replace_file(path: Path, content: bytes) -> None:
     """Write ``content`` to a temporary file beside ``path``, fsync it and rename it over ``path``.
 
     Raises:
-        UserError: the folder is missing or not writable, or the disk is full; ``path`` is as it was.
+        UserError: the folder is missing or not writable, or the disk is full. ``path`` then stays as it was.
     """
     temporary: str | None = None
     try:

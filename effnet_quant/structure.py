@@ -1,4 +1,4 @@
-"""What networks take and give: a tensor, or tuples, lists and dicts of tensors, nested as they like."""
+"""Structures of tensors, a network's inputs and outputs: a tensor, or nested tuples, lists and dicts of tensors."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from typing import Any
 
 
 def leaves(structure: Any) -> dict[str, Any]:
-    """The tensors of a structure by their path: "" for a tensor alone, "boxes", "0" or "boxes.0" within others."""
+    """The tensors of a structure by path: "" for a single tensor, else keys and indices, e.g. "boxes", "0" or "boxes.0"."""
     if isinstance(structure, dict):
         parts = {str(key): value for key, value in structure.items()}
     elif isinstance(structure, tuple | list):
@@ -20,7 +20,7 @@ def leaves(structure: Any) -> dict[str, Any]:
 
 
 def map_leaves(function: Callable[[Any], Any], structure: Any) -> Any:
-    """The same structure with ``function`` of every tensor in the tensor's place; a named tuple becomes a plain one."""
+    """The same structure with ``function(tensor)`` in the place of every tensor. A named tuple becomes a plain tuple."""
     if isinstance(structure, dict):
         return {key: map_leaves(function, value) for key, value in structure.items()}
     if isinstance(structure, tuple):
@@ -31,5 +31,5 @@ def map_leaves(function: Callable[[Any], Any], structure: Any) -> Any:
 
 
 def in_float32(structure: Any) -> Any:
-    """The same structure with what is in half precision, or double, in float32; integers stay."""
+    """The same structure with all floating-point tensors in float32; other tensors stay."""
     return map_leaves(lambda tensor: tensor.float() if tensor.is_floating_point() else tensor, structure)

@@ -1,1 +1,1 @@
-"""What a network is: definitions, names, weights."""
+"""Networks: their definitions, names and weights."""

@@ -1,4 +1,4 @@
-"""Exchanging a network's activation for one that costs integer engines less."""
+"""replace_silu: exchanges a network's SiLU for hard-swish, which costs integer engines less."""
 
 from __future__ import annotations
 
@@ -6,10 +6,10 @@ from torch import nn
 
 
 def replace_silu(model: nn.Module) -> int:
-    """Put hard-swish, x * clamp(x / 6 + 1 / 2, 0, 1) (Howard et al. 2019, arXiv:1905.02244), in the place of every SiLU
-    module, in place; returns how many there were.
+    """Replace every SiLU module by hard-swish, x * clamp(x / 6 + 1 / 2, 0, 1), in place. Returns the number of modules.
 
-    The two differ by at most 0.14, at x = 3 and -3, so weights that were trained with one need some training with the other.
+    See Howard et al. 2019 (arXiv:1905.02244). The two differ by at most 0.14, at x = 3 and -3. So weights trained with one
+    need some training with the other.
     """
     places = [name for name, module in model.named_modules() if isinstance(module, nn.SiLU)]
     for name in places:

@@ -16,9 +16,9 @@ WIDTHS = (16, 32, 64)
 class BasicBlock(nn.Module):
     """Two 3x3 convolutions and a shortcut.
 
-    Where the block halves the image and doubles the channels, the shortcut takes every second pixel and pads the new
-    channels with zeros, half of them before and half behind the old ones (option A of the paper). The shortcut's operand
-    passes ``residual_quantizer``; the other one stays in float so that the convolution and the addition fuse.
+    If the block halves the image and doubles the channels, the shortcut takes every second pixel. It pads the channels with
+    zeros, half of them before and half after the old ones (option A of the paper). The shortcut passes
+    ``residual_quantizer``. The other operand stays in float, so the convolution and the addition fuse.
     """
 
     def __init__(self, in_channels: int, channels: int, stride: int, *, bn_momentum: float, bn_epsilon: float) -> None:

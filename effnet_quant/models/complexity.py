@@ -1,4 +1,4 @@
-"""What a network costs: parameters and multiply-accumulates."""
+"""The cost of a network: parameters and multiply-accumulates."""
 
 from __future__ import annotations
 
@@ -9,10 +9,10 @@ from effnet_quant.models.entry import ModelEntry
 
 
 def measure_complexity(entry: ModelEntry) -> tuple[int, float | None]:
-    """Parameters of a model, and multiply-accumulates of one image at its default size.
+    """Number of parameters of a model, and of multiply-accumulates for one image of its default size.
 
-    Convolutions, linear layers and matrix products count, elementwise operations and pooling do not, as is usual. The
-    multiply-accumulates are None for a network whose forward pass needs values: it is run on shapes alone.
+    As usual, convolutions, linear layers and matrix products count; elementwise operations and pooling do not. The network
+    runs on shapes alone. If its forward pass needs values, the multiply-accumulates are None.
     """
     model = entry.shapes().eval()
     parameters = list(model.parameters())
@@ -21,6 +21,6 @@ def measure_complexity(entry: ModelEntry) -> tuple[int, float | None]:
     try:
         with torch.no_grad(), FlopCounterMode(display=False) as counter:
             model(image)
-    except Exception:  # any error that a network's own code raises without values
+    except Exception:  # a network's own code may raise anything without values
         return count, None
     return count, counter.get_total_flops() / 2

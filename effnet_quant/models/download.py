@@ -1,4 +1,4 @@
-"""Downloads published files, once, into torch.hub's cache."""
+"""Downloads published files into torch.hub's cache, each once."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from effnet_quant.files import check_writable, create_folder, replace_file
 
 TIMEOUT_SECONDS = 30
 _CHUNK = 1 << 20
-# PyTorch's convention: name-<first digits of the SHA-256>.ext. Fewer than eight digits are a date or a version.
+# PyTorch's convention: name-<first digits of the SHA-256>.ext. Fewer than eight digits are no hash but a date or version.
 _HASH_IN_NAME = re.compile(r"-([0-9a-f]{8,64})\.")
 
 
@@ -27,11 +27,11 @@ def fetch(url: str) -> Path:
     """The file at ``url``, from the cache or downloaded to it.
 
     The cache is the folder that torch.hub uses: ``$TORCH_HOME/hub/checkpoints``, by default
-    ``$XDG_CACHE_HOME/torch/hub/checkpoints`` or ``~/.cache/torch/hub/checkpoints``. A file appears in it whole or not at
-    all, with its SHA-256 beside it, and is checked against that before it is used again.
+    ``$XDG_CACHE_HOME/torch/hub/checkpoints`` or ``~/.cache/torch/hub/checkpoints``. A file appears there whole or not at
+    all. Its SHA-256 lies beside it and is checked before each use.
 
     Raises:
-        UserError: the server can't be reached, refuses, or sends less than or something else than it promised.
+        UserError: the server can't be reached or refuses, or the file has another length or hash than promised.
     """
     folder = Path(torch.hub.get_dir()) / "checkpoints"
     path = folder / Path(urllib.parse.urlparse(url).path).name
@@ -53,7 +53,7 @@ def fetch(url: str) -> Path:
 
 
 def _download(url: str, path: Path) -> bytes:
-    """The whole body, in memory: an interruption at any point leaves nothing behind."""
+    """The whole body, kept in memory, so that an interruption leaves no partial file."""
     way_out = "try again, or get the file elsewhere and give it with --pretrained-from-file"
     content = bytearray()
     try:

@@ -52,8 +52,8 @@ def round_channels(channels: float, divisor: int = 8) -> int:
 class MBConv(nn.Module):
     """Inverted bottleneck: 1x1 expansion, depthwise convolution, squeeze-and-excitation, 1x1 projection, shortcut.
 
-    The shortcut exists where input and output have the same shape; its operand passes ``residual_quantizer``, the
-    other operand stays in float so that the projection and the addition fuse into one integer kernel.
+    The shortcut exists if input and output have the same shape. It passes ``residual_quantizer``. The other operand stays
+    in float, so the projection and the addition fuse into one integer kernel.
     """
 
     def __init__(
@@ -81,7 +81,7 @@ class MBConv(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         out = self.expand(x) if self.expand is not None else x
-        # one name for all: each activation is freed as soon as the next exists, which keeps memory in the caches
+        # One name for all activations frees each one as soon as the next exists. So memory stays in the CPU's caches.
         out = self.depsep(out)
         out = self.se(out)
         out = self.proj(out)
@@ -100,9 +100,9 @@ class EfficientNet(nn.Module):
         num_classes: number of logits.
         in_channels: channels of the input.
         wide_se: squeeze width proportional to the expanded channels (NVIDIA's WideSE) instead of the block's input.
-        se_as_conv: squeeze-and-excitation as 1x1 convolutions (``--trt``); the numbers are the same either way.
-        survival_prob: survival probability behind the last block; a block's own is interpolated linearly from 1 at the
-            first (stochastic depth, Huang et al. 2016). Each image drops its blocks by itself.
+        se_as_conv: squeeze-and-excitation as 1x1 convolutions (``--trt``) instead of linear layers, with the same results.
+        survival_prob: survival probability after the last block (stochastic depth, Huang et al. 2016). That of the blocks
+            falls linearly from 1 at the first one. Each image of a batch drops its own blocks.
         conv_init: "fan_in" or "fan_out", the mode of the Kaiming initialisation of the convolutions with BatchNorm.
         bn_momentum, bn_epsilon: of every BatchNorm.
     """
@@ -158,7 +158,7 @@ class EfficientNet(nn.Module):
         return self.classifier(self.features(x))
 
     def extract_features(self, x: Tensor, layers: Collection[str] | None = None) -> dict[str, Tensor]:
-        """Outputs of the named stages, in the network's order; stages behind the last one wanted are not computed.
+        """Outputs of the named stages, in the network's order. Stages after the last named one are not computed.
 
         Args:
             x: images (N, in_channels, H, W).

@@ -1,4 +1,4 @@
-"""What the registry knows of a model."""
+"""ModelEntry: the registry's description of a model."""
 
 from __future__ import annotations
 
@@ -21,13 +21,12 @@ class ModelEntry:
 
     Attributes:
         name: as on the command line.
-        build: builds the float network from ``num_classes`` and the options of its kind.
-        input: the images it takes.
-        num_classes: classes of the network by default, and of its published weights.
-        quantized: whether quantizers are placed in the network once it is built; None where the name leaves that open,
-            and the script or the weights decide.
-        weights_at: where its weights are published, None if they are not.
-        fetch_weights: gets them.
+        build: builds the float network from ``num_classes`` and the network's options.
+        input: the images that the model takes.
+        num_classes: number of classes by default, and of the published weights.
+        quantized: whether quantizers are placed in the network. None: the script or the weights decide.
+        weights_at: where weights are published; None if nowhere.
+        fetch_weights: gets the published weights; None if there are none.
     """
 
     name: str
@@ -56,20 +55,20 @@ class ModelEntry:
         """The published weights, downloaded if need be.
 
         Raises:
-            UserError: there are none, or they can't be had.
+            UserError: no weights are published, or the download fails.
         """
         if self.fetch_weights is None:
             raise UserError(f"no weights of {self.name} are published; give a file with --pretrained-from-file.")
         return self.fetch_weights()
 
     def class_count(self, weights: Weights) -> int:
-        """Classes of the network that ``weights`` belong to."""
+        """The number of classes of ``weights``; the default if neither their card nor their shapes tell it."""
         return weights.card.num_classes or other_class_count(self.shapes(), weights) or self.num_classes
 
     def shapes(self) -> nn.Module:
-        """The float network with the default number of classes, for its names and shapes: without values if possible."""
+        """The float network with the default number of classes, for its names and shapes. Without values if possible."""
         try:
             with torch.device("meta"):
                 return self.build(num_classes=self.num_classes)
-        except NotImplementedError:  # torchvision's RegNets reckon with tensors when they are built
+        except NotImplementedError:  # torchvision's RegNets compute with tensors when they are built
             return self.build(num_classes=self.num_classes)

@@ -1,5 +1,7 @@
-"""The image classifiers of timm and torchvision as entries of the registry, under ``timm:<name>`` and
-``torchvision:<name>``. Either library loads when one of its models is asked for."""
+"""Registry entries of timm's and torchvision's image classifiers, named ``timm:<name>`` and ``torchvision:<name>``.
+
+A library is imported when one of its models is asked for.
+"""
 
 from __future__ import annotations
 
@@ -18,10 +20,10 @@ from effnet_quant.models.download import fetch
 from effnet_quant.models.entry import ModelEntry
 from effnet_quant.models.weights import Weights, read_weights
 
-# Our options -> the libraries' keywords.
+# our options -> the libraries' keywords
 _TIMM_KEYWORDS = {"dropout": "drop_rate", "survival_prob": "drop_path_rate", "in_channels": "in_chans"}
 _TORCHVISION_KEYWORDS = {"dropout": "dropout", "survival_prob": "stochastic_depth_prob"}
-# Their auxiliary classifiers only help training from scratch, and their own normalisation is in InputSpec instead.
+# Auxiliary classifiers only help training from scratch. The networks' own normalisation is in InputSpec instead.
 _INCEPTION = {"aux_logits": False, "transform_input": False, "init_weights": True}
 _INCEPTION_MEAN = _INCEPTION_STD = (0.5, 0.5, 0.5)
 
@@ -40,10 +42,10 @@ def list_external(library: str) -> list[str]:
 
 
 def external_entry(name: str) -> ModelEntry:
-    """The entry of ``timm:<name>`` (a pretrained tag may follow, as in resnet50.a1_in1k) or ``torchvision:<name>``.
+    """The entry of ``timm:<name>`` (the name may have a pretrained tag: resnet50.a1_in1k) or ``torchvision:<name>``.
 
     Raises:
-        UserError: the library is not installed or has no such model; the sentence names the nearest ones.
+        UserError: the library is not installed or has no such model. The message names similar models.
     """
     library, _, model = name.partition(":")
     return _timm_entry(model) if library == "timm" else _torchvision_entry(model)
@@ -65,7 +67,7 @@ def _timm_entry(model: str) -> ModelEntry:
     config = timm.get_pretrained_cfg(model)
     if config is None:
         raise UserError(
-            f"timm has {model.partition('.')[0]}, but no weights of it are tagged '{model.partition('.')[2]}'."
+            f"timm's {model.partition('.')[0]} has no weights with the tag '{model.partition('.')[2]}'; check the tag."
         )
     size = config.input_size[-1]
     published = config.has_weights
@@ -87,7 +89,7 @@ def _timm_entry(model: str) -> ModelEntry:
 def _timm_weights(model: str) -> Weights:
     try:
         tensors = _timm().create_model(model, pretrained=True).state_dict()
-    except Exception as error:  # each of the ways that timm loads weights fails with exceptions of its own
+    except Exception as error:  # timm loads weights in several ways, and each raises its own exceptions
         reason = (str(error).strip() or type(error).__name__).splitlines()[0].rstrip(".")
         raise UserError(
             f"timm can't get the weights of {model}: {reason}; get them elsewhere and give the file with "
@@ -143,7 +145,7 @@ def _build(
     """Call a library's builder with our options.
 
     Raises:
-        TypeError: the network has no such option, as a function's call with an unknown keyword does.
+        TypeError: the network has no such option. The message is Python's for an unknown keyword argument.
     """
     translated = {}
     for option, value in options.items():

@@ -1,4 +1,4 @@
-"""Building blocks of the EfficientNet family: convolution unit, squeeze-and-excitation, quantizer slots."""
+"""Building blocks: convolution unit, squeeze-and-excitation, and marks for quantizers."""
 
 from __future__ import annotations
 
@@ -7,13 +7,13 @@ from torch import Tensor, nn
 
 
 class QuantPoint(nn.Identity):
-    """A named place where a quantizer may sit; the identity until one is put there.
+    """Marks an operand that ``quantize`` puts a quantizer on; the identity until then.
 
-    Convolutions and linear layers carry their quantizers themselves. Elementwise operations have no module of their own,
-    so the definition marks their operands with a QuantPoint, and float and quantized networks stay one definition.
+    Convolutions and linear layers hold their quantizers themselves. Elementwise operations have no module, so a network's
+    definition marks their operands. Float and quantized networks then share one definition.
 
     Args:
-        operation: what the operand goes into, "add" or "mul"; targets choose by it.
+        operation: the operation that takes the operand, "add" or "mul". Targets choose by it.
     """
 
     def __init__(self, operation: str) -> None:
@@ -22,12 +22,12 @@ class QuantPoint(nn.Identity):
 
 
 class OutputPoint(nn.Identity):
-    """Marks what a layer (with its BatchNorm) puts out where no quantizer follows at once; the identity.
+    """Marks the output of a layer (after its BatchNorm) that no other quantizer follows at once; the identity.
 
-    NVIDIA's placement has no quantizer there, but some runtimes need one for an integer convolution.
+    NVIDIA's placement has no quantizer there. Some runtimes need one to run the convolution on integers.
 
     Args:
-        layer: the name of the convolution or linear layer, as the module that holds this mark knows it.
+        layer: the name of the convolution or linear layer within the module that holds this mark.
     """
 
     def __init__(self, layer: str) -> None:
@@ -36,12 +36,11 @@ class OutputPoint(nn.Identity):
 
 
 class ConvBNAct(nn.Sequential):
-    """Convolution without bias, BatchNorm, and (unless ``activation`` is False) SiLU; children conv, bn, output, act.
+    """Convolution without bias, BatchNorm and, unless ``activation`` is False, SiLU. Children: conv, bn, output, act.
 
-    ``added`` says that the result goes into an addition, where no quantizer follows the convolution.
+    ``added`` marks the output, because it goes into an addition and no quantizer follows the convolution.
 
-    Padding is ``(kernel_size - 1) // 2`` on every side, as in NVIDIA's definition, so an even input of size n gives
-    n / stride.
+    Padding is ``(kernel_size - 1) // 2`` on every side, as in NVIDIA's definition. So an even input size n gives n / stride.
     """
 
     def __init__(
@@ -73,8 +72,8 @@ class SqueezeExcitation(nn.Module):
     Args:
         channels: channels of the input, shape (N, channels, H, W).
         squeezed: width of the bottleneck.
-        as_conv: hold the two layers as 1x1 convolutions (weights (out, in, 1, 1), what TensorRT fuses best and what the
-            quantized networks use) instead of linear layers (weights (out, in)).
+        as_conv: hold the two layers as 1x1 convolutions, weights (out, in, 1, 1), instead of linear layers, weights
+            (out, in). TensorRT fuses convolutions best, and the quantized networks have them.
     """
 
     def __init__(self, channels: int, squeezed: int, *, as_conv: bool) -> None:

@@ -1,4 +1,4 @@
-"""The models by name: how each is built, its default image size and where its weights are published."""
+"""The registry: how each model is built, its default image size and where its weights are published."""
 
 from __future__ import annotations
 
@@ -17,14 +17,14 @@ from effnet_quant.models.external import external_entry, list_external
 from effnet_quant.models.weights import Weights, read_weights
 
 LIBRARIES = ("timm", "torchvision")
-CROP_MARGIN = 32  # NVIDIA's evaluation transform scales to the image size + 32 before the crop
+CROP_MARGIN = 32  # NVIDIA's evaluation transform scales the shorter side to image size + 32 before the crop
 _NGC = "https://api.ngc.nvidia.com/v2/models/nvidia"
 _AKAMASTER = "https://github.com/akamaster/pytorch_resnet_cifar10/raw/master/pretrained_models"
 
 
 @dataclass(frozen=True)
 class _Scaling:
-    """Compound scaling of one member of the family (Tan & Le 2019), and how NVIDIA regularises it."""
+    """Compound scaling of one EfficientNet (Tan & Le 2019), with NVIDIA's dropout and survival probability."""
 
     width: float
     depth: float
@@ -61,7 +61,7 @@ _CIFAR_WEIGHTS = {
     110: "resnet110-1d1ed7c2.th",
 }
 
-# NVIDIA's names of networks that the libraries have
+# NVIDIA's names for networks of the libraries
 _NVIDIAS_NAMES = {
     "resnet50": "torchvision:resnet50",
     "resnext101-32x4d": "timm:resnext101_32x4d",
@@ -126,11 +126,11 @@ _ENTRIES = {
 def list_models(pattern: str = "*") -> list[str]:
     """Names of the models that match a shell-style pattern, sorted.
 
-    The networks of timm and torchvision are listed by patterns that name the library, e.g. ``timm:resnet*``. Three of them
-    have NVIDIA's names too, which are not listed: resnet50, resnext101-32x4d and se-resnext101-32x4d.
+    Only patterns that name timm or torchvision list that library's networks, e.g. ``timm:resnet*``. NVIDIA's names resnet50,
+    resnext101-32x4d and se-resnext101-32x4d for three of these networks are not listed.
 
     Raises:
-        UserError: the pattern names timm, which is not installed.
+        UserError: the pattern names timm, but timm is not installed.
     """
     library = pattern.partition(":")[0]
     names = list_external(library) if library in LIBRARIES else list(_ENTRIES)
@@ -141,7 +141,7 @@ def get_entry(name: str) -> ModelEntry:
     """The registry's entry of a model.
 
     Raises:
-        UserError: there is no such model; the sentence names the nearest ones.
+        UserError: there is no such model. The message names similar ones.
     """
     if name.partition(":")[0] in LIBRARIES:
         return external_entry(name)

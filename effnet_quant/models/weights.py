@@ -1,4 +1,4 @@
-"""Reading, checking, renaming and writing weights."""
+"""Reads, checks, renames, loads and writes weights."""
 
 from __future__ import annotations
 
@@ -23,13 +23,13 @@ from effnet_quant.files import replace_file
 
 EMA_KEY = "state_dict_ema"  # in checkpoints, as in NVIDIA's
 _RANGE_SUFFIXES = ("_quantizer._amax", "_quantizer._amin")
-# In torchvision's published files: classifiers that only training from scratch needs, and layers' names of old
+# In torchvision's published files: auxiliary classifiers, which only training from scratch needs, and DenseNet's old names
 _AUXILIARY_PREFIXES = ("aux1.", "aux2.", "AuxLogits.")
 _OLD_DENSENET = re.compile(r"(\.denselayer\d+\.(?:norm|conv))\.([12])(?=\.)")
 _TRACKED_SUFFIXES = ("._low", "._high")
-_COUNT_SUFFIX = "num_batches_tracked"  # weights from before PyTorch 0.4.1 have none, and nothing needs it
+_COUNT_SUFFIX = "num_batches_tracked"  # missing in weights from before PyTorch 0.4.1, and not needed
 
-# NVIDIA's checkpoints hold the learning rate of their cosine schedule as a NumPy number; these only build numbers.
+# NVIDIA's checkpoints hold the learning rate of the cosine schedule as a NumPy number. These functions only make numbers.
 _scalar = np.float64(0).__reduce__()[0]
 _NUMPY_SCALARS: list[Any] = [
     _scalar,
@@ -45,8 +45,8 @@ class Weights:
 
     Attributes:
         tensors: state-dict entries as published.
-        card: what the file says of its model; empty where it says nothing.
-        source: the file, for messages.
+        card: the file's card; an empty card if the file has none.
+        source: name of the file, for messages.
     """
 
     tensors: dict[str, Tensor]
@@ -55,11 +55,11 @@ class Weights:
 
     @property
     def has_ranges(self) -> bool:
-        """Whether they are a quantized network's."""
+        """Whether the weights hold ranges, as a quantized network's do."""
         return any(name.endswith(_RANGE_SUFFIXES) for name in self.tensors)
 
     def without_ranges(self) -> Weights:
-        """The same, as a float network's."""
+        """A copy without ranges, as of a float network."""
         left_out = _RANGE_SUFFIXES + _TRACKED_SUFFIXES
         return replace(
             self, tensors={name: value for name, value in self.tensors.items() if not name.endswith(left_out)}
@@ -99,10 +99,10 @@ def read_weights(path: str | Path, *, ema: bool = False) -> Weights:
 
     Args:
         path: the file.
-        ema: take the exponential moving average of the weights that a checkpoint holds beside them.
+        ema: read a checkpoint's exponential moving average of the weights instead of its weights.
 
     Raises:
-        UserError: the file is missing, damaged, refused, or holds no tensors, or no such average.
+        UserError: the file is missing, damaged or refused, or it holds no tensors or no moving average.
     """
     path = _existing_file(path)
     if path.suffix == ".safetensors":
@@ -130,7 +130,7 @@ def read_weights(path: str | Path, *, ema: bool = False) -> Weights:
 
 
 def write_weights(path: str | Path, tensors: dict[str, Tensor], card: ModelCard | None = None) -> None:
-    """Write a state dict as ``.safetensors`` (with its card) or ``.pth`` (a plain state dict), by extension.
+    """Write a state dict. The extension chooses ``.safetensors`` (with the card) or ``.pth`` (a plain state dict).
 
     Raises:
         UserError: another extension, or the file can't be written.
@@ -153,16 +153,18 @@ def write_weights(path: str | Path, tensors: dict[str, Tensor], card: ModelCard 
 def load_weights(model: nn.Module, weights: Weights, *, new_classifier: bool = False) -> bool:
     """Load ``weights`` into ``model``, translating published names and shapes.
 
-    Accepted are the prefixes ``module.`` and ``_orig_mod.``, EfficientNet's stages called ``layer1`` instead of
-    ``layers.0``, squeeze-and-excitation weights as linear layers (out, in) or 1x1 convolutions (out, in, 1, 1), and
-    torchvision's files with auxiliary classifiers, which are left out. Float weights fit a quantized model, whose ranges
-    then stay unset, and quantized weights a float model, which drops the ranges.
+    - The prefixes ``module.`` and ``_orig_mod.`` are removed.
+    - EfficientNet's stages may be called ``layer1`` instead of ``layers.0``.
+    - Weights of squeeze-and-excitation may have the shape of linear layers (out, in) or 1x1 convolutions (out, in, 1, 1).
+    - Auxiliary classifiers in torchvision's files are left out.
+    - Float weights fit a quantized model; its ranges stay unset.
+    - Quantized weights fit a float model; their ranges are left out.
 
     Args:
         model: the network.
-        weights: what to load.
-        new_classifier: where the weights are for another number of classes, leave the model's classifier as it is
-            (and the ranges, if there are any, unset), instead of an error.
+        weights: the weights to load.
+        new_classifier: accept weights for another number of classes. The model then keeps its own classifier, and no ranges
+            are loaded.
 
     Returns:
         Whether every quantizer of the model has a range now (True for a float model).
@@ -186,7 +188,7 @@ def load_weights(model: nn.Module, weights: Weights, *, new_classifier: bool = F
         reshaped = []
     given_ranges = ranges & set(given)
     missing = [name for name in own if name not in given and name not in ranges and name not in classifier]
-    if given_ranges:  # half a set of ranges is a mistake, none at all is a float file
+    if given_ranges:  # a file has all ranges or, if it is a float network's, none
         missing += [name for name in own if name in ranges and name not in given]
     missing = [name for name in missing if not name.endswith(_COUNT_SUFFIX)]
     unexpected = [name for name in given if name not in own and not name.endswith(_TRACKED_SUFFIXES)]
@@ -201,14 +203,14 @@ def load_weights(model: nn.Module, weights: Weights, *, new_classifier: bool = F
             + "; check --arch."
         )
     tensors = OrderedDict(given)
-    # Versions of the modules that the names belong to; torchvision's MNASNets refuse a state dict without them.
+    # Versions of the modules' state dicts. torchvision's MNASNets refuse a state dict without them.
     tensors._metadata = getattr(own, "_metadata", None)  # type: ignore[attr-defined]
     model.load_state_dict(tensors, strict=False)
     return not ranges or (bool(given_ranges) and all(bool(torch.isfinite(given[name]).all()) for name in ranges))
 
 
 def other_class_count(model: nn.Module, weights: Weights) -> int | None:
-    """Classes of the network that ``weights`` belong to, if they fit ``model`` but for another number of classes."""
+    """The number of classes of ``weights`` if it is all that keeps them from fitting ``model``; else None."""
     own = model.state_dict()
     given = _as_named_by(own, weights)
     classifier = _classifier(own, given)
@@ -216,9 +218,10 @@ def other_class_count(model: nn.Module, weights: Weights) -> int | None:
 
 
 def _as_named_by(own: dict[str, Tensor], weights: Weights) -> dict[str, Tensor]:
-    """The entries of ``weights`` with the names and the forms that a model's state dict has for them."""
+    """The entries of ``weights``, with names and shapes translated to those of a model's state dict ``own``."""
     stages = any(name.startswith("layers.") for name in own)
-    # To a symmetric grid an affine range would mean something else: in a quantized model it is unexpected.
+    # Ranges without a place in the model are dropped. Only an _amin stays, as an error, in a quantized model: an affine
+    # range means something else on a symmetric grid.
     dropped = _RANGE_SUFFIXES[:1] if any(name.endswith(_RANGE_SUFFIXES) for name in own) else _RANGE_SUFFIXES
     given = {}
     for name, published in weights.tensors.items():
@@ -239,9 +242,11 @@ def _reshaped(own: dict[str, Tensor], given: dict[str, Tensor]) -> list[str]:
 
 
 def _classifier(own: dict[str, Tensor], given: dict[str, Tensor]) -> list[str]:
-    """The entries of the classifier, if another number of classes is what keeps ``given`` from fitting: the entries of
-    other shapes then differ in their first dimension alone, in the same two numbers, and belong to layers whose weights
-    are among them."""
+    """The entries of the classifier if ``given`` differs from ``own`` in the number of classes alone; else none.
+
+    Then all entries of another shape differ in the first dimension only, in the same two numbers. They belong to layers
+    whose weights are among them.
+    """
     reshaped = _reshaped(own, given)
     counts = {(given[name].shape[:1], own[name].shape[:1]) for name in reshaped}
     alike = all(given[name].shape[1:] == own[name].shape[1:] for name in reshaped)
@@ -251,7 +256,7 @@ def _classifier(own: dict[str, Tensor], given: dict[str, Tensor]) -> list[str]:
 
 
 def _same_matrix(given: Tensor, own: Tensor) -> bool:
-    """Whether two shapes are the linear and the 1x1-convolution form of the same matrix."""
+    """Whether one shape is that of a linear layer's weights and the other that of the same 1x1 convolution."""
     short, long = sorted((tuple(given.shape), tuple(own.shape)), key=len)
     return len(short) == 2 and long == (*short, 1, 1)
 

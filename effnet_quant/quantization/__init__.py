@@ -1,1 +1,1 @@
-"""How a network becomes 8-bit."""
+"""Quantization: integer grids, quantizers, their placement, calibration and quantization-aware training (QAT)."""

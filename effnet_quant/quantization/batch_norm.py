@@ -1,4 +1,4 @@
-"""What a BatchNorm in eval mode computes, as one factor and one offset per channel."""
+"""BatchNorm in eval mode as one factor and one offset per channel."""
 
 from __future__ import annotations
 
@@ -9,10 +9,10 @@ from torch import Tensor
 def factor_and_offset(
     weight: Tensor, bias: Tensor, running_mean: Tensor, running_var: Tensor, eps: float
 ) -> tuple[Tensor, Tensor]:
-    """BatchNorm's y = factor * x + offset; both float64, of shape (C,), as the arguments are.
+    """Factor and offset of BatchNorm's y = factor * x + offset. Arguments have shape (C,); results are float64 (C,).
 
-    A convolution takes a BatchNorm behind it into itself: factor * weights, and factor * its own bias + offset. Simulation
-    and exported files both fold with these numbers.
+    Folding BatchNorm into the convolution before it gives the weights factor * weight and the bias factor * bias + offset.
+    Simulation and export both fold with these numbers.
     """
     factor = weight.double() / torch.sqrt(running_var.double() + eps)
     return factor, bias.double() - running_mean.double() * factor

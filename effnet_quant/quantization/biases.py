@@ -1,4 +1,4 @@
-"""Biases as int32, in steps of an integer layer's accumulator: the rounding that some engines do, and their simulation."""
+"""Simulates engines that store biases as int32, in steps of an integer layer's accumulator."""
 
 from __future__ import annotations
 
@@ -14,8 +14,10 @@ from effnet_quant.quantization.targets import FollowsTarget, Target
 
 
 def accumulator_step(layer: nn.Module) -> Tensor | None:
-    """What one unit of a quantized layer's integer sums stands for, input scale times weight scale: float64 of shape (C,) or
-    (1,). None while the layer does not compute with integers of 8 bits or less."""
+    """Scale of a quantized layer's integer sums: input scale * weight scale, float64 of shape (C,) or (1,).
+
+    None unless input and weights are both rounded to 8 bits or less.
+    """
     step = torch.ones((), dtype=torch.float64)
     for operand in (layer._input_quantizer, layer._weight_quantizer):
         if not (
@@ -27,13 +29,16 @@ def accumulator_step(layer: nn.Module) -> Tensor | None:
 
 
 def _correction(values: Tensor, step: Tensor, dtype: torch.dtype) -> Tensor:
-    """What is missing to the nearest multiples of ``step`` (float64); 0 where the step is 0."""
+    """The difference between ``values`` rounded to multiples of ``step`` (float64) and ``values``; 0 where the step is 0."""
     missing = torch.where(step > 0, torch.round(values / step) * step - values, 0)
     return missing.detach().to(dtype)
 
 
 def layer_bias(layer: nn.Conv2d | nn.Linear) -> Tensor | None:
-    """The bias as an engine with int32 biases has it; its gradient passes straight through."""
+    """The layer's bias, rounded to the accumulator's step; the gradient is straight-through.
+
+    The bias stays as it is where ``accumulator_step`` is None.
+    """
     bias, step = layer.bias, accumulator_step(layer)
     if bias is None or step is None:
         return bias
@@ -41,17 +46,17 @@ def layer_bias(layer: nn.Conv2d | nn.Linear) -> Tensor | None:
 
 
 class FoldedBatchNorm2d(FollowsTarget, nn.BatchNorm2d):
-    """BatchNorm2d behind a quantized convolution, with which engines join it to one layer with one bias.
+    """BatchNorm2d that engines fold into the quantized convolution before it; the folded layer has one bias.
 
     Attributes:
-        rounds_bias: whether that bias is rounded where the convolution is in eval mode (this one may be while it trains).
+        rounds_bias: whether the folded bias is rounded while BatchNorm and convolution are both in eval mode.
     """
 
     rounds_bias = False
     _layer: tuple[nn.Conv2d]  # in a tuple, so that it does not become a child
 
     def follow(self, target: Target) -> None:
-        """Round the common bias if the engine of ``target`` does."""
+        """Round the folded bias if the engine of ``target`` does."""
         self.rounds_bias = target.quantized_bias
 
     def forward(self, input: Tensor) -> Tensor:
@@ -70,7 +75,10 @@ class FoldedBatchNorm2d(FollowsTarget, nn.BatchNorm2d):
 
 
 def note_batch_norms(model: nn.Module, graph: fx.Graph) -> None:
-    """Let every BatchNorm2d that engines join with the convolution before it know that convolution."""
+    """Turn each BatchNorm2d that engines fold into a ``FoldedBatchNorm2d``, which holds the convolution before it.
+
+    Engines fold where ``graph`` calls both modules once and nothing else uses the convolution's output.
+    """
     calls = Counter(node.target for node in graph.nodes if node.op == "call_module")
     for node in graph.nodes:
         source = node.args[0] if node.op == "call_module" else None

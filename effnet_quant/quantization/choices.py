@@ -1,8 +1,8 @@
-"""The names that the flags of quantization choose among. This file imports no library, so that a parser starts at once."""
+"""The choices of quantization's flags. This file imports no library, so that command lines start fast."""
 
 from __future__ import annotations
 
-# name -> file and class in calibration/; a new calibrator is a file there and a row here
+# name -> file and class in calibration/. A new calibrator is a file there and a row here.
 CALIBRATION_METHODS = {
     "max": "maximum.MaxCalibrator",
     "percentile": "percentile.PercentileCalibrator",
@@ -11,6 +11,6 @@ CALIBRATION_METHODS = {
     "moving-average": "moving_average.MovingAverageCalibrator",
     "lsq": "lsq.LsqCalibrator",
 }
-# by the table in docs/quantization.md
+# chosen by the table in docs/quantization.md
 DEFAULT_METHOD = "percentile"
 DEFAULT_PERCENTILE = 99.99

@@ -1,4 +1,4 @@
-"""How a model is run to be looked at: the state it is in, and the batches that it takes."""
+"""Runs a model eagerly in eval mode, for calibration and inspection, and turns batches into its arguments."""
 
 from __future__ import annotations
 
@@ -11,14 +11,14 @@ from torch import Tensor, nn
 
 from effnet_quant.errors import UserError
 
-Batch = Tensor | tuple[Any, ...]  # the model's only argument, or all of them
+Batch = Tensor | tuple[Any, ...]  # the model's only argument, or a tuple of all its arguments
 
 
 @contextmanager
 def eager_pass(model: nn.Module) -> Iterator[None]:
-    """Eval mode, without gradients and uncompiled while the block lasts; then every module has the mode that it had.
+    """Within the block the model runs in eval mode, eagerly and without gradients. Then every module has its old mode.
 
-    Observers come and go with a pass, and each change would compile a compiled model anew.
+    Eagerly, because a pass sets and removes observers, and each change would compile a compiled model again.
     """
     modes = {module: module.training for module in model.modules()}
     try:
@@ -31,18 +31,18 @@ def eager_pass(model: nn.Module) -> Iterator[None]:
 
 
 def model_arguments(batch: Batch, device: torch.device) -> tuple[tuple[Any, ...], int]:
-    """The arguments that a batch stands for, and how many examples it holds.
+    """The model's arguments in a batch, and the number of examples.
 
     Args:
         batch: a tensor of shape (N, …), or a tuple of all the model's arguments. Tensors may stand in lists, tuples and
             dicts; the first one has shape (N, …).
-        device: where the tensors are moved to.
+        device: the device that the tensors are moved to.
 
     Returns:
-        The arguments, to be called as ``model(*arguments)``, and N.
+        The arguments, for ``model(*arguments)``, and N.
 
     Raises:
-        UserError: the batch is something else.
+        UserError: the batch has another form.
     """
     arguments = batch if isinstance(batch, tuple) else (batch,)
     first = next(_tensors(arguments), None)
@@ -55,7 +55,7 @@ def model_arguments(batch: Batch, device: torch.device) -> tuple[tuple[Any, ...]
 
 
 def device_of(model: nn.Module) -> torch.device:
-    """Where the model computes: the device of its first parameter, the CPU where it has none."""
+    """The device of the model's first parameter; the CPU for a model without parameters."""
     return next((parameter.device for parameter in model.parameters()), torch.device("cpu"))
 
 

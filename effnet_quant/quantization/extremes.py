@@ -14,6 +14,6 @@ def in_memory_order(x: Tensor) -> Tensor:
 
 
 def extremes(x: Tensor) -> tuple[Tensor, Tensor]:
-    """Smallest and largest value, float32 of shape (); NaN where there is one."""
-    low, high = torch.aminmax(in_memory_order(x.detach()))  # of an NHWC tensor as it is, aminmax makes a copy
+    """Smallest and largest value, float32 of shape (). Both are NaN if any value is."""
+    low, high = torch.aminmax(in_memory_order(x.detach()))  # aminmax would copy an NHWC tensor
     return low.float(), high.float()

@@ -1,4 +1,4 @@
-"""fake_quantize: rounding to the integer grid inside of a float network, and its gradients."""
+"""fake_quantize: rounds float values to an integer grid, with gradients for training."""
 
 from __future__ import annotations
 
@@ -17,18 +17,19 @@ def fake_quantize(
 ) -> Tensor:
     """Quantize and dequantize ``x``. The result lies on the grid to the last bit.
 
-    With a fixed range the gradient is straight-through (Bengio et al. 2013): it passes unchanged where rounding alone
-    decides, is zero where ``x`` saturates (more than half a step beyond the grid), and the range gets none. With a learned
-    range the gradients of ``x`` and of the range are those of LSQ (Esser et al. 2020) and, on an affine grid, LSQ+
-    (Bhalgat et al. 2020); see ``_LearnedScale`` and ``_LearnedRange``.
+    A fixed range has the straight-through gradient (Bengio et al. 2013): the gradient of ``x`` passes unchanged, or is 0
+    where ``x`` saturates, more than half a step beyond the grid. The range gets no gradient.
+
+    A learned range has LSQ's gradients (Esser et al. 2020) or, on an affine grid, LSQ+'s (Bhalgat et al. 2020). See
+    ``_LearnedScale`` and ``_LearnedRange``.
 
     Args:
         x: any shape, any floating dtype; the arithmetic is float32.
-        amax: upper end of the range, of shape () or one that broadcasts to ``x``; on a symmetric grid the largest magnitude.
+        amax: upper end of the range; on a symmetric grid the largest magnitude. Its shape broadcasts to that of ``x``.
         spec: the grid.
         amin: lower end of the range, for affine grids.
-        batched: whether the first dimension counts images, as that of activations does; LSQ scales the gradient of a
-            learned range by the number of values in one of them.
+        batched: whether the first dimension is the batch, as in activations. LSQ scales the gradient of a learned range by
+            the number of values per example.
 
     Returns:
         A tensor of the shape and dtype of ``x``.
@@ -44,7 +45,7 @@ def fake_quantize(
         function = _FusedStraightThrough if torch.compiler.is_compiling() else _StraightThrough
         result: Tensor = function.apply(x.float(), scale, low, high)
         return result.to(x.dtype)
-    # how many values of a layer share a range, LSQ's N: weights of the layer or channel, activations of one image
+    # LSQ's N, the number of values that share a range: weights of the layer or channel, activations of one image
     features = max(1, x.numel() // amax.numel() // (x.shape[0] if batched else 1))
     if spec.symmetric:
         result = _LearnedScale.apply(x.float(), amax, scale, low, high, math.sqrt(spec.bounds[1] / features))
@@ -54,7 +55,7 @@ def fake_quantize(
 
 
 class _StraightThrough(torch.autograd.Function):
-    """One tensor saved, four passes forward and one backward, where every pass goes through memory."""
+    """The form for eager mode, where each pass goes through memory: four passes forward, one backward, one tensor saved."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, scale: Tensor, low: int | Tensor, high: int | Tensor) -> Tensor:
@@ -73,11 +74,11 @@ class _StraightThrough(torch.autograd.Function):
 
 
 class _FusedStraightThrough(torch.autograd.Function):
-    """The same for torch.compile, which computes what the backward pass needs a second time instead of keeping it.
+    """The form for torch.compile, which recomputes the mask in the backward pass instead of keeping it.
 
-    The mask is in the form that becomes the best loops: x itself, not x / scale, is compared, and with its clamped self,
-    because two comparisons joined by "and" go through integers and are kept in memory. Within one rounding of a threshold
-    the two forms may disagree.
+    The mask compares x with its clamped self. Two comparisons joined by "and" would make slower loops: they go through
+    integers and are kept in memory. Within one rounding error of a threshold the mask may differ from
+    ``_StraightThrough``'s.
     """
 
     @staticmethod
@@ -97,8 +98,8 @@ class _FusedStraightThrough(torch.autograd.Function):
 class _LearnedScale(torch.autograd.Function):
     """LSQ on a symmetric grid.
 
-    The parameter is amax = Qp * s, where LSQ's is the step s. The gradient of amax is that of s times Qp, with LSQ's factor
-    1 / sqrt(N Qp), so that a step of gradient descent on amax moves s as LSQ's would: in all, sqrt(Qp / N).
+    LSQ's parameter is the step s. The parameter here is amax = Qp * s. Its gradient is scaled by sqrt(Qp / N) in all, which
+    is Qp times LSQ's factor 1 / sqrt(N Qp). So a step of gradient descent on amax moves s as LSQ does.
     """
 
     @staticmethod
@@ -119,10 +120,11 @@ class _LearnedScale(torch.autograd.Function):
 
 
 class _LearnedRange(torch.autograd.Function):
-    """LSQ+ on an affine grid of n steps, by its ends instead of its scale and offset.
+    """LSQ+ on an affine grid of n steps. The parameters are the ends of the range instead of scale and offset.
 
-    s = (amax - amin) / n, so within the grid amax gets 1/n of the gradient of s and amin the opposite; a saturated value
-    is the end itself. Both gradients are scaled as ``_LearnedScale`` does, with n in the place of Qp: n**2 / sqrt(N n).
+    The step is s = (amax - amin) / n. Within the grid amax gets 1/n of the gradient of s, and amin gets the opposite. A
+    saturated value equals the end, so the end gets the value's gradient. Both gradients are scaled as in ``_LearnedScale``,
+    with n in the place of Qp: n**2 / sqrt(N n).
     """
 
     @staticmethod
@@ -146,13 +148,13 @@ class _LearnedRange(torch.autograd.Function):
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
         ratio, low, high, amin, amax = ctx.saved_tensors
         steps, gradient_scale = ctx.constants
-        # a value at the very end of the grid lies on it: behind a ReLU half of them do, and pull at nothing
+        # A value equal to an end counts as inside, so it does not move the end. After a ReLU half of the values are there.
         above, below = ratio > high, ratio < low
         inside = ~(above | below)
         slope = torch.where(inside, (torch.round(ratio) - ratio) / steps, 0)
         to_amin = (gradient * (below.float() - slope)).sum_to_size(amin.shape) * gradient_scale
         to_amax = (gradient * (above.float() + slope)).sum_to_size(amax.shape) * gradient_scale
-        # the grid holds zero, whatever the range: an end beyond zero moves nothing, and may only come back
+        # The grid always holds zero, so an end on the wrong side of zero has no effect. It may only move back.
         to_amin = torch.where(amin > 0, to_amin.clamp(min=0), to_amin)
         to_amax = torch.where(amax < 0, to_amax.clamp(max=0), to_amax)
         return torch.where(inside, gradient, 0), to_amin, to_amax, None, None, None, None, None

@@ -1,8 +1,7 @@
-"""From a range to an integer grid, and between float tensors and the grid; the arithmetic every engine must reproduce.
+"""Scale and zero point of a range; quantize and dequantize. Every engine must reproduce this arithmetic.
 
-The rules are those of ONNX QuantizeLinear / DequantizeLinear: divide by the scale, round half to even, add the zero point,
-saturate. All functions compute in float32 with plain elementwise operations, so that torch.compile fuses them into their
-neighbours.
+The rules are those of ONNX QuantizeLinear and DequantizeLinear: divide by the scale, round half to even, add the zero
+point, saturate. All functions compute in float32 with plain elementwise operations, which torch.compile can fuse.
 """
 
 from __future__ import annotations
@@ -12,49 +11,48 @@ from torch import Tensor
 
 from effnet_quant.quantization.spec import TensorSpec
 
-# A range of zero (an all-zero channel) or a denormal one would give a scale that divides to inf or NaN; ONNX asks for
-# a positive scale. This floor keeps scale = amax / 32767 a normal float32, and any value that small rounds to itself or 0.
+# ONNX asks for a positive scale. A zero range (an all-zero channel) or a denormal one would make the division inf or NaN.
+# With this floor, scale = amax / 32767 is a normal float32, and any value that small rounds to itself or 0.
 SMALLEST_AMAX = 2.0**-110
 
 
 def scale_and_zero_point(amax: Tensor, spec: TensorSpec, amin: Tensor | None = None) -> tuple[Tensor, Tensor | None]:
-    """Step of the grid that a range gives, and the integer that stands for 0.0.
+    """Scale (the step of the grid) and zero point (the integer of 0.0) of a range.
 
-    Simulation and exported files both take them from here, so that they agree to the last bit.
+    Simulation and export both call this function, so they agree to the last bit.
 
     Args:
         amax: upper end of the range; on a symmetric grid the largest magnitude.
-        spec: the grid. A symmetric one maps ``amax`` to its largest integer. An affine one spreads [amin, amax], widened to
-            hold zero, over all its integers.
+        spec: the grid. A symmetric grid maps ``amax`` to its largest integer. An affine grid widens [amin, amax] to hold
+            zero and spreads the range over all its integers.
         amin: lower end of the range, for affine grids.
 
     Returns:
-        The scale, float32 in the shape of ``amax``, and the zero point in the same form; None (0) on a symmetric grid.
+        The scale and the zero point, both float32 in the shape of ``amax``. The zero point of a symmetric grid is None.
     """
     low, high = spec.bounds
     amax = amax.float()
     if spec.symmetric:
-        # Fixed ranges are not negative. To those of ordinary size (from 2**-85 on) the floor adds nothing, and compiled
-        # loops, which compute the scale anew for every few values, do without the branch of a clamp.
+        # Fixed ranges are never negative, so adding the floor is enough. From 2**-85 on the sum equals amax. Compiled loops
+        # compute the scale again for every few values; an addition spares them the branch of a clamp.
         floored = amax.clamp(min=SMALLEST_AMAX) if spec.learned else amax + SMALLEST_AMAX
         return floored / high, None
     assert amin is not None
     steps = high - low
     start, end = amin.float().clamp(max=0), amax.clamp(min=0)
-    # divided before they are added: the width of the largest ranges is beyond float32
+    # Dividing first avoids overflow: the width of the largest ranges does not fit float32.
     scale = (end / steps - start / steps).clamp(min=SMALLEST_AMAX / steps)
     return scale, torch.clamp(low - torch.round(start / scale), low, high)
 
 
 def quantize(x: Tensor, scale: Tensor, spec: TensorSpec, zero_point: Tensor | None = None) -> Tensor:
-    """Integers of the grid nearest to x / scale + zero point, as float32; halves round to even, the rest saturates, NaN
-    stays NaN."""
+    """round(x / scale) + zero point, clamped to the grid: integers as float32. Halves round to even; NaN stays NaN."""
     low, high = spec.bounds
     integers = torch.round(x.float() / scale)
     return torch.clamp(integers if zero_point is None else integers + zero_point, low, high)
 
 
 def dequantize(integers: Tensor, scale: Tensor, zero_point: Tensor | None = None) -> Tensor:
-    """The real numbers that the integers stand for; float32."""
+    """(integers - zero point) * scale, float32."""
     integers = integers.float()
     return (integers if zero_point is None else integers - zero_point) * scale

@@ -1,7 +1,7 @@
-"""One table of what each operation does with values: whether it moves, clips, averages them, and the like.
+"""One table that says of each operation whether it moves, clips, averages … its values.
 
-Placement looks up what torch.fx records (functions, methods' names, module classes), export what torch.export records (ATen
-overloads).
+Placement looks up what torch.fx records: functions, names of methods, classes of modules. Export looks up what torch.export
+records: ATen overloads.
 """
 
 from __future__ import annotations
@@ -24,29 +24,29 @@ class Kind(enum.Flag):
     """What an operation does in eval mode with the values of its first operand."""
 
     IDENTITY = enum.auto()
-    """The results are the values."""
+    """It returns the values unchanged."""
     RESHAPES = enum.auto()
-    """The results are the values, each once, in another shape or order."""
+    """It returns every value once, in another shape or order."""
     MOVES = enum.auto()
-    """Every result is one of the values; rounding may come before or after."""
+    """Every result is one of the values. Rounding before or after gives the same."""
     CLIPS = enum.auto()
-    """Every result is the nearest value between two fixed ends; rounding may come before or after."""
+    """It clamps the values between two fixed ends. Rounding before or after gives the same."""
     MONOTONIC = enum.auto()
-    """One result for each value, and none is below that of a smaller value."""
+    """It is elementwise, and a larger value never gives a smaller result."""
     ROUNDS = enum.auto()
-    """Every result is the nearest value of a grid, which has zero."""
+    """It rounds the values to a grid that holds zero."""
     AVERAGES = enum.auto()
     """Every result is a mean of values."""
     NEVER_NEGATIVE = enum.auto()
-    """No result is below zero, whatever the values are."""
+    """No result is below zero, for any values."""
     ADDS = enum.auto()
-    """Results are sums of two operands."""
+    """It adds two operands."""
     MULTIPLIES = enum.auto()
-    """Results are products of two operands."""
+    """It multiplies two operands."""
     CONCATENATES = enum.auto()
-    """The results are the values of all operands, one behind the other."""
+    """It concatenates its operands."""
     CONVOLVES = enum.auto()
-    """A convolution, whose weights are the second operand."""
+    """It is a convolution; the weights are the second operand."""
 
 
 class _Row(NamedTuple):
@@ -92,7 +92,7 @@ _TABLE = (
     ),
     _Row(_SQUASHING, (F.hardsigmoid,), (), (nn.Hardsigmoid,), (aten.hardsigmoid.default, aten.hardsigmoid_.default)),
     _Row(Kind.NEVER_NEGATIVE, (torch.softmax, F.softmax), ("softmax",), (nn.Softmax,), (aten.softmax.int,)),
-    # of several values the largest
+    # a maximum is one of the values
     _Row(Kind.MOVES, (F.max_pool2d,), (), (nn.MaxPool2d,), (aten.max_pool2d.default, aten.adaptive_max_pool2d.default)),
     _Row(
         Kind.MOVES | Kind.RESHAPES,
@@ -175,15 +175,15 @@ _KINDS: dict[Any, Kind] = {operation: row.kind for row in _TABLE for operations 
 
 
 def kind_of(operation: Any) -> Kind:
-    """What the table says of an operation; ``Kind(0)`` if nothing.
+    """The kind of an operation; ``Kind(0)`` if the table does not have it.
 
     Args:
-        operation: a function, a tensor method's name, an ATen overload, or a module's class. That very class: one that is
-            derived from it may do anything.
+        operation: a function, a tensor method's name, an ATen overload, or a module's class. Subclasses are not found,
+            because they may compute anything.
     """
     return _KINDS.get(operation, NOTHING)
 
 
 def kind_of_base(module: type[nn.Module]) -> Kind:
-    """What the table says of a module's class or, where it says nothing, of the nearest class it is derived from."""
+    """The kind of a module's class or, if the table does not have it, of its nearest base class."""
     return next((_KINDS[base] for base in module.__mro__ if base in _KINDS), NOTHING)

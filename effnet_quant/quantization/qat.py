@@ -1,4 +1,4 @@
-"""What training with fake quantization adds to training: plain functions that a loop calls between its steps."""
+"""Quantization-aware training (QAT): its settings, and plain functions that a training loop calls between steps."""
 
 from __future__ import annotations
 
@@ -23,22 +23,22 @@ from effnet_quant.tasks.task import Outputs, Task
 
 @dataclass(frozen=True)
 class QatConfig:
-    """How a network is calibrated, and what training with fake quantization adds to training.
+    """Settings of calibration and of training with fake quantization.
 
     Attributes:
         calibration_method: a name in calibration.METHODS.
-        percentile: share of the magnitudes that the method "percentile" covers, in percent; None for the usual one.
-        calibration_images: training images to calibrate with.
+        percentile: share of the magnitudes that the method "percentile" covers, in percent; None for the default.
+        calibration_images: number of training images to calibrate with.
         gradual_start: epochs over which the quantizers are switched on, one after another; 0 for all at once.
         follow_ranges: epochs at the start in which fixed ranges follow the data.
-        freeze_bn: the epoch, counted from 0, from which on BatchNorm's statistics stay; None for never.
-        reestimate_bn: whether BatchNorm's statistics are measured anew after every epoch.
-        distill: float weights of the same model, a teacher for the training; None for no teacher.
+        freeze_bn: the epoch, counted from 0, that freezes BatchNorm's statistics; None for never.
+        reestimate_bn: whether BatchNorm's statistics are measured again after every epoch.
+        distill: file with float weights of the same model, which becomes the teacher; None for no teacher.
         distill_temperature: divides the outputs of teacher and student.
-        distill_weight: the teacher's share of the loss.
+        distill_weight: the teacher's share of the loss, 0 … 1.
 
     Raises:
-        UserError: a value that means nothing. The message names quant_main.py's flag.
+        UserError: an invalid value. The message names quant_main.py's flag.
     """
 
     calibration_method: str = DEFAULT_METHOD
@@ -67,11 +67,11 @@ class QatConfig:
 
 
 def gradual_start(model: nn.Module, epoch: int, epochs: int) -> None:
-    """Switch on the part of the quantizers that ``epoch`` (from 0) asks for: in the order of the definition, evenly over
-    ``epochs``, all of them from then on. Those without a range stay off.
+    """Switch on the quantizers whose turn has come by ``epoch``, counted from 0. Quantizers without a range stay off.
 
-    Call it before every epoch; it depends on nothing that came before, so a resumed run goes on as it was. A compiled
-    model compiles again where the set changes.
+    They are switched on in the order of ``quantizers``, evenly over ``epochs``; from then on all are on. Call it before
+    every epoch. The set depends on ``epoch`` alone, so a resumed run goes on as before. A compiled model compiles again
+    when the set changes.
     """
     places = [quantizer for _, quantizer in quantizers(model)]
     count = len(places) if epoch >= epochs else math.ceil(len(places) * (epoch + 1) / (epochs + 1))
@@ -80,7 +80,7 @@ def gradual_start(model: nn.Module, epoch: int, epochs: int) -> None:
 
 
 class _RunningRange:
-    """Lets a fixed range follow the data: an exponential moving average of each batch's extremes."""
+    """Moves a fixed range to the exponential moving average of each batch's extremes."""
 
     def __init__(self, quantizer: TensorQuantizer, momentum: float) -> None:
         self._quantizer = quantizer
@@ -99,16 +99,19 @@ class _RunningRange:
         self._follow(quantizer._amax, high)
 
     def _follow(self, end: Tensor, extreme: Tensor) -> None:
-        """Overflow in one batch, which a loss scaler forgives, must not stay in the range."""
+        """Move ``end`` towards ``extreme``. Infinity and NaN are skipped: a loss scaler skips such a batch too."""
         end.lerp_(torch.where(torch.isfinite(extreme), extreme, end), self._momentum)
 
 
 def follow_ranges(model: nn.Module, momentum: float = 0.01) -> None:
-    """Let the fixed ranges of calibrated activation quantizers follow the data in training mode, from now on.
+    """From now on, let the fixed ranges of activations follow the data in training mode.
 
-    Under DistributedDataParallel, which hands out the buffers of process 0, they follow the images of that process.
+    Each range becomes an exponential moving average of the batches' extremes. Learned ranges and quantizers without a
+    range are left out. DistributedDataParallel sends the buffers of process 0 to all, so ranges follow the images of that
+    process.
 
     Args:
+        model: a calibrated model.
         momentum: share of each new batch's extremes in the moving average.
     """
     for _, quantizer in quantizers(model):
@@ -117,33 +120,35 @@ def follow_ranges(model: nn.Module, momentum: float = 0.01) -> None:
 
 
 def freeze_ranges(model: nn.Module) -> None:
-    """End what ``follow_ranges`` began: the ranges stay as they are."""
+    """Undo ``follow_ranges``: the ranges stay as they are from now on."""
     for _, quantizer in quantizers(model):
         if isinstance(quantizer.observer, _RunningRange):
             quantizer.observer = None
 
 
 def freeze_batch_norm(model: nn.Module) -> None:
-    """Let BatchNorm layers normalise with their running statistics and leave these alone; their scale and offset go on
-    learning. ``model.train()`` undoes it, so call it after that, in every epoch that should be so."""
+    """Put BatchNorm layers in eval mode: they use their running statistics and do not change them.
+
+    Their scale and offset still learn. ``model.train()`` undoes this, so call the function after it, in every epoch.
+    """
     for module in _batch_norms(model):
         module.eval()
 
 
 def reestimate_batch_norm(model: nn.Module, batches: Iterable[Batch]) -> None:
-    """Measure BatchNorm's running statistics anew, as the mean over ``batches`` weighted by their images, with the
-    quantizers as they are and nothing else in training mode (no dropout). Outputs of convolutions are not rounded
-    meanwhile: their ranges hang on these statistics (``track_outputs`` brings them up to date).
+    """Measure BatchNorm's running statistics again, as the mean over all images of ``batches``.
 
-    Quantized weights that hop between two values of the grid leave the running averages behind (Nagel et al. 2022). In a
-    process group all get the mean over all processes' images.
+    Quantized weights that oscillate between two values of the grid spoil the running averages (Nagel et al. 2022).
+    All other modules are in eval mode (no dropout). Quantizers stay as they are, except those of outputs, which are off:
+    their ranges depend on these statistics. Call ``track_outputs`` afterwards. In a process group all processes get the
+    mean over all images.
 
     Args:
         model: any model with BatchNorm layers.
         batches: float images (N, C, H, W) as the model takes them, or a tuple of the model's arguments for each batch.
 
     Raises:
-        UserError: there are no images, or something else than a batch.
+        UserError: there are no images, or a batch has another form.
     """
     layers = list(_batch_norms(model))
     momenta = [layer.momentum for layer in layers]
@@ -160,7 +165,7 @@ def reestimate_batch_norm(model: nn.Module, batches: Iterable[Batch]) -> None:
                 arguments, examples = model_arguments(batch, device)
                 images += examples
                 for layer in layers:
-                    layer.momentum = examples / images  # the first batch replaces what was there
+                    layer.momentum = examples / images  # 1 for the first batch, which replaces the old statistics
                 model(*arguments)
     finally:
         for layer, momentum in zip(layers, momenta, strict=True):
@@ -196,10 +201,10 @@ class Distillation:
     """Distillation from a float network (Hinton et al. 2015).
 
     Attributes:
-        teacher: stays in eval mode and is not trained. See ``float_teacher``.
+        teacher: the float network, in eval mode and not trained; see ``float_teacher``.
         temperature: above 0; see ``Task.distillation_loss``.
-        weight: 0 … 1, the teacher's share of the loss; the targets have the rest.
-        task: what both networks are for.
+        weight: the teacher's share of the loss, 0 … 1; the targets have the rest.
+        task: the task of both networks.
     """
 
     teacher: nn.Module
@@ -208,8 +213,10 @@ class Distillation:
     task: Task = CLASSIFICATION
 
     def loss(self, target_loss: Tensor, outputs: Outputs, images: Tensor) -> Tensor:
-        """The mixed loss. ``images`` are what the trained network made ``outputs`` of; the teacher sees them in the autocast
-        around the call."""
+        """(1 - weight) * target_loss + weight * distillation loss, a scalar.
+
+        ``images`` are the inputs that gave ``outputs``. The teacher runs on them, in the autocast around the call.
+        """
         with torch.no_grad():
             taught = self.teacher(images)
         distilled = self.task.distillation_loss(outputs, taught, self.temperature)
@@ -217,7 +224,7 @@ class Distillation:
 
 
 def float_teacher(model: nn.Module) -> nn.Module:
-    """A copy of a quantized network that computes in float, in eval mode, without gradients."""
+    """A copy of a quantized network, in eval mode and without gradients, that computes in float."""
     teacher = copy.deepcopy(model).eval().requires_grad_(False)
     for _, quantizer in quantizers(teacher):
         quantizer.enabled, quantizer.observer = False, None
@@ -227,10 +234,10 @@ def float_teacher(model: nn.Module) -> nn.Module:
 
 
 def find_not_finite(model: nn.Module, images: Tensor) -> str | None:
-    """The name of the first quantizer, in the order of computation, that meets NaN or infinity or has it in its range; None
-    if none does.
+    """The name of the first quantizer that meets NaN or infinity, or has it in its range; None if no quantizer does.
 
-    What to say when a loss is not finite. The model runs once in eval mode and is returned to the mode it was in.
+    It explains a loss that is not finite. The model runs once in eval mode, and "first" is in the order of that run.
+    Afterwards the model is in its old mode.
     """
     found: list[str] = []
     before = {}

@@ -1,8 +1,8 @@
-"""Quantized twins of the layers that carry quantizers.
+"""Quantized twins of convolution, linear and pooling layers and of activations with a gate.
 
-The children are called ``_input_quantizer`` and ``_weight_quantizer``, as in NVIDIA's pytorch-quantization, so that state
-dicts are exchangeable. Elementwise operations have no twin: a TensorQuantizer takes the place of each QuantPoint that
-marks their operands (``mul_a_quantizer``, ``mul_b_quantizer``, ``residual_quantizer``).
+Quantizers are children called ``_input_quantizer`` and ``_weight_quantizer``, as in NVIDIA's pytorch-quantization, so state
+dicts are exchangeable. Elementwise operations have no twin. A QuantPoint marks their operands (``mul_a_quantizer``,
+``mul_b_quantizer``, ``residual_quantizer``), and a TensorQuantizer replaces it.
 """
 
 from __future__ import annotations
@@ -22,14 +22,14 @@ from effnet_quant.quantization.quantizer import AFFINE_UINT8, TensorQuantizer
 from effnet_quant.quantization.spec import SpecLookup
 from effnet_quant.quantization.targets import FollowsTarget, Target
 
-IMAGE_CHANNELS = 4  # a convolution of no more channels takes the image
+IMAGE_CHANNELS = 4  # a convolution with at most this many input channels is the stem
 
 
 class QuantConv2d(FollowsTarget, nn.Conv2d):
-    """Conv2d over the quantized input and the quantized weights; the result stays float.
+    """Conv2d with quantized input and weights; the output stays float.
 
     Attributes:
-        bias_is_folded: whether engines add the bias to that of the BatchNorm behind.
+        bias_is_folded: whether engines fold the bias into that of the BatchNorm after it.
         rounds_bias: whether the simulated engine rounds biases to integers, in eval mode.
     """
 
@@ -40,7 +40,7 @@ class QuantConv2d(FollowsTarget, nn.Conv2d):
 
     @staticmethod
     def from_float(conv: nn.Conv2d, spec: SpecLookup, name: str) -> QuantConv2d:
-        """The twin of ``conv``, whose name in the model is ``name``, sharing its parameters."""
+        """The twin of ``conv``, which shares its parameters. ``name`` is its name in the model."""
         twin = QuantConv2d(
             conv.in_channels,
             conv.out_channels,
@@ -64,22 +64,24 @@ class QuantConv2d(FollowsTarget, nn.Conv2d):
         input, weight = self._input_quantizer(input), self._weight_quantizer(self.weight)
         pointwise = self.kernel_size == (1, 1) and self.groups == 1 and not any(self.padding)
         if self.training and pointwise and input.shape[2:] == (1, 1):
-            # squeeze-and-excitation: the same sums in half the time or less; eval mode keeps a convolution's order
+            # Squeeze-and-excitation: linear takes half the time or less. Eval mode keeps the convolution's order of sums.
             return F.linear(input.flatten(1), weight.flatten(1), self.bias)[:, :, None, None]
         rounds = self.rounds_bias and not self.bias_is_folded and not self.training
         return self._conv_forward(input, weight, layer_bias(self) if rounds else self.bias)
 
 
 class QuantSubclass(nn.Module):
-    """Put before a subclass of Conv2d or Linear that has a forward of its own (timm's padded and standardised convolutions,
-    its linear layer): it quantizes the input, and the weights that this forward hands to the convolution."""
+    """Base class put before a subclass of Conv2d or Linear that has its own forward, e.g. timm's standardised convolutions.
+
+    It quantizes the input, and the weights that the forward passes to the convolution or linear function.
+    """
 
     _input_quantizer: nn.Module
     _weight_quantizer: nn.Module
 
     @staticmethod
     def convert(layer: nn.Conv2d | nn.Linear, spec: SpecLookup, name: str) -> None:
-        """Turn ``layer``, whose name in the model is ``name``, into its twin, in place."""
+        """Turn ``layer`` into its twin, in place. ``name`` is its name in the model."""
         own = layer.__class__
         layer.__class__ = types.new_class(f"Quant{own.__name__}", (QuantSubclass, own))
         _add_quantizers(layer, layer.weight, spec, name)
@@ -89,7 +91,7 @@ class QuantSubclass(nn.Module):
             return super().forward(self._input_quantizer(input))
 
     def weight_in_use(self) -> Tensor:
-        """What the convolution gets: the parameter, or what the class's forward makes of it (standardised weights)."""
+        """The weights passed to the convolution or linear function: the parameter, or e.g. standardised weights."""
         seen: list[Tensor] = []
 
         def note(used: Tensor) -> Tensor:
@@ -105,7 +107,7 @@ class QuantSubclass(nn.Module):
 
 
 class _WeightsThrough(TorchFunctionMode):
-    """Lets the weights of each convolution and linear function pass through ``function`` first."""
+    """Applies ``function`` to the weights in every call of F.conv2d and F.linear."""
 
     def __init__(self, function: Callable[[Tensor], Tensor]) -> None:
         super().__init__()
@@ -118,7 +120,7 @@ class _WeightsThrough(TorchFunctionMode):
 
 
 class QuantLinear(FollowsTarget, nn.Linear):
-    """Linear over the quantized input and the quantized weights; the result stays float.
+    """Linear with quantized input and weights; the output stays float.
 
     Attributes:
         rounds_bias: whether the simulated engine rounds biases to integers, in eval mode.
@@ -130,7 +132,7 @@ class QuantLinear(FollowsTarget, nn.Linear):
 
     @staticmethod
     def from_float(linear: nn.Linear, spec: SpecLookup, name: str) -> QuantLinear:
-        """The twin of ``linear``, whose name in the model is ``name``, sharing its parameters."""
+        """The twin of ``linear``, which shares its parameters. ``name`` is its name in the model."""
         twin = QuantLinear(linear.in_features, linear.out_features, linear.bias is not None, device="meta")
         _adopt_weight(twin, linear, spec, name)
         return twin
@@ -140,18 +142,19 @@ class QuantLinear(FollowsTarget, nn.Linear):
         self.rounds_bias = target.quantized_bias
 
     def forward(self, input: Tensor) -> Tensor:
-        rounds = self.rounds_bias and not self.training and input.dim() == 2  # a sequence's is added in float
+        rounds = self.rounds_bias and not self.training and input.dim() == 2  # engines add a sequence's bias in float
         bias = layer_bias(self) if rounds else self.bias
         return F.linear(self._input_quantizer(input), self._weight_quantizer(self.weight), bias)
 
 
 class QuantGate(nn.Module):
-    """x * gate(x) whose gate, a number between 0 and 1, is rounded to multiples of 1/255 where x is rounded, so that engines
-    find it with integers alone: SiLU's in a table of 256 entries, hard-swish's by a sum that saturates.
+    """x * gate(x), with a gate between 0 and 1. Where x is rounded, the gate is rounded to multiples of 1/255.
+
+    Engines then compute the gate from integers: SiLU's in a table of 256 entries, hard-swish's by a saturating sum.
 
     Args:
-        input: the quantizer of x; it stays where it is in the model.
-        inplace: overwrite the input where nothing is rounded.
+        input: the quantizer of x; it stays at its place in the model.
+        inplace: overwrite the input where the gate is not rounded.
 
     Attributes:
         activation: the class of the float activation.
@@ -172,7 +175,7 @@ class QuantGate(nn.Module):
 
     @abstractmethod
     def gate(self, x: Tensor) -> Tensor:
-        """What x is multiplied with."""
+        """The gate of x, in 0 … 1 and in the shape of x."""
 
     def forward(self, x: Tensor) -> Tensor:
         return x * self.gate_quantizer(self.gate(x)) if self.rounds else super().forward(x)
@@ -188,8 +191,8 @@ class QuantSiLU(QuantGate, nn.SiLU):
 
     def forward(self, x: Tensor) -> Tensor:
         if self.training and torch.compiler.is_compiling() and not self.rounds:
-            # the quantizer behind it needs the result again in the backward pass, where this form shares its sigmoid with
-            # the gradient's; silu's own form costs a second exponential
+            # The next quantizer needs the result again in the backward pass. In this form result and gradient share one
+            # sigmoid there; F.silu would cost a second exponential.
             return x * torch.sigmoid(x)
         return super().forward(x)
 
@@ -207,7 +210,7 @@ _GATES: dict[type, type[QuantGate]] = {twin.activation: twin for twin in (QuantS
 
 
 def quant_gate(activation: nn.Module | None, input: TensorQuantizer) -> QuantGate | None:
-    """The twin of an activation behind ``input``; None if it has none."""
+    """The twin of an activation that follows the quantizer ``input``; None for other modules."""
     twin = _GATES.get(type(activation))
     if twin is None:
         return None
@@ -216,7 +219,7 @@ def quant_gate(activation: nn.Module | None, input: TensorQuantizer) -> QuantGat
 
 
 def layer_operation(layer: nn.Module) -> str:
-    """Which of the targets' OPERATIONS a convolution or linear layer is."""
+    """The name in the targets' OPERATIONS of a convolution or linear layer."""
     if not isinstance(layer, nn.Conv2d):
         return "linear"
     if layer.in_channels <= IMAGE_CHANNELS:
@@ -225,13 +228,13 @@ def layer_operation(layer: nn.Module) -> str:
 
 
 class QuantAdaptiveAvgPool2d(nn.AdaptiveAvgPool2d):
-    """AdaptiveAvgPool2d over the quantized input."""
+    """AdaptiveAvgPool2d with quantized input."""
 
     _input_quantizer: nn.Module
 
     @staticmethod
     def from_float(pooling: nn.AdaptiveAvgPool2d, spec: SpecLookup, name: str) -> QuantAdaptiveAvgPool2d:
-        """The twin of ``pooling``, whose name in the model is ``name``."""
+        """The twin of ``pooling``. ``name`` is its name in the model."""
         twin = QuantAdaptiveAvgPool2d(pooling.output_size)
         twin._input_quantizer = input_quantizer(spec, f"{name}._input_quantizer", "pool")
         return twin
@@ -241,13 +244,13 @@ class QuantAdaptiveAvgPool2d(nn.AdaptiveAvgPool2d):
 
 
 class QuantAvgPool2d(nn.AvgPool2d):
-    """AvgPool2d over the quantized input."""
+    """AvgPool2d with quantized input."""
 
     _input_quantizer: nn.Module
 
     @staticmethod
     def from_float(pooling: nn.AvgPool2d, spec: SpecLookup, name: str) -> QuantAvgPool2d:
-        """The twin of ``pooling``, whose name in the model is ``name``."""
+        """The twin of ``pooling``. ``name`` is its name in the model."""
         twin = QuantAvgPool2d(
             pooling.kernel_size,
             pooling.stride,
@@ -264,7 +267,7 @@ class QuantAvgPool2d(nn.AvgPool2d):
 
 
 def float_weight(layer: nn.Module) -> Tensor:
-    """The float weights that the layer quantizes."""
+    """The float weights that go into the layer's weight quantizer."""
     if isinstance(layer, QuantSubclass):
         return layer.weight_in_use()
     assert isinstance(layer.weight, Tensor)
@@ -272,14 +275,17 @@ def float_weight(layer: nn.Module) -> Tensor:
 
 
 def input_quantizer(spec: SpecLookup, name: str, operation: str) -> nn.Module:
-    """What stands at ``name``, before ``operation``: a quantizer, or the identity where ``spec`` says float."""
+    """The module for the place ``name``, before ``operation``: a quantizer, or the identity where ``spec`` says float."""
     own = spec.at(name)
     return nn.Identity() if own is None else TensorQuantizer(own.activation, operation=operation)
 
 
 def output_quantizer(spec: SpecLookup, name: str, layer: nn.Module) -> nn.Module:
-    """What stands at ``name``, behind ``layer``: a quantizer, or the identity where ``spec`` says float or the layer does
-    not compute with integers of 8 bits or less, so that no engine writes 8-bit integers there."""
+    """The module for the place ``name``, after ``layer``: an output quantizer or the identity.
+
+    The identity where ``spec`` says float, or where input or weights of the layer are not quantized to 8 bits or less.
+    No engine writes 8-bit integers there.
+    """
     operands = [getattr(layer, f"_{operand}_quantizer", None) for operand in ("input", "weight")]
     integer = all(isinstance(operand, TensorQuantizer) and operand.spec.bits <= 8 for operand in operands)
     if spec.at(name) is None or not integer:

@@ -19,38 +19,38 @@ AFFINE_UINT8 = TensorSpec(symmetric=False, signed=False)  # the grid of outputs 
 
 
 class Observer(Protocol):
-    """What looks at the float tensors that pass a quantizer."""
+    """Sees the float tensors that pass a quantizer."""
 
     def observe(self, x: Tensor) -> None:
-        """Take one batch into account."""
+        """See one batch."""
 
 
 class TensorQuantizer(FollowsTarget, nn.Module):
-    """Fake quantization over one range. The role says of what.
+    """Fake quantization with one range. The role says which tensor it quantizes.
 
-    - "input": what an operation computes with. The state-dict entry is ``_amax``, as in NVIDIA's pytorch-quantization.
+    - "input": an operand of an operation. The state-dict entry is ``_amax``, as in NVIDIA's pytorch-quantization.
       Affine grids have a second entry, ``_amin``, the lower end. A fixed range is a buffer, a learned one a parameter.
-    - "weight": the same of a layer's weights.
-    - "output": what a layer writes. ONNX Runtime's integer layers write 8-bit integers, before the activation. The range
-      is what calibration saw. State dicts have ``_low`` and ``_high`` where there is one, so a network as built has
-      NVIDIA's names.
-    - "gate": what SiLU and hard-swish multiply their input with. The range is 0 to 1, and no state dict has it.
+    - "weight": the weights of a layer, with the same entries.
+    - "output": the output of a layer before the activation, which ONNX Runtime's integer layers write in 8 bits. The range
+      holds all that calibration saw. State dicts have the range as ``_low`` and ``_high`` once it is known, so a new
+      network has NVIDIA's names only.
+    - "gate": the factor that SiLU and hard-swish multiply their input by. The range is 0 to 1 and in no state dict.
 
-    Outputs and gates are rounded in eval mode only: training does not pay for them.
+    Outputs and gates are rounded in eval mode only, so they cost training nothing.
 
-    A quantizer without a range passes its input through, so a network that is not calibrated yet computes what the float
-    network does. Calibrating it or loading a range switches it on. ``enabled`` and ``observer`` only change between
-    forward passes, never inside one: torch.compile sees constants.
+    A quantizer without a range passes its input through, so a network without ranges computes what the float network does.
+    Calibrating it or loading a range switches it on. ``enabled`` and ``observer`` change between forward passes only, so
+    they are constants for torch.compile.
 
     Args:
         spec: the grid.
         amax_shape: () for one range, or e.g. (C, 1, 1, 1) for one per output channel.
-        operation: what computes with the quantized value or, of an output, what writes it: one of the targets' OPERATIONS.
+        operation: the operation that reads the quantized value or, for an output, writes it; one of the targets' OPERATIONS.
         role: see above.
 
     Attributes:
-        spec: the grid in use: the given one, or its unsigned twin (``follow``).
-        simulated: whether the simulated engine rounds here; the value passes if not.
+        spec: the grid in use: the given one, or an unsigned one over the same range (``follow``).
+        simulated: whether the simulated engine rounds here; if not, values pass through.
         never_negative: whether the network's structure keeps negative values away, as a ReLU does.
     """
 
@@ -102,8 +102,8 @@ class TensorQuantizer(FollowsTarget, nn.Module):
 
     @property
     def amax(self) -> Tensor:
-        """Upper end of the range, on a symmetric grid the largest magnitude; float32, of shape () or one entry a channel.
-        Not finite before calibration."""
+        """Upper end of the range, float32 in the shape ``amax_shape``. On a symmetric grid it is the largest magnitude.
+        Before calibration it is not finite."""
         return self.upper.detach()
 
     @property
@@ -124,14 +124,14 @@ class TensorQuantizer(FollowsTarget, nn.Module):
 
     @property
     def calibrated(self) -> bool:
-        """Whether every range is a finite number. To look waits for the GPU."""
+        """Whether the range is finite in every channel. Reading this waits for the GPU."""
         return all(
             not end.is_meta and bool(torch.isfinite(end).all()) for end in (self.amax, self.amin) if end is not None
         )
 
     @property
     def range(self) -> tuple[float, float] | None:
-        """Ends of the range of a whole tensor, -amax and amax on a symmetric grid; None before calibration."""
+        """Both ends of a per-tensor range; on a symmetric grid -amax and amax. None before calibration."""
         if not self.calibrated:
             return None
         high = self.amax.item()
@@ -172,20 +172,22 @@ class TensorQuantizer(FollowsTarget, nn.Module):
         self.enabled = True
 
     def start_tracking(self) -> None:
-        """Forget the range of an output and find it anew in what passes from now on."""
+        """Forget an output's range and collect the extremes of all values that pass from now on."""
         assert self.lower is not None
         self.lower.fill_(torch.inf)
         self.upper.fill_(-torch.inf)
         self.observer, self.enabled = _Tracker(self.lower, self.upper), False
 
     def stop_tracking(self) -> None:
-        """Round to the range found from now on, if anything passed."""
+        """End ``start_tracking`` and round to the range found, if any value passed."""
         self.observer, self.enabled = None, self.calibrated
 
     def follow(self, target: Target) -> None:
-        """Round where the engine of ``target`` does: values that its integer operations take and, where they need it,
-        write. Values that are never negative get the grid 0 … 2**bits - 1 where the engine takes it, whose steps are half
-        as wide over the same range."""
+        """Round here if the engine of ``target`` does, on the grid that it uses.
+
+        Engines round the inputs of their integer operations and, if ``target.quantized_outputs``, the outputs. Values that
+        are never negative get the unsigned grid 0 … 2**bits - 1 if the engine takes it; its steps are half as wide.
+        """
         self.simulated = self.operation in target.quantized and (self.role != "output" or target.quantized_outputs)
         given = self._given_spec
         unsigned = target.unsigned and self.never_negative and given.symmetric and given.bits <= 8
@@ -199,7 +201,7 @@ class TensorQuantizer(FollowsTarget, nn.Module):
         return fake_quantize(x, self.upper, self.spec, self.lower, batched=self.role != "weight")
 
     def _save_to_state_dict(self, destination: dict[str, Any], prefix: str, keep_vars: bool) -> None:
-        if self.role != "output" or self.enabled:  # not the range itself: to look at it waits for the GPU
+        if self.role != "output" or self.enabled:  # not self.calibrated, which waits for the GPU
             super()._save_to_state_dict(destination, prefix, keep_vars)
 
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any, **kwargs: Any) -> None:
@@ -219,7 +221,7 @@ class TensorQuantizer(FollowsTarget, nn.Module):
 
 
 class _Tracker:
-    """Widens a range to all that passes; NaN stays in it."""
+    """Widens a range to all values that pass; a NaN stays in it."""
 
     def __init__(self, lower: Tensor, upper: Tensor) -> None:
         self._lower, self._upper = lower, upper

@@ -1,4 +1,4 @@
-"""What a quantized number looks like: bits, granularity, symmetry, and where which choice holds."""
+"""TensorSpec and QuantSpec: bits, granularity and symmetry of each quantizer; the presets."""
 
 from __future__ import annotations
 
@@ -15,18 +15,19 @@ WIDTHS = (2, 3, 4, 5, 6, 7, 8, 16)
 
 @dataclass(frozen=True)
 class TensorSpec:
-    """An integer grid, and how many ranges a tensor has on it.
+    """The integer grid of a tensor, and whether the tensor has one range or one per channel.
 
-    With ``symmetric``, scale = amax / largest integer and the zero point is 0. Otherwise (affine) the range [amin, amax],
-    widened to hold zero, is spread over the whole grid, and the zero point is the integer that stands for 0.0.
+    A symmetric grid has scale = amax / largest integer and zero point 0. An affine grid spreads the range [amin, amax],
+    widened to hold zero, over all its integers; the zero point is the integer that stands for 0.0.
 
     Attributes:
         bits: width of the integer, 2 to 8 or 16; 8 gives the grid -128 … 127.
-        per_channel: one range per output channel of weights, which is their dimension 0, or one per tensor.
-        symmetric: zero point 0, or affine.
-        signed: -2**(bits - 1) … 2**(bits - 1) - 1, or 0 … 2**bits - 1. A symmetric unsigned grid has no negative values.
+        per_channel: one range per output channel (dimension 0 of weights); else one per tensor.
+        symmetric: a symmetric grid; else an affine one.
+        signed: the integers -2**(bits - 1) … 2**(bits - 1) - 1; else 0 … 2**bits - 1. A symmetric unsigned grid has no
+            negative values.
         narrow: leave out the smallest integer of a signed grid: -127 … 127.
-        learned: the range is a parameter that training moves (LSQ), or stays what calibration made it.
+        learned: training moves the range (LSQ); else the range stays as calibrated.
 
     Raises:
         UserError: another width, or a narrow unsigned grid.
@@ -55,7 +56,7 @@ class TensorSpec:
         return -(2 ** (self.bits - 1)) + self.narrow, 2 ** (self.bits - 1) - 1
 
     def amax_shape(self, shape: tuple[int, ...]) -> tuple[int, ...]:
-        """Shape of the range of weights of this shape: (C, 1, 1, 1) for a convolution's with ``per_channel``, else ()."""
+        """Shape of amax for weights of this shape: with ``per_channel`` e.g. (C, 1, 1, 1) for a convolution, else ()."""
         return (shape[0], *(1 for _ in shape[1:])) if self.per_channel else ()
 
     def __str__(self) -> str:
@@ -72,9 +73,9 @@ class QuantSpec:
     Attributes:
         weight: the grid of weights; by default per output channel.
         activation: the grid of activations; always one range per tensor.
-        overrides: (pattern, QuantSpec, or None for float), in order; the last pattern that matches a place wins. A pattern
-            matches a module by its name, with wildcards, and then everything inside it: "stem", "layers.0.*",
-            "*._weight_quantizer". ``with_overrides`` takes them as a mapping.
+        overrides: pairs of a pattern and a QuantSpec, or None for float. The last pattern that matches wins. A pattern is
+            the name of a module or quantizer and may have wildcards: "stem", "layers.0.*", "*._weight_quantizer". It also
+            matches everything inside the module. ``with_overrides`` takes a mapping too.
 
     Raises:
         UserError: activations with a range per channel.
@@ -92,13 +93,13 @@ class QuantSpec:
         """The same spec with more overrides, e.g. ``{"stem.*": "w8a16", "classifier": None}``; "float" is the same as None.
 
         Raises:
-            UserError: a pattern is no text, or its spec means nothing or has overrides of its own.
+            UserError: a pattern is no text, or its spec is invalid or has overrides of its own.
         """
         pairs = overrides.items() if isinstance(overrides, Mapping) else overrides
         return replace(self, overrides=(*self.overrides, *(_override(pattern, spec) for pattern, spec in pairs)))
 
     def override(self, name: str) -> QuantSpec | Literal["base"] | None:
-        """What the overrides say of the module or quantizer ``name``: a spec, None for float, "base" for nothing."""
+        """The override of the module or quantizer ``name``: a spec, None for float, or "base" if no pattern matches."""
         for pattern, spec in reversed(self.overrides):
             if _matches(name, pattern):
                 return spec
@@ -114,26 +115,26 @@ class QuantSpec:
         return [pattern for pattern, _ in self.overrides if not any(_matches(name, pattern) for name in names)]
 
     def learned(self) -> QuantSpec:
-        """The same grids with ranges that training moves (LSQ)."""
+        """The same spec with learned ranges (LSQ)."""
         return replace(
             self, weight=replace(self.weight, learned=True), activation=replace(self.activation, learned=True)
         )
 
     def to_json(self) -> dict[str, Any]:
-        """The spec as plain values, which ``resolve_spec`` reads back."""
+        """The spec as plain values; ``resolve_spec`` reads them."""
         return {
             "weight": asdict(self.weight),
             "activation": asdict(self.activation),
-            # pairs, because their order counts, which writers of JSON may change in a mapping
+            # pairs, because the order matters and JSON writers may change that of a mapping
             "overrides": [[name, None if spec is None else spec.to_json()] for name, spec in self.overrides],
         }
 
 
 class SpecLookup:
-    """What a spec says of each quantizer, asked by the quantizer's name when it is placed.
+    """Looks up the spec of each quantizer by its name while quantizers are placed.
 
     Attributes:
-        names: those that were asked for.
+        names: all names looked up so far.
     """
 
     def __init__(self, spec: QuantSpec) -> None:
@@ -146,7 +147,7 @@ class SpecLookup:
         return self._spec.at(name)
 
     def check_overrides(self) -> None:
-        """Raises UserError where an override matches none of the names that were asked for."""
+        """Raise a UserError if an override matches none of the names looked up."""
         if unmatched := self._spec.unmatched(self.names):
             raise UserError(f"the override '{unmatched[0]}' matches no quantizer of the model; check the name.")
 
@@ -172,25 +173,25 @@ _INT4_WEIGHT = TensorSpec(bits=4, per_channel=True)
 _FIXED = {
     "w8a8": QuantSpec(),
     "w8a8-affine": QuantSpec(activation=TensorSpec(bits=8, symmetric=False, signed=False)),
-    # two products of uint8 and 7 bits fit into 16: what fast kernels of CPUs without VNNI add
+    # Fast kernels of CPUs without VNNI add two products in 16 bits. Products of uint8 and 7 bits fit.
     "w7a8": QuantSpec(weight=TensorSpec(bits=7, per_channel=True)),
     "w8a16": QuantSpec(activation=TensorSpec(bits=16)),
     "w4a8": QuantSpec(weight=_INT4_WEIGHT),
-    # 16 values are too few to leave half of them unused behind a ReLU: affine
+    # Affine, because a symmetric grid would leave half of its 16 values unused behind a ReLU.
     "w4a4": QuantSpec(weight=_INT4_WEIGHT, activation=TensorSpec(bits=4, symmetric=False, signed=False)),
 }
 PRESETS = _FIXED | {f"{name}-lsq": spec.learned() for name, spec in _FIXED.items()}
 
 
 def resolve_spec(spec: str | QuantSpec | Mapping[str, Any]) -> QuantSpec:
-    """The QuantSpec of a preset's name, of a mapping (as in YAML), or the given one.
+    """The QuantSpec of a preset's name or of a mapping (as in YAML). A QuantSpec is returned as it is.
 
-    A mapping starts from ``preset`` (default w8a8) and changes it: ``weight`` and ``activation`` hold the fields of
-    TensorSpec that differ, ``overrides`` maps patterns to specs of any of these forms or to "float" (or null); it may be a
+    A mapping changes the preset named by ``preset`` (default w8a8). ``weight`` and ``activation`` hold the fields of
+    TensorSpec that differ. ``overrides`` maps patterns to specs of any of these forms, to "float" or to null. It may be a
     list of pairs, as ``to_json`` writes it.
 
     Raises:
-        UserError: there is no preset of that name, or an entry of the mapping means nothing.
+        UserError: there is no preset of that name, or an entry of the mapping is invalid.
     """
     if isinstance(spec, QuantSpec):
         return spec
@@ -229,7 +230,7 @@ def _changed(tensor: TensorSpec, changes: Any, role: str) -> TensorSpec:
 
 
 def _without_axis(changes: Mapping[str, Any], role: str) -> Mapping[str, Any]:
-    """The same with ``per_channel`` in the place of ``axis``, as specs of earlier versions have it: 0 or null."""
+    """The same changes with ``per_channel`` instead of ``axis``, which specs of earlier versions have (0 or null)."""
     if "axis" not in changes:
         return changes
     axis = changes["axis"]
@@ -249,7 +250,7 @@ def _check_keys(given: Mapping[str, Any], known: set[str], what: str) -> None:
 
 
 def same_grids(one: QuantSpec, other: QuantSpec) -> bool:
-    """Whether ranges of one spec mean the same on the other. Fixed ranges may become learned ones."""
+    """Whether ranges calibrated for one spec are valid for the other. Fixed ranges are valid as learned ones, and back."""
     return _all_learned(one) == _all_learned(other)
 
 

@@ -1,4 +1,4 @@
-"""Tasks: what a network is for; one file and one row of ``TASKS`` each."""
+"""Tasks: what a network is for. Each task has one file and one row in ``TASKS``."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from effnet_quant.errors import UserError
 if TYPE_CHECKING:
     from effnet_quant.tasks.task import Task
 
-# name -> where its task is; loaded on first use, so that a command line knows the names without torch
+# name -> module and constant of the task. Loaded on first use, so that command lines know the names without torch.
 TASKS = {
     "classification": "effnet_quant.tasks.classification.CLASSIFICATION",
 }
@@ -19,7 +19,7 @@ __all__ = ["TASKS", "get_task"]
 
 
 def get_task(name: str) -> Task:
-    """The named task, with its usual options.
+    """The named task, with its default options.
 
     Raises:
         UserError: there is no such task.

@@ -1,4 +1,4 @@
-"""Classification: which one of several classes is an example of?"""
+"""Classification: the task of finding the class of each example."""
 
 from __future__ import annotations
 
@@ -16,14 +16,14 @@ from effnet_quant.tasks.task import Metric, Processes, Score, Task
 
 @dataclass(frozen=True)
 class Classification(Task):
-    """Outputs are logits (N, classes). Targets are labels, int64 (N,); those of mixed examples are shares, float32
-    (N, classes). Predictions are labels.
+    """Outputs are logits (N, classes). Targets are labels, int64 (N,). Mixed examples have shares of the classes as targets,
+    float32 (N, classes). Predictions are labels.
 
     Attributes:
-        label_smoothing: 0 … 1, the share of a target that all classes have in equal parts (Szegedy et al.,
+        label_smoothing: 0 … 1, the share of a target that is spread evenly over all classes (Szegedy et al.,
             arXiv:1512.00567, section 7).
-        mixup: alpha of the Beta distribution that examples are blended by, 0 for no blending.
-        cutmix: alpha of the Beta distribution that boxes of images are exchanged by, 0 for none; with both, a coin decides.
+        mixup: alpha of mixup's Beta distribution; 0 for no mixup.
+        cutmix: alpha of CutMix's Beta distribution; 0 for no CutMix. If both are set, a coin decides for each batch.
         topk: k of the second accuracy.
     """
 
@@ -46,14 +46,14 @@ class Classification(Task):
         """temperature**2 * KL(teacher || student) of the softened probabilities, mean over the batch (Hinton et al.,
         arXiv:1503.02531); float32.
 
-        The factor keeps the size of its gradients beside the labels' whatever the temperature.
+        The factor temperature**2 makes the size of the gradients independent of the temperature.
         """
         student = F.log_softmax(outputs.float() / temperature, dim=1)
         teacher = F.log_softmax(teacher_outputs.float() / temperature, dim=1)
         return F.kl_div(student, teacher, reduction="batchmean", log_target=True) * temperature**2
 
     def mixed(self, inputs: Any, targets: Any, num_classes: int, seed: int) -> tuple[Any, Any]:
-        """Mixup or CutMix of images (N, C, H, W) and labels, which become shares."""
+        """Mixup or CutMix of images (N, C, H, W) and labels (N,). The labels become shares (N, num_classes)."""
         if not (self.mixup or self.cutmix):
             return inputs, targets
         from effnet_quant.data.mixing import mixed  # loads torchvision, which only training needs
@@ -65,11 +65,11 @@ class Classification(Task):
         return Accuracy(self.topk, device)
 
     def predictions(self, outputs: Tensor) -> Tensor:
-        """The labels of the highest logits, int64 (N,); of equal ones the first."""
+        """The label of the highest logit, int64 (N,); the first of equal ones."""
         return outputs.argmax(1)
 
     def agreement(self, one: Tensor, other: Tensor) -> Tensor:
-        """1 where the labels are the same, else 0."""
+        """1 if the labels are equal, else 0; float64 (N,)."""
         return (one == other).double()
 
     def answers(self, outputs: Tensor, classes: Sequence[str] | None, count: int) -> list[dict[str, Any]]:
@@ -86,7 +86,7 @@ class Classification(Task):
         ]
 
     def answer_text(self, answer: dict[str, Any]) -> str:
-        """A line for each class, with its probability in percent."""
+        """One line per class, with its probability in percent."""
         return "\n".join(f"  {100 * entry['probability']:6.2f} %  {entry['class']}" for entry in answer["top"])
 
 
@@ -94,7 +94,7 @@ class Accuracy(Metric):
     """Cross entropy, top-1 and top-k over a data set, summed on the device.
 
     Args:
-        k: a label among the k highest logits counts for the second accuracy.
+        k: top-k accuracy counts an example if its label is among the k highest logits.
         device: of outputs and labels.
     """
 
@@ -106,7 +106,7 @@ class Accuracy(Metric):
         """Count a batch of float32 logits (N, classes) and labels (N,).
 
         Raises:
-            UserError: on the CPU, a label is none of the classes.
+            UserError: a label is none of the classes (checked on the CPU only).
         """
         classes = outputs.shape[1]
         try:
@@ -117,7 +117,7 @@ class Accuracy(Metric):
                 "the network's classes."
             ) from error
         first = outputs.argmax(1) == targets
-        # which classes topk takes of those that are equal is left open: the first counts in any case
+        # topk takes any of equal logits. A prediction that counts for top-1 counts for top-k too.
         top = first | (outputs.topk(min(self._k, classes), dim=1).indices == targets[:, None]).any(1)
         examples = torch.full((), len(targets), dtype=torch.float64, device=outputs.device)
         self._sums += torch.stack([loss.double() * examples, first.sum().double(), top.sum().double(), examples])

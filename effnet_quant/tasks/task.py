@@ -1,4 +1,4 @@
-"""What a task is: all that training, verification and reports have to know of what a network is for."""
+"""Task: the loss, metric, predictions and wording that training, verification and reports need."""
 
 from __future__ import annotations
 
@@ -14,23 +14,23 @@ from torch import Tensor
 from effnet_quant.structure import leaves
 
 Outputs = Any
-"""What a network returns: a tensor, or tuples, lists and dicts of tensors. Examples are the first dimension."""
+"""A network's outputs: a tensor, or tuples, lists and dicts of tensors. The first dimension counts examples."""
 
 Targets = Any
-"""What is right for a batch, as its data source gives it: a tensor, or a list with an entry for each example."""
+"""The right answers of a batch, as its data source gives them: a tensor, or a list with one entry per example."""
 
 Inputs = Any
-"""What a network is called with: a tensor, or a tuple of its arguments."""
+"""A network's inputs: a tensor, or a tuple of its arguments."""
 
 Loss = Callable[[Outputs, Targets, Inputs], Tensor]
-"""The mean loss of a batch, a scalar. Outputs are float32. Inputs are as the network takes them, for a loss that asks
-another network too. It is called within the network's autocast."""
+"""The mean loss of a batch, a scalar. Outputs are float32. A loss that runs another network, such as a teacher, needs the
+inputs. It is called within the network's autocast."""
 
 _T = TypeVar("_T", bound="Task")
 
 
 class Processes(Protocol):
-    """The processes that share the examples of a metric, as ``training.distributed.World`` is."""
+    """The processes that share the examples of a metric, e.g. a ``training.distributed.World``."""
 
     def sum(self, tensor: Tensor) -> Tensor:
         """The sum of a tensor over the processes."""
@@ -40,15 +40,15 @@ class Processes(Protocol):
 
 
 class Metric(ABC):
-    """What a network reaches on a data set, one batch after another."""
+    """Collects figures of a network on a data set, batch by batch."""
 
     @abstractmethod
     def add(self, outputs: Outputs, targets: Targets) -> None:
-        """Count a batch; each example counts once, whatever the size of its batch."""
+        """Count a batch. Each example has the same weight, whatever the size of its batch."""
 
     @abstractmethod
     def merge(self, processes: Processes) -> None:
-        """Count what the other processes have counted; all of them call it, once, after the last batch."""
+        """Add the counts of the other processes. All processes call it once, after the last batch."""
 
     @abstractmethod
     def results(self) -> dict[str, float]:
@@ -72,20 +72,20 @@ class Score:
     higher_is_better: bool = True
 
     def ranked(self, value: float) -> float:
-        """The value, with its sign turned where lower is better: of two networks the better one has more."""
+        """The value, negated if lower is better. So the better of two networks has the higher result."""
         return value if self.higher_is_better else -value
 
 
 @dataclass(frozen=True)
 class Task(ABC):
-    """What a network is for. Its options are the fields of a subclass.
+    """What a network is for. A subclass has its options as fields.
 
     Attributes:
         name: in ``TASKS`` and in files.
-        score: decides which checkpoint is the best, and stands in reports.
-        output_names: of a network's outputs, in exported files.
-        agreement_title: when two networks agree on an example, in two words.
-        error_title: the difference of a number in the outputs, in two words.
+        score: the figure that decides which checkpoint is best; reports show it.
+        output_names: names of a network's outputs in exported files.
+        agreement_title: title of the share of examples on which two networks agree, e.g. "same class".
+        error_title: title of the error of an engine's outputs, e.g. "logit error".
     """
 
     name: ClassVar[str]
@@ -95,23 +95,23 @@ class Task(ABC):
     error_title: ClassVar[str]
 
     def configured(self: _T, config: Any) -> _T:
-        """This task with the options that ``config`` (a ``TrainConfig``) has under the same names."""
+        """A copy of this task with its options taken from the fields of ``config`` (a ``TrainConfig``) by name."""
         names = [field.name for field in dataclasses.fields(self) if hasattr(config, field.name)]
         return dataclasses.replace(self, **{name: getattr(config, name) for name in names})
 
     @abstractmethod
     def loss(self, outputs: Outputs, targets: Targets, inputs: Inputs) -> Tensor:
-        """What training minimises; see ``Loss``."""
+        """The loss that training minimises; see ``Loss``."""
 
     @abstractmethod
     def distillation_loss(self, outputs: Outputs, teacher_outputs: Outputs, temperature: float) -> Tensor:
-        """How far a network is from its teacher on a batch, a scalar.
+        """The distance between a network's and its teacher's outputs on a batch, a scalar.
 
-        ``temperature``, above 0, softens both where outputs are scores of classes; elsewhere it changes nothing.
+        ``temperature``, above 0, softens scores of classes; other outputs ignore it.
         """
 
     def mixed(self, inputs: Inputs, targets: Targets, num_classes: int, seed: int) -> tuple[Inputs, Targets]:
-        """A training batch with its examples mixed, if the options ask for that; ``seed`` decides how."""
+        """A training batch, with its examples mixed (e.g. mixup) if the options ask for that. ``seed`` decides how."""
         return inputs, targets
 
     @abstractmethod
@@ -120,26 +120,26 @@ class Task(ABC):
 
     @abstractmethod
     def predictions(self, outputs: Outputs) -> Sequence[Any] | Tensor:
-        """What raw outputs say, one entry for each example."""
+        """The predictions in raw outputs, one entry per example."""
 
     @abstractmethod
     def agreement(self, one: Any, other: Any) -> Tensor:
-        """How far the predictions of two networks agree: for each example 0 … 1, float64 (N,)."""
+        """The agreement of two networks' predictions: 0 … 1 for each example, float64 (N,)."""
 
     def compared(self, outputs: Outputs) -> dict[str, Tensor]:
-        """The tensors, by path, whose numbers an engine must share with its simulation: all that hold floats."""
+        """The output tensors, by path, that verify compares between engine and simulation: all that hold floats."""
         return {path: tensor for path, tensor in leaves(outputs).items() if tensor.is_floating_point()}
 
     @abstractmethod
     def answers(self, outputs: Outputs, classes: Sequence[str] | None, count: int) -> list[dict[str, Any]]:
-        """What raw outputs say to a person, as JSON values, one for each example.
+        """The answers shown to a person, as JSON values, one per example.
 
         Args:
-            outputs: on the CPU.
-            classes: their names, None if they have none.
-            count: at most so many findings for each example, the likeliest first.
+            outputs: raw outputs, on the CPU.
+            classes: names of the classes; None if unknown.
+            count: most findings per example, the likeliest first.
         """
 
     @abstractmethod
     def answer_text(self, answer: dict[str, Any]) -> str:
-        """One of ``answers`` as lines of text."""
+        """One entry of ``answers`` as lines of text."""

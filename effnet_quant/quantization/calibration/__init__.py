@@ -1,4 +1,4 @@
-"""Calibration: from the tensors a network sees to the ranges of its quantizers."""
+"""Calibration: chooses the ranges of quantizers from the tensors that pass them."""
 
 from effnet_quant.quantization.calibration.calibrator import Calibrator, HistogramCalibrator
 from effnet_quant.quantization.calibration.loop import calibrate, collect, set_ranges, track_outputs

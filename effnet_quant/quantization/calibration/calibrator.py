@@ -1,4 +1,4 @@
-"""Calibrator: what every calibration method is, an object that observes one tensor and chooses its range."""
+"""Calibrator, the base class of every calibration method. It observes one activation and chooses its range."""
 
 from __future__ import annotations
 
@@ -15,60 +15,59 @@ from effnet_quant.quantization.spec import TensorSpec
 class Calibrator(ABC):
     """Observes the batches of one activation and chooses its range.
 
-    A method is a subclass, in a file of its own and with a row in ``METHODS``. Its constructor takes the method's
-    hyperparameters, all with a default.
+    Each method is a subclass, in a file of its own and with a row in quantization/choices.py. Its constructor takes the
+    method's hyperparameters, all with a default.
 
     Attributes:
-        histogram: the counts of what was observed; None where the method does not count.
+        histogram: of the observed values; None for a method without a histogram.
     """
 
     histogram: Histogram | None = None
 
     @abstractmethod
     def observe(self, x: Tensor) -> None:
-        """Take one batch into account, of shape (N, …)."""
+        """Observe one batch of shape (N, …)."""
 
     @property
     @abstractmethod
     def seen(self) -> tuple[float, float]:
-        """Smallest and largest value; (inf, -inf) where nothing was observed, NaN or infinite where such a value was."""
+        """Smallest and largest value observed; (inf, -inf) before any. NaN and infinite values show here."""
 
     @abstractmethod
     def state(self) -> Tensor:
-        """All that was observed, float64 of shape (K,). K is the same for all calibrators of a class."""
+        """All that was observed, as float64 of shape (K,). K is the same for all calibrators of a class."""
 
     @abstractmethod
     def merge(self, state: Tensor) -> None:
-        """Take into account what another calibrator of the same class observed, as if after this one."""
+        """Add the ``state`` of another calibrator of the same class, as if its batches had come after the own ones."""
 
     @abstractmethod
     def range(self, spec: TensorSpec) -> tuple[float, float]:
-        """Ends of the range on the grid ``spec``; on a symmetric grid they differ in sign alone. What was observed must be
-        finite."""
+        """Both ends of the range for the grid ``spec``; (-amax, amax) on a symmetric grid. Needs finite observations."""
 
     def weight_range(self, weight: Tensor, spec: TensorSpec) -> tuple[Tensor, Tensor]:
-        """Ends of the ranges of a weight tensor, float32 in the shape of its ``amax``.
+        """Both ends of the ranges of a weight tensor, float32 in the shape of its ``amax``.
 
-        Unless a method has its own: grids of 8 bits or more hold all values, narrower ones have the smallest squared error.
+        By default, grids of 8 bits or more hold all values; narrower grids minimise the squared error.
         """
         return covering_weight_range(weight, spec) if spec.bits >= 8 else mse_weight_range(weight, spec)
 
     def adopt(self, collected: Calibrator) -> None:
-        """Choose from what another calibrator has observed; call it on a calibrator that has observed nothing.
+        """Take over what another calibrator has observed. Call it on a new calibrator.
 
         Raises:
-            ValueError: ``collected`` has not observed what this method needs.
+            ValueError: ``collected`` lacks what this method needs, e.g. a histogram.
         """
         if not isinstance(collected, type(self)):
             raise _not_enough(self, collected)
         self.merge(collected.state())
 
     def share_histograms(self, seen: SeenTensors) -> None:  # noqa: B027 (most methods have no use for it)
-        """Hear of the histograms that the calibrators of a model share. Methods that count take them from there."""
+        """Take histograms from ``seen``, which all calibrators of a model share. Methods without a histogram ignore it."""
 
 
 class HistogramCalibrator(Calibrator):
-    """What the methods that choose from a histogram have in common. One histogram serves all of them (``adopt``)."""
+    """Base class of the methods that choose from a histogram. One histogram serves all of them (``adopt``)."""
 
     histogram: Histogram
 
@@ -77,7 +76,7 @@ class HistogramCalibrator(Calibrator):
         self._shared: SeenTensors | None = None
 
     def share_histograms(self, seen: SeenTensors) -> None:
-        """Count a tensor that several calibrators observe once, in ``seen``; its owner clears it after every batch."""
+        """Count in ``seen``, which counts a tensor once for all calibrators. Its owner clears it after every batch."""
         self._shared = seen
 
     def observe(self, x: Tensor) -> None:
@@ -92,7 +91,7 @@ class HistogramCalibrator(Calibrator):
         return self.histogram.seen
 
     def state(self) -> Tensor:
-        """The exponent, the extremes and the counts, which are exact below 2**53."""
+        """The exponent, the extremes and the counts. Counts are exact below 2**53."""
         head = torch.tensor([self.histogram.exponent, *self.histogram.seen], dtype=torch.float64)
         return torch.cat((head.to(self.histogram.counts.device), self.histogram.counts.double()))
 
@@ -107,7 +106,7 @@ class HistogramCalibrator(Calibrator):
 
 
 def covering_range(seen: tuple[float, float], spec: TensorSpec) -> tuple[float, float]:
-    """Ends of the range that holds all that was seen. A symmetric unsigned grid holds what is not negative."""
+    """Both ends of the range that holds all values seen. On a symmetric unsigned grid negative values do not count."""
     if not spec.symmetric:
         return seen
     amax = largest_magnitude(seen, signed=spec.signed)

@@ -1,4 +1,4 @@
-"""The range that loses the least information, as TensorRT chooses it."""
+"""EntropyCalibrator: the range with the smallest loss of information, as in TensorRT."""
 
 from __future__ import annotations
 
@@ -12,11 +12,11 @@ from effnet_quant.quantization.spec import TensorSpec
 
 class EntropyCalibrator(HistogramCalibrator):
     """The range with the smallest Kullback-Leibler divergence between the values and the quantized values (Migacz, "8-bit
-    inference with TensorRT", GTC 2017), within what was seen.
+    inference with TensorRT", GTC 2017). It stays within the values seen.
 
-    Every bin's upper edge from the number of levels on is tried as the threshold of |x|. An affine grid is cut at the
-    same threshold on both sides; behind a ReLU all its levels count. A grid that is finer than the histogram loses nothing:
-    it gets the whole range.
+    Candidates for the threshold of |x| are the upper edges of the bins; at least as many bins are kept as the grid has
+    levels. An affine grid is cut at the same threshold on both sides; after a ReLU all its levels count. A grid finer than
+    the histogram gets the whole range.
     """
 
     def range(self, spec: TensorSpec) -> tuple[float, float]:
@@ -32,11 +32,12 @@ class EntropyCalibrator(HistogramCalibrator):
 
 
 def best_threshold(counts: NDArray[np.float64], levels: int) -> int:
-    """How many bins to keep: the i from ``levels`` to the last bin in use with the smallest divergence KL(P_i || Q_i).
+    """The number of bins to keep: the i with the smallest KL(P_i || Q_i), from ``levels`` to the last bin in use.
 
-    P_i are the first i bins, with everything beyond added to the last. Q_i are the same bins, without it, merged into
-    ``levels`` groups and spread again evenly over the bins of a group that are not empty. As in NVIDIA's tools, the bin of
-    zero counts like its neighbour: zeros are exact in any range, and behind a ReLU they would drown all else.
+    P_i is the first i bins; all counts beyond are added to its last bin. Q_i is the first i bins without that addition,
+    merged into ``levels`` groups. Each group's counts are spread evenly over its bins that are not empty. As in NVIDIA's
+    tools, the bin of zero gets its neighbour's count: zeros are exact in any range, and after a ReLU they would outweigh all
+    other values.
     """
     used = int(np.flatnonzero(counts)[-1]) + 1 if counts.any() else 0
     if used <= levels:
@@ -64,8 +65,8 @@ def best_threshold(counts: NDArray[np.float64], levels: int) -> int:
     cross = _times_log(reference, mean).sum(axis=1)
     with np.errstate(divide="ignore", invalid="ignore"):
         divergence = (entropy - cross) / total - np.log(total) + np.log(inside)
-    divergence[(inside == 0) | ((last == 0) & (outliers > 0))] = np.inf  # P is not zero where Q is
-    # of equal ones the widest
+    divergence[(inside == 0) | ((last == 0) & (outliers > 0))] = np.inf  # somewhere Q is zero and P is not
+    # the widest of equally good ranges
     return int(sizes[len(sizes) - 1 - np.argmin(divergence[::-1])])
 
 

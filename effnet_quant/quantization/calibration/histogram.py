@@ -14,25 +14,24 @@ from effnet_quant.quantization.extremes import in_memory_order
 
 BINS = 4096  # on either side of zero
 SMALLEST_EXPONENT = -100  # of the outer edge; magnitudes far below 2**-100 share the bin of zero
-# Values counted at a time: what fits a core's cache on a CPU, what hides a kernel's launch on a GPU.
+# Values counted at a time. On a CPU they fit a core's cache; on a GPU they are enough to hide a kernel's launch.
 _CPU_CHUNK, _GPU_CHUNK = 2**16, 2**22
 
 
 class Histogram:
-    """How many values fell where.
+    """Counts of values in equal bins.
 
-    The bins have the width 2**exponent / BINS and reach from -2**exponent to 2**exponent. The bin of zero is two-sided:
-    bin i holds the values whose quotient by the width, rounded towards zero, is i. When a value needs a larger range, bins
-    merge in powers of two, which is exact: counts depend neither on the order of the values nor on how they were split
-    into batches, or between processes. Counts are 64-bit integers on the values' device.
+    The bins have the width 2**exponent / BINS and reach from -2**exponent to 2**exponent. Bin i holds the values with
+    trunc(value / width) = i, so the bin of zero has two sides. When a value needs a larger range, bins merge in powers of
+    two. This is exact: counts do not depend on the order of the values or their split into batches or processes. Counts are
+    64-bit integers on the values' device.
 
     Args:
-        exponent, seen, counts: of what was counted before; nothing was, unless they are given.
+        exponent, seen, counts: those of an earlier histogram; empty by default.
 
     Attributes:
-        exponent: of the outer edge.
-        seen: smallest and largest value; (inf, -inf) where nothing was counted, NaN or infinite where such a value was
-            met. Those are not counted.
+        exponent: the outer edge is 2**exponent.
+        seen: smallest and largest value; (inf, -inf) before any. NaN and infinite values show here but are not counted.
     """
 
     def __init__(
@@ -52,7 +51,7 @@ class Histogram:
 
     @property
     def width(self) -> float:
-        """Of a bin."""
+        """Width of a bin."""
         return math.ldexp(1.0, self.exponent) / BINS
 
     @property
@@ -62,7 +61,7 @@ class Histogram:
         return (index + 0.5 * np.sign(index)) * self.width
 
     def magnitude_counts(self, *, signed: bool) -> NDArray[np.float64]:
-        """Counts of |x| in BINS bins from zero. On an unsigned grid negative values are zeros."""
+        """Counts of |x| in BINS bins from zero. If not ``signed``, negative values count as zeros."""
         counts = self.counts.cpu().numpy()
         folded = counts[BINS - 1 :].copy()
         if signed:
@@ -87,7 +86,7 @@ class Histogram:
             self._counts = counted if self._counts is None else self._counts.add_(counted)
 
     def merge(self, other: Histogram) -> None:
-        """Count what ``other`` has counted."""
+        """Add the counts of ``other``."""
         self._widen(*other.seen)
         if other._counts is not None:
             self._grow(other.exponent)
@@ -95,7 +94,7 @@ class Histogram:
             self._counts = counts.clone() if self._counts is None else self._counts.add_(counts.to(self._counts.device))
 
     def _grow(self, exponent: int) -> None:
-        """Let the range reach 2**exponent, if it does not yet."""
+        """Widen the bins until they reach 2**exponent."""
         if exponent > self.exponent:
             if self._counts is not None:
                 self._counts = _coarser(self._counts, exponent - self.exponent)
@@ -110,7 +109,7 @@ class Histogram:
 
 
 def largest_magnitude(seen: tuple[float, float], *, signed: bool) -> float:
-    """The largest |x| where x lies between the two values seen. On an unsigned grid negative values are zeros."""
+    """The largest |x| between the smallest and largest value seen. If not ``signed``, negative values count as zeros."""
     low, high = seen
     return max(-low, high) if signed else max(high, 0.0)
 
@@ -125,13 +124,13 @@ def _coarser(counts: Tensor, doublings: int) -> Tensor:
 
 
 class SeenTensors:
-    """The histograms of the tensors of one batch: several quantizers may see the same one, which is counted once."""
+    """The histograms of one batch's tensors. A tensor that several quantizers see is counted once."""
 
     def __init__(self) -> None:
         self._histograms: dict[int, tuple[weakref.ref[Tensor], int, Histogram]] = {}
 
     def histogram(self, x: Tensor) -> Histogram:
-        """The histogram of ``x``, counted now or before."""
+        """The histogram of ``x``, counted at the first call."""
         known = self._histograms.get(id(x))
         if known is not None and known[0]() is x and known[1] == x._version:
             return known[2]

@@ -1,4 +1,4 @@
-"""The loop that runs data through a model and gives every quantizer its range."""
+"""Runs data through a model and gives every quantizer its range."""
 
 from __future__ import annotations
 
@@ -28,27 +28,27 @@ def calibrate(
 ) -> nn.Module:
     """Choose the range of every quantizer of ``model``, in place, in one pass over ``batches``.
 
-    Activations get their range by ``method`` from what the float network puts in them; docs/quantization.md says which
-    suits what. Weights of 8 bits or more get the range that holds all values (per output channel), narrower ones the one
-    with the smallest squared error; "mse" gives it to all, "lsq" gives symmetric weights LSQ's. The model runs in eval mode
-    and is returned to the mode it was in.
+    Activations get the range that ``method`` chooses from the float network's values; docs/quantization.md compares the
+    methods. Weights of 8 bits or more get the range that holds all values. Narrower weights get the range with the smallest
+    squared error. "mse" minimises the squared error of all weights; "lsq" gives symmetric weights LSQ's initial range.
 
-    In a process group every process brings its share of the batches, and all get the ranges of the whole.
+    The model runs in eval mode and returns to its old mode. In a process group every process brings its share of the
+    batches, and all get the ranges of the whole.
 
     Args:
         model: a model that ``quantize`` has been through.
         batches: float images (N, C, H, W) as the model takes them, or a tuple of the model's arguments for each batch; on
             any device.
-        method: "max", "percentile", "entropy", "mse", "moving-average" or "lsq", or what makes a Calibrator.
+        method: "max", "percentile", "entropy", "mse", "moving-average" or "lsq", or a callable that returns a Calibrator.
         percentile: 0 < percentile <= 100, for the method "percentile".
         progress: called with the number of examples after each batch.
 
     Returns:
-        The same model, its quantizers switched on.
+        The same model, with its quantizers switched on.
 
     Raises:
-        UserError: no quantizers, no images, something else than a batch, an unknown method, or a quantizer that saw
-            nothing, NaN or infinity.
+        UserError: no quantizers, no images, a batch of another form, an unknown method, or a quantizer that saw nothing,
+            NaN or infinity.
     """
     make = calibrator_factory(method, percentile)
     set_ranges(model, collect(model, batches, make, progress), make)
@@ -61,10 +61,10 @@ def collect(
     method: Method = "mse",
     progress: Callable[[int], None] | None = None,
 ) -> dict[str, Calibrator]:
-    """What the activation quantizers of ``model`` see in one pass over ``batches``, by name, with all of them off.
+    """The calibrators of the activation quantizers, by name, after one pass over ``batches`` with all quantizers off.
 
-    What is collected for a method that needs histograms ("percentile", "entropy", "mse", "lsq") serves ``set_ranges`` for
-    all of these and for "max". The arguments and errors are those of ``calibrate``.
+    Calibrators of "percentile", "entropy", "mse" and "lsq" have histograms. With those, ``set_ranges`` can use any of these
+    methods, or "max". The arguments and errors are those of ``calibrate``.
     """
     make = calibrator_factory(method)
     places = dict(quantizers(model))
@@ -99,11 +99,11 @@ def set_ranges(
     method: Method = DEFAULT_METHOD,
     percentile: float | None = None,
 ) -> None:
-    """Give every quantizer of ``model`` the range that ``method`` chooses from what ``collect`` found.
+    """Give every quantizer of ``model`` the range that ``method`` chooses from the result of ``collect``.
 
     Raises:
         UserError: an unknown method, or a quantizer that saw nothing, NaN or infinity; no range is changed.
-        ValueError: what was collected does not serve the method.
+        ValueError: ``collected`` lacks what the method needs, e.g. histograms.
     """
     make = calibrator_factory(method, percentile)
     places, weights = dict(quantizers(model)), _weights(model)
@@ -124,16 +124,16 @@ def set_ranges(
 
 
 def track_outputs(model: nn.Module, batches: Iterable[Batch], progress: Callable[[int], None] | None = None) -> None:
-    """Renew the ranges of convolution outputs (``output_quantizers``) in one pass over ``batches``; other ranges stay.
+    """Find the ranges of the output quantizers again in one pass over ``batches``; other ranges stay.
 
-    ``calibrate`` does this too; after training has moved the weights, this alone brings these ranges up to date. The
-    model runs in eval mode and is returned to the mode it was in.
+    ``calibrate`` does this too. Call it alone after training has changed the weights. The model runs in eval mode and
+    returns to its old mode.
 
     Args:
         model, batches, progress: as ``calibrate`` takes them.
 
     Raises:
-        UserError: there are no images, or something else than a batch.
+        UserError: there are no images, or a batch has another form.
     """
     trackers = list(output_quantizers(model))
     device = device_of(model)
@@ -155,11 +155,11 @@ def track_outputs(model: nn.Module, batches: Iterable[Batch], progress: Callable
         raise UserError("there are no images to calibrate with.")
     for tracker in trackers:
         if reduce_extremes(tracker._low, tracker._high):
-            tracker.stop_tracking()  # a process without images has a range only now
+            tracker.stop_tracking()  # a process without images gets its range only now
 
 
 def _of_all_ranks(own: Calibrator, make: Callable[[], Calibrator], device: torch.device) -> Calibrator:
-    """What the processes of a group saw together, the images of rank 0 first; without a group, ``own``."""
+    """A calibrator that joins those of all processes, in the order of the ranks; without a group, ``own``."""
     states = gathered(own.state(), device)
     if len(states) == 1:
         return own

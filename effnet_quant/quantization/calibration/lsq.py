@@ -1,4 +1,4 @@
-"""The range that training with learned ranges starts from."""
+"""LsqCalibrator: the initial range for training with learned ranges."""
 
 from __future__ import annotations
 
@@ -14,8 +14,10 @@ from effnet_quant.quantization.spec import TensorSpec
 
 
 class LsqCalibrator(HistogramCalibrator):
-    """LSQ's initial step, 2 <|x|> / sqrt(Qp) (Esser et al. 2020), as a range. LSQ+ (Bhalgat et al. 2020) starts affine
-    activations where the squared error is smallest."""
+    """LSQ's initial step, 2 <|x|> / sqrt(Qp) (Esser et al. 2020), as a range.
+
+    Affine activations start at the range with the smallest squared error, as in LSQ+ (Bhalgat et al. 2020).
+    """
 
     def range(self, spec: TensorSpec) -> tuple[float, float]:
         if not spec.symmetric:
@@ -26,7 +28,7 @@ class LsqCalibrator(HistogramCalibrator):
         return -amax, amax
 
     def weight_range(self, weight: Tensor, spec: TensorSpec) -> tuple[Tensor, Tensor]:
-        """LSQ's start for symmetric grids; affine ones as with other methods."""
+        """LSQ's initial range on symmetric grids; on affine grids the range of the other methods."""
         if not spec.symmetric:
             return super().weight_range(weight, spec)
         dims, keep = shared_dims(weight, spec)

@@ -1,4 +1,4 @@
-"""The range that covers everything observed."""
+"""MaxCalibrator: the range that covers all values observed."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ class MaxCalibrator(Calibrator):
         self._ends = torch.tensor([torch.inf, -torch.inf])
 
     def observe(self, x: Tensor) -> None:
-        """Take one batch of any shape into account; NaN stays."""
+        """Observe one batch of any shape. A NaN stays."""
         self._widen(*extremes(x))
 
     @property

@@ -21,22 +21,22 @@ def _class_of(place: str) -> type[Calibrator]:
 
 
 METHODS: dict[str, type[Calibrator]] = {name: _class_of(place) for name, place in CALIBRATION_METHODS.items()}
-# a name, or what makes a calibrator: a class, or functools.partial(PercentileCalibrator, 99.9)
+# a name, or a callable that returns a calibrator: a class, or functools.partial(PercentileCalibrator, 99.9)
 Method = str | Callable[[], Calibrator]
 
 
 def calibrator_factory(method: Method, percentile: float | None = None) -> Callable[[], Calibrator]:
-    """What makes a calibrator of the method.
+    """A callable that returns a new calibrator of the method.
 
     Args:
-        method: a name in ``METHODS``, or the factory itself.
-        percentile: for the method "percentile"; None for its default. Other methods leave it alone.
+        method: a name in ``METHODS``, or the callable itself.
+        percentile: for the method "percentile"; None for its default. Other methods ignore it.
 
     Raises:
         UserError: there is no such method, or no such percentile.
     """
     of_percentile = PercentileCalibrator if percentile is None else partial(PercentileCalibrator, percentile)
-    of_percentile()  # a percentile that there is not is a mistake with every method
+    of_percentile()  # raises for an invalid percentile, whatever the method is
     if not isinstance(method, str):
         return method
     if method not in METHODS:

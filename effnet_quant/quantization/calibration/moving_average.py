@@ -1,4 +1,4 @@
-"""The range that follows the extremes of the images, the latest first."""
+"""MovingAverageCalibrator: an average of the images' extremes, in which later images weigh more."""
 
 from __future__ import annotations
 
@@ -9,15 +9,14 @@ from effnet_quant.quantization.calibration.calibrator import Calibrator, coverin
 from effnet_quant.quantization.extremes import extremes
 from effnet_quant.quantization.spec import TensorSpec
 
-DECAY = 0.99  # an image's share fades by this factor with every image after it
+DECAY = 0.99  # every later image multiplies an image's weight by this factor
 
 
 class MovingAverageCalibrator(Calibrator):
     """Exponential moving average of each image's smallest and largest value (Jacob et al. 2018, by image).
 
-    It goes by images, not by batches, so the result depends on their order and not on how they were batched. It starts
-    from nothing and divides by the weights given so far, so the first images are not over-weighted, and two averages can
-    be joined.
+    The result depends on the order of the images, and is the same for any batch size. It is the weighted sum divided by the
+    sum of the weights. So the first images do not weigh too much, and two averages can be joined.
     """
 
     def __init__(self) -> None:
@@ -26,13 +25,13 @@ class MovingAverageCalibrator(Calibrator):
         self._images = 0
 
     def observe(self, x: Tensor) -> None:
-        """Take a batch of shape (N, …) into account, image by image."""
+        """Observe a batch of shape (N, …), image by image."""
         for low, high in torch.stack([torch.stack(extremes(image)) for image in x]).tolist():
             self._append([low, high], 1.0, 1)
 
     @property
     def seen(self) -> tuple[float, float]:
-        """Averages of the smallest and of the largest value; (inf, -inf) where nothing was observed, NaN where one was."""
+        """Averages of the smallest and of the largest value; (inf, -inf) before any image, NaN after a NaN."""
         if self._images == 0:
             return float("inf"), float("-inf")
         return self._sums[0] / self._weight, self._sums[1] / self._weight

@@ -1,4 +1,4 @@
-"""The range with the smallest mean squared error."""
+"""MseCalibrator: the range with the smallest mean squared error."""
 
 from __future__ import annotations
 
@@ -13,25 +13,25 @@ from effnet_quant.quantization.calibration.histogram import BINS, Histogram, lar
 from effnet_quant.quantization.calibration.weight_ranges import mse_weight_range
 from effnet_quant.quantization.spec import TensorSpec
 
-_STRIDE = 16  # bins between the candidates of the first look
+_STRIDE = 16  # bins between the candidates of the coarse search
 
 
 class MseCalibrator(HistogramCalibrator):
-    """The range with the smallest mean squared error (``mse_range``), for weights of any width too."""
+    """The range with the smallest mean squared error (``mse_range``), also for weights of any width."""
 
     def range(self, spec: TensorSpec) -> tuple[float, float]:
         return mse_range(self.histogram, spec)
 
     def weight_range(self, weight: Tensor, spec: TensorSpec) -> tuple[Tensor, Tensor]:
-        """Of 100 shrunken copies of the whole range the one with the smallest squared error, by channel."""
+        """The range with the smallest squared error among 100 shrunken copies of the whole range, per channel."""
         return mse_weight_range(weight, spec)
 
 
 def mse_range(histogram: Histogram, spec: TensorSpec) -> tuple[float, float]:
-    """Ends of the range that quantizes the histogram with the smallest mean squared error, a bin's edge or what was seen.
+    """Both ends of the range that quantizes the histogram's values with the smallest mean squared error.
 
-    On an affine grid the ends move in turns until neither moves. A grid that is finer than the histogram gets the whole
-    range.
+    An end is a bin's edge, or the smallest or largest value seen. On an affine grid the search moves one end at a time, in
+    turns, until neither moves or ten turns are over. A grid finer than the histogram gets the whole range.
     """
     low, high = histogram.seen
     largest = largest_magnitude(histogram.seen, signed=spec.signed)
@@ -57,13 +57,15 @@ def mse_range(histogram: Histogram, spec: TensorSpec) -> tuple[float, float]:
 def squared_errors(
     histogram: Histogram, spec: TensorSpec, amin: NDArray[np.float64], amax: NDArray[np.float64]
 ) -> NDArray[np.float64]:
-    """Sum of squared quantization errors of the values in ``histogram``, for each range [amin, amax]."""
+    """Sum of squared quantization errors of the values in ``histogram``, one for each range [amin, amax]."""
     return _Errors(histogram, spec)(amin, amax)
 
 
 def _search(error: Callable[[NDArray[np.float64]], NDArray[np.float64]], largest: float, width: float) -> float:
-    """The end with the smallest error among the bins' edges up to ``largest``, and ``largest``: a look at every 16th
-    edge, then at all around the three best."""
+    """The end with the smallest error. Candidates are ``largest`` and the bins' edges below it.
+
+    The search tries every 16th edge, then all edges around the three best.
+    """
     edges = np.append(np.arange(1, int(np.ceil(largest / width))) * width, largest)
     coarse = np.arange(len(edges) - 1, -1, -_STRIDE)
     best = coarse[np.argsort(error(edges[coarse]), kind="stable")[:3]]
@@ -72,8 +74,10 @@ def _search(error: Callable[[NDArray[np.float64]], NDArray[np.float64]], largest
 
 
 class _Errors:
-    """Squared errors over a histogram, from sums of its counts and their first two moments: a level of the grid takes the
-    bins whose centres are nearest to it."""
+    """Squared quantization errors of a histogram, from running sums of its counts and their first two moments.
+
+    Each level of the grid takes the bins whose centres are nearest to it.
+    """
 
     def __init__(self, histogram: Histogram, spec: TensorSpec) -> None:
         counts, centres = histogram.counts.cpu().numpy().astype(np.float64), histogram.centres
@@ -96,7 +100,7 @@ class _Errors:
         return np.asarray((second - 2 * levels * first + levels**2 * zeroth).sum(axis=1))
 
     def _bins_below(self, value: NDArray[np.float64]) -> NDArray[np.int64]:
-        """How many bins have their centre below ``value``."""
+        """The number of bins with their centre below ``value``."""
         quotient = value / self._width
         right = BINS - 1 + np.maximum(1, np.ceil(quotient - 0.5))
         left = BINS - 1 - np.maximum(0, np.floor(-quotient - 0.5))

@@ -1,4 +1,4 @@
-"""The range that covers a given share of the values."""
+"""PercentileCalibrator: the range that covers a given share of the values."""
 
 from __future__ import annotations
 
@@ -13,10 +13,10 @@ from effnet_quant.quantization.spec import TensorSpec
 
 
 class PercentileCalibrator(HistogramCalibrator):
-    """The range that covers ``percentile`` percent of the values, rounded out to a bin's edge, within what was seen.
+    """The range that covers ``percentile`` percent of the values, widened to bins' edges but within the values seen.
 
-    On a symmetric grid it covers that share of the magnitudes. On an affine grid half of what is left out may lie below the
-    range, half above.
+    On a symmetric grid it covers that share of the magnitudes. On an affine grid half of the remaining values may lie below
+    the range, and half above.
 
     Args:
         percentile: above 0 and at most 100.
@@ -44,12 +44,12 @@ class PercentileCalibrator(HistogramCalibrator):
 
 
 def _reached(counts: NDArray[np.float64], share: float) -> int:
-    """The first bin up to which ``share`` of the values lie."""
+    """Index of the first bin at which the cumulated counts reach ``share`` of all."""
     cumulated = counts.cumsum()
     return min(int(np.searchsorted(cumulated, cumulated[-1] * share)), len(counts) - 1)
 
 
 def _upper_edge(counts: NDArray[np.float64], share: float) -> int:
-    """Upper edge, in bins, of the bin that is reached; bins left of zero end on the side of zero."""
+    """Upper edge of the bin that ``_reached`` finds, in bins from zero."""
     index = _reached(counts, share) - (BINS - 1)
     return index + 1 if index >= 0 else index

@@ -1,4 +1,4 @@
-"""Joins what the processes of a group have seen, so that all choose the ranges of all images."""
+"""Joins the observations of a process group, so that all processes choose the same ranges."""
 
 from __future__ import annotations
 
@@ -8,10 +8,10 @@ from torch.distributed import ReduceOp
 
 
 def gathered(state: Tensor, device: torch.device) -> list[Tensor]:
-    """The tensors that the processes hand in, of one shape and type, in the order of the ranks; without a group, ``state``.
+    """The ``state`` of every process, in the order of the ranks; without a group, only the own one.
 
     Args:
-        state: of this process, on any device.
+        state: of this process, on any device; of one shape and dtype in all processes.
         device: one that the group's backend takes.
     """
     if not _in_group():
@@ -22,7 +22,10 @@ def gathered(state: Tensor, device: torch.device) -> list[Tensor]:
 
 
 def reduce_extremes(low: Tensor, high: Tensor) -> bool:
-    """Let both hold the smallest and the largest value over all processes, in place; False where there is no group."""
+    """Replace ``low`` by the smallest and ``high`` by the largest value over all processes, in place.
+
+    Returns False without a group.
+    """
     if not _in_group():
         return False
     distributed.all_reduce(low, ReduceOp.MIN)
@@ -31,7 +34,7 @@ def reduce_extremes(low: Tensor, high: Tensor) -> bool:
 
 
 def total_over_ranks(count: int, device: torch.device) -> int:
-    """The sum of all processes' counts."""
+    """The sum of ``count`` over all processes."""
     return sum(int(other) for other in gathered(torch.tensor(count), device))
 
 

@@ -1,4 +1,4 @@
-"""What calibration did to every quantizer, in figures."""
+"""Figures of every quantizer's calibration: range seen, range chosen, share clipped, SQNR."""
 
 from __future__ import annotations
 
@@ -21,15 +21,15 @@ from effnet_quant.quantization.quantizer import TensorQuantizer
 
 @dataclass(frozen=True)
 class RangeReport:
-    """One quantizer.
+    """Figures of one quantizer's calibration.
 
     Attributes:
         name: of the quantizer.
         grid: in words, e.g. "int8, per tensor".
-        seen: smallest and largest value; of a moving average the averages.
-        chosen: ends of the range; of several ranges the outermost.
-        clipped: share of the values that saturate, 0 … 1; None where they were not counted.
-        sqnr: signal to quantization noise ratio in dB; None where it can't be told, infinite without any noise.
+        seen: smallest and largest value; with the method "moving-average" their averages.
+        chosen: both ends of the range; the outermost ones of a range per channel.
+        clipped: share of the values that saturate, 0 … 1; None without a histogram.
+        sqnr: signal to quantization noise ratio in dB; None without a histogram, infinite without any noise.
     """
 
     name: str
@@ -40,13 +40,13 @@ class RangeReport:
     sqnr: float | None
 
     def to_json(self) -> dict[str, Any]:
-        """As plain values."""
+        """Plain values for JSON; an infinite ``sqnr`` becomes None."""
         return asdict(self) | {"sqnr": None if self.sqnr is None or math.isinf(self.sqnr) else self.sqnr}
 
 
 @torch.no_grad()
 def report_ranges(model: nn.Module, calibrators: Mapping[str, Calibrator]) -> list[RangeReport]:
-    """A RangeReport of every calibrated quantizer, in the order of the definition, from what ``collect`` found."""
+    """A RangeReport of every quantizer of a calibrated model, in their order. ``calibrators`` come from ``collect``."""
     reports = []
     for name, quantizer in quantizers(model):
         amax = quantizer.amax
@@ -71,7 +71,7 @@ def _of_histogram(histogram: Histogram, quantizer: TensorQuantizer, amin: float,
     low, high = _limits(quantizer)
     clipped = counts[(centres < low.item()) | (centres > high.item())].sum()
     signal = noise = float((counts * centres**2).sum())
-    if amax > amin:  # else all is rounded to zero
+    if amax > amin:  # else all values are rounded to zero
         noise = squared_errors(histogram, quantizer.spec, np.array([amin]), np.array([amax])).item()
     return float(clipped / counts.sum()), _decibels(signal, noise)
 
@@ -84,7 +84,7 @@ def _of_weight(weight: Tensor, quantizer: TensorQuantizer) -> tuple[float, float
 
 
 def _limits(quantizer: TensorQuantizer) -> tuple[Tensor, Tensor]:
-    """From where on values saturate: half a step beyond the grid."""
+    """The limits beyond which values saturate: half a step outside the grid."""
     low, high = quantizer.spec.bounds
     return (
         (low - 0.5 - quantizer.zero_point) * quantizer.scale,

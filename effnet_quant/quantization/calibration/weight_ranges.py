@@ -1,4 +1,4 @@
-"""Ranges of weights, which are known without data."""
+"""Ranges of weights, chosen from the weights alone."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ _CANDIDATES = 100
 
 
 def covering_weight_range(weight: Tensor, spec: TensorSpec) -> tuple[Tensor, Tensor]:
-    """Ends of the ranges that hold all of a weight tensor, in the shape of its ``amax``."""
+    """Both ends of the ranges that hold all values of a weight tensor, in the shape of its ``amax``."""
     dims, keep = shared_dims(weight, spec)
     values = weight.detach().float()
     if spec.symmetric:
@@ -24,8 +24,10 @@ def covering_weight_range(weight: Tensor, spec: TensorSpec) -> tuple[Tensor, Ten
 
 
 def mse_weight_range(weight: Tensor, spec: TensorSpec) -> tuple[Tensor, Tensor]:
-    """Ends of the ranges of a weight tensor, in the shape of its ``amax``: of 100 shrunken copies of the range of its
-    values the one with the smallest squared error, by channel."""
+    """Both ends of the ranges of a weight tensor, in the shape of its ``amax``.
+
+    Each is the range with the smallest squared error among 100 shrunken copies of the range of its values.
+    """
     amin, amax = covering_weight_range(weight, spec)
     best = [amin, amax]
     smallest = torch.full_like(amax, torch.inf)
@@ -40,5 +42,5 @@ def mse_weight_range(weight: Tensor, spec: TensorSpec) -> tuple[Tensor, Tensor]:
 
 
 def shared_dims(weight: Tensor, spec: TensorSpec) -> tuple[list[int], bool]:
-    """The dimensions whose values share a range, and whether a reduction over them keeps them."""
+    """The dimensions whose values share a range, and the ``keepdim`` of a reduction over them."""
     return list(range(weight.dim()))[spec.per_channel :], spec.per_channel

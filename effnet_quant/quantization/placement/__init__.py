@@ -1,1 +1,1 @@
-"""Where quantizers go: in marked definitions, and on a traced graph."""
+"""Placement of quantizers: at the marks of a model's definition, or on a traced graph."""

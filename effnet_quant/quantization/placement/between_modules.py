@@ -1,4 +1,4 @@
-"""Quantizers for the operations between modules: additions, products, concatenations, pooling, on a traced graph."""
+"""Places quantizers on a traced graph: for additions, products, concatenations and functional pooling."""
 
 from __future__ import annotations
 
@@ -16,16 +16,14 @@ from effnet_quant.quantization.spec import SpecLookup
 
 
 def place_between_modules(model: nn.Module, graph: fx.Graph, spec: SpecLookup) -> None:
-    """Put quantizers on the edges of ``graph``, as modules of ``model``.
+    """Put quantizers on the edges of ``graph``, as modules of ``model``. The layers of ``model`` have theirs already.
 
-    - Addition: the shortcut's operand; the one that comes from a convolution stays in float and fuses with it.
+    - Addition: the shortcut. The operand that comes from a convolution stays in float and fuses with it.
     - Product of two tensors (squeeze-and-excitation): both operands.
     - Concatenation: all inputs, with one range.
     - Functional average pooling and means: the input.
-    - Output of a convolution: a quantizer of that role, unless the next quantizer on its way rounds it anyway. An SiLU or
-      hard-swish behind it rounds its gate.
-
-    The layers of ``model`` have their quantizers already.
+    - Output of a convolution: an output quantizer, unless the value goes straight to other quantizers. An SiLU or
+      hard-swish after an output quantizer rounds its gate.
     """
     placement = _Placement(model, graph, spec)
     placement.split_activations()
@@ -78,16 +76,18 @@ class _Placement:
         return isinstance(module, nn.Conv2d) and hasattr(module, "_weight_quantizer")
 
     def is_constant(self, node: fx.Node) -> bool:
-        """Whether the value depends on no pixel: a learned scale, whose product is fused and stays in float, or a size."""
+        """Whether the value is the same for all inputs: a size, or a learned scale. Products with a scale stay in float."""
         return node in self._constants
 
     def shortcut(self, first: fx.Node, second: fx.Node) -> fx.Node:
-        """The operand of an addition that does not come straight from a convolution (the first if neither or both do:
-        it is the older value where models write ``x += shortcut`` the other way round)."""
+        """The operand of an addition that does not come straight from a convolution.
+
+        If neither or both do, the first: it is the older value in models that write ``shortcut + x``.
+        """
         return first if self._fuses(second) or not self._fuses(first) else second
 
     def _fuses(self, node: fx.Node) -> bool:
-        """Whether the value is a convolution's, or its BatchNorm's, and serves nothing else."""
+        """Whether the value comes from a convolution or its BatchNorm and has no other use."""
         while len(node.users) == 1:
             module = called_module(self._model, node)
             if self.is_convolution(node):
@@ -122,8 +122,10 @@ class _Placement:
         node.args = (quantized, *node.args[1:])
 
     def split_activations(self) -> None:
-        """Take timm's BatchNorm-with-activation modules apart, so that a quantizer can sit in between: the BatchNorm
-        becomes a plain one, and the graph calls its children ``drop`` and ``act`` after it."""
+        """Split timm's modules of BatchNorm and activation, so that a quantizer fits in between.
+
+        The module becomes a plain BatchNorm, and the graph calls its children ``drop`` and ``act`` after it.
+        """
         for node in list(self._graph.nodes):
             module = called_module(self._model, node)
             if not isinstance(module, nn.BatchNorm2d) or not isinstance(getattr(module, "act", None), nn.Module):
@@ -138,8 +140,10 @@ class _Placement:
                     value = following
 
     def quantize_output(self, node: fx.Node) -> None:
-        """An output quantizer behind the convolution, its BatchNorm and an activation that only clips; none where all
-        that follows is the quantizers of one value, or the model's output."""
+        """Put an output quantizer after a convolution, its BatchNorm and any activation that only clips.
+
+        None is put where the value goes only to other quantizers, or only to the model's output.
+        """
         value = self._follow(node, lambda user: isinstance(called_module(self._model, user), nn.BatchNorm2d))
         value = self._follow(value, lambda user: self._commutes(user, Kind.CLIPS))
         end = self._follow(value, lambda user: self._commutes(user, Kind.CLIPS | Kind.MOVES))
@@ -157,7 +161,7 @@ class _Placement:
         value.replace_all_uses_with(rounded, delete_user_cb=lambda user: user is not rounded)
 
     def _follow(self, node: fx.Node, passes: Callable[[fx.Node], bool]) -> fx.Node:
-        """The last value on the only way from ``node`` through nodes that pass."""
+        """The end of the chain from ``node`` through single users for which ``passes`` is true."""
         while len(node.users) == 1 and passes(user := next(iter(node.users))):
             node = user
         return node

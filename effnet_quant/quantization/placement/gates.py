@@ -1,4 +1,4 @@
-"""Finds the activations whose gate engines round: SiLU and hard-swish behind a rounded output."""
+"""Replaces SiLU and hard-swish after an output quantizer: engines round the gates of these activations."""
 
 from __future__ import annotations
 
@@ -16,13 +16,13 @@ _FUNCTIONS: dict[Callable[..., object], Callable[..., nn.Module]] = {F.silu: nn.
 
 
 def place_gates(model: nn.Module, graph: fx.Graph, *, rewrite: bool) -> None:
-    """Put twins that round their gate in the place of SiLU and hard-swish behind output quantizers, as modules of ``model``.
+    """Replace each SiLU and hard-swish after an output quantizer by its twin that rounds the gate (``QuantGate``).
 
     Args:
-        model: quantized.
+        model: quantized; it holds the twins.
         graph: calls the modules of ``model``.
-        rewrite: whether ``graph`` is what the model computes from now on. Then functions get a module, and modules that are
-            called at several places one for each. Else the model keeps its own forward, which calls neither.
+        rewrite: whether ``graph`` becomes the model's forward. Then functions are replaced too, and each call of a shared
+            module gets its own twin. Else both stay, because the model's own forward calls them.
     """
     calls = Counter(node.target for node in graph.nodes if node.op == "call_module")
     for node in list(graph.nodes):
@@ -45,7 +45,7 @@ def place_gates(model: nn.Module, graph: fx.Graph, *, rewrite: bool) -> None:
 
 
 def _activation(model: nn.Module, node: fx.Node) -> nn.Module | None:
-    """The module that a node calls, or one that computes its function."""
+    """The module that a node calls, or a new module that computes the node's function."""
     if node.op == "call_function" and node.target in _FUNCTIONS:
         return _FUNCTIONS[node.target](inplace=bool(node.kwargs.get("inplace", False)))
     return called_module(model, node)

@@ -1,4 +1,4 @@
-"""Walks a model and places quantizers."""
+"""quantize: places quantizers in a model. simulate_target: chooses the engine that it simulates."""
 
 from __future__ import annotations
 
@@ -34,17 +34,19 @@ from effnet_quant.quantization.targets import FollowsTarget, Target, get_target
 def quantize(
     model: nn.Module, spec: str | QuantSpec | Mapping[str, Any] = "w8a8", *, target: str = "onnxruntime"
 ) -> nn.Module:
-    """Place quantizers in ``model``, in place: on the inputs and weights of convolutions and linear layers, on the inputs
-    of average pooling, on every QuantPoint and every OutputPoint. All targets' quantizers are placed, so that the same
-    weights serve every target; those round that ``target`` wants (``simulate_target``).
+    """Place quantizers in ``model``, in place.
 
-    A model without such marks is traced (torch.fx), and the same places are found in its graph: the shortcut of an
-    addition, both operands of a product, the inputs of a concatenation (with one range) and of functional pooling. It
-    then computes the traced graph, so Python branches on ``self.training`` outside of modules are fixed. A warning names
-    what could not be traced.
+    Quantizers go on inputs and weights of convolutions and linear layers, on inputs of average pooling, and on every
+    QuantPoint and OutputPoint. The quantizers of all targets are placed, so the same weights serve every target. Only the
+    quantizers that ``target`` needs will round (``simulate_target``).
 
-    The quantizers start without ranges, and a network without ranges computes what the float network does; ``calibrate``
-    or loaded weights give it ranges. Parameters are shared with the float model and keep their names.
+    A model without QuantPoint or OutputPoint is traced with torch.fx. Then the shortcut of an addition, both operands of a
+    product, all inputs of a concatenation (with one range) and the input of functional pooling get quantizers too. The
+    traced graph becomes the model's forward, so Python branches on ``self.training`` outside of modules are fixed. A warning
+    names the modules that can't be traced.
+
+    The quantizers have no ranges yet, and the network computes what the float network does. ``calibrate`` or loaded weights
+    give it ranges. Parameters are shared with the float model and keep their names.
 
     Args:
         model: any module with Conv2d, Linear or average pooling modules.
@@ -55,8 +57,8 @@ def quantize(
         The same model.
 
     Raises:
-        UserError: unknown preset or target, a model that is quantized already, one with nothing to quantize, or an
-            override that matches nothing.
+        UserError: unknown preset or target, a model that is quantized already or has nothing to quantize, or an override
+            that matches nothing.
     """
     lookup, rules = SpecLookup(resolve_spec(spec)), get_target(target)
     if any(True for _ in quantizers(model)):
@@ -98,29 +100,29 @@ def _place_on_graph(model: nn.Module, spec: SpecLookup) -> None:
 
 
 def quantizers(model: nn.Module) -> Iterator[tuple[str, TensorQuantizer]]:
-    """Every quantizer of an input or of weights (NVIDIA's placement) with its name, in the order of the definition."""
+    """Every quantizer of an input or of weights (NVIDIA's placement) with its name, in the order of ``named_modules``."""
     for name, module in model.named_modules():
         if isinstance(module, TensorQuantizer) and module.role in ("input", "weight"):
             yield name, module
 
 
 def output_quantizers(model: nn.Module) -> Iterator[TensorQuantizer]:
-    """Every quantizer of an output."""
+    """Every output quantizer."""
     for module in model.modules():
         if isinstance(module, TensorQuantizer) and module.role == "output":
             yield module
 
 
 class _Placing:
-    """Exchanges the modules of a model for their quantized twins, and marks for quantizers."""
+    """Replaces a model's layers by their quantized twins, and its marks by quantizers."""
 
     def __init__(self, spec: SpecLookup, device: torch.device) -> None:
         self._spec = spec
         self._device = device
-        self._twins: dict[nn.Module, nn.Module] = {}  # exchanged already, for layers that several modules share
+        self._twins: dict[nn.Module, nn.Module] = {}  # by layer, because several modules may share one
 
     def place(self, module: nn.Module, prefix: str = "") -> None:
-        """Exchange the children of ``module``, whose names begin with ``prefix``, and theirs."""
+        """Replace the descendants of ``module``. ``prefix`` starts their names."""
         for name, child in list(module._modules.items()):
             if child is None or hasattr(child, "_weight_quantizer"):
                 continue
@@ -137,7 +139,7 @@ class _Placing:
                 setattr(module, name, quantizer.train(child.training).to(self._device))
 
     def _twin(self, module: nn.Module, name: str) -> nn.Module | None:
-        """What takes the place of a module; None if it stays."""
+        """The module that replaces ``module``; None if it stays."""
         if type(module) in (nn.Conv2d, nn.Linear):
             if module not in self._twins:
                 kind = QuantConv2d if type(module) is nn.Conv2d else QuantLinear
@@ -154,7 +156,7 @@ class _Placing:
 
 
 def simulate_target(model: nn.Module, target: str | Target) -> nn.Module:
-    """Let a quantized model round where the engine of ``target`` (a name, or rules) does; in place, returns the model.
+    """Make a quantized model round where the engine of ``target`` does, in place. Returns the model.
 
     Raises:
         UserError: there is no such target.

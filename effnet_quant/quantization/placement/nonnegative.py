@@ -1,4 +1,4 @@
-"""Finds the quantizers that negative values never reach, from what stands before them."""
+"""Finds the quantizers that negative values never reach, from the operations before them."""
 
 from __future__ import annotations
 
@@ -12,15 +12,18 @@ from effnet_quant.quantization.operation_kinds import Kind, kind_of
 from effnet_quant.quantization.placement.symbolic_trace import called_module
 from effnet_quant.quantization.quantizer import TensorQuantizer
 
-# A result of these is never negative where the first operand never is.
+# If the first operand is never negative, the result of these kinds is never negative.
 _KEEPING = Kind.MOVES | Kind.AVERAGES | Kind.ROUNDS
 _IN_PLACE = {operator.iadd, operator.isub, operator.imul, operator.itruediv, operator.ifloordiv, operator.ipow}
 
 
 def never_negative(model: nn.Module, graph: fx.Graph, opaque: Sequence[str]) -> set[TensorQuantizer]:
-    """The quantizers of ``model``, which ``graph`` calls, whose input has no negative value whatever the image is.
+    """The quantizers of ``model`` whose input is never negative, for any image.
 
-    Those inside of the ``opaque`` modules, which could not be traced, are not among them.
+    Args:
+        model: quantized.
+        graph: calls the modules of ``model``.
+        opaque: names of the modules that could not be traced. Their quantizers are left out.
     """
     positive: set[fx.Node] = set()
     found: dict[TensorQuantizer, bool] = {}
@@ -36,17 +39,17 @@ def never_negative(model: nn.Module, graph: fx.Graph, opaque: Sequence[str]) -> 
         ):
             positive.add(node)
         elif _writes_in_place(node, module):
-            # perhaps negative values, into its input and whatever shares memory with it
+            # It may write negative values into its input and into all that shares memory with that.
             return set()
         quantizer = module if isinstance(module, TensorQuantizer) else getattr(module, "_input_quantizer", None)
-        if isinstance(quantizer, TensorQuantizer):  # which may be called several times
+        if isinstance(quantizer, TensorQuantizer):  # it may be called several times
             found[quantizer] = found.get(quantizer, True) and from_positive
     hidden = {module for name in opaque for module in model.get_submodule(name).modules()}
     return {quantizer for quantizer, always in found.items() if always and quantizer not in hidden}
 
 
 def _kind(node: fx.Node, module: nn.Module | None) -> Kind:
-    """The kind of what the node calls; nothing is known of a module with hooks."""
+    """The kind of the operation that the node calls; ``Kind(0)`` for a module with hooks, which may change its output."""
     if module is not None:
         hooked = module._forward_hooks or module._forward_pre_hooks
         return Kind(0) if hooked else kind_of(type(module))
@@ -54,7 +57,7 @@ def _kind(node: fx.Node, module: nn.Module | None) -> Kind:
 
 
 def _writes_in_place(node: fx.Node, module: nn.Module | None) -> bool:
-    """Whether the node may write into a value that something else has found free of negative ones."""
+    """Whether the node may write into a value that other nodes use and that was found never negative."""
     if node.op == "call_method" and str(node.target).endswith("_"):
         return True
     within = getattr(module, "inplace", False) or node.kwargs.get("inplace") or node.target in _IN_PLACE

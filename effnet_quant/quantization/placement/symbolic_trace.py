@@ -1,4 +1,4 @@
-"""Finds the operations of a model that have no module of their own, by symbolic tracing (torch.fx)."""
+"""Traces a model with torch.fx, to find the operations that have no module of their own."""
 
 from __future__ import annotations
 
@@ -13,12 +13,12 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 from effnet_quant.quantization.quantized_layers import QuantAdaptiveAvgPool2d, QuantAvgPool2d, QuantGate
 
-# Modules that stay one node: they carry quantizers, or behave differently in training and evaluation.
+# Modules that stay one node: they carry quantizers, or compute differently in training and evaluation.
 _WHOLE = (nn.Conv2d, nn.Linear, QuantAdaptiveAvgPool2d, QuantAvgPool2d, QuantGate, _BatchNorm)
 
 
 class _Tracer(fx.Tracer):
-    """Goes into every module that has children, except those that must stay whole."""
+    """Traces into every module that has children, except ``_WHOLE`` and the opaque ones."""
 
     def __init__(self, opaque: set[str]) -> None:
         super().__init__()
@@ -32,16 +32,16 @@ class _Tracer(fx.Tracer):
 
 
 def trace_operations(model: nn.Module) -> tuple[fx.Graph | None, list[str]]:
-    """The graph of a model, and the names of the modules that could not be traced and are one node each in it.
+    """The graph of a model, and the names of its opaque modules: they can't be traced and are one node each.
 
     Returns:
-        The graph (None if the model itself can't be traced) and the opaque modules' names.
+        The graph, None if the model itself can't be traced, and the names.
     """
     opaque: set[str] = set()
     while True:
         try:
             return _Tracer(opaque).trace(model), sorted(opaque)
-        except Exception:  # whatever a model's own code raises when it meets a proxy instead of a tensor
+        except Exception:  # a model's own code may raise anything when it gets a proxy instead of a tensor
             found = _untraceable(model, "", opaque)
             if not found - opaque:
                 return None, sorted(opaque)
@@ -66,14 +66,16 @@ def _untraceable(module: nn.Module, prefix: str, opaque: set[str]) -> set[str]:
 
 
 def _defaults(module: nn.Module) -> dict[str, Any]:
-    """The arguments of its forward that have defaults, which is how the model calls it as a rule."""
+    """The defaults of its forward's arguments, with which models usually call it."""
     parameters = inspect.signature(module.forward).parameters.values()
     return {parameter.name: parameter.default for parameter in parameters if parameter.default is not parameter.empty}
 
 
 def replace_forward(model: nn.Module, graph: fx.Graph) -> None:
-    """Let ``model`` compute ``graph`` from now on, in place: it becomes an instance of a subclass with that forward, and
-    keeps its modules, their names and its other methods."""
+    """Make ``graph`` the forward of ``model``, in place.
+
+    The model becomes an instance of a subclass with that forward. It keeps its modules, their names and its other methods.
+    """
     generated = fx.GraphModule(model, graph)
     forward: Callable[..., torch.Tensor] = type(generated).forward
     own = model.__class__
@@ -86,7 +88,10 @@ def called_module(model: nn.Module, node: fx.Node) -> nn.Module | None:
 
 
 def free_name(model: nn.Module, node: fx.Node, name: str) -> str:
-    """The path for a new module beside the node's own (in the module whose forward it belongs to), called ``name``."""
+    """A free path for a new module called ``name``, in the module whose forward has the node.
+
+    For a node that calls a module, that module's name goes before ``name``. A number follows if the path is taken.
+    """
     stack = list((node.meta.get("nn_module_stack") or {}).values())
     paths = [entry[0] if isinstance(entry, tuple) else str(entry) for entry in stack]
     owner = paths[-1] if paths else ""
@@ -101,7 +106,7 @@ def free_name(model: nn.Module, node: fx.Node, name: str) -> str:
 
 
 def add_module(model: nn.Module, path: str, module: nn.Module) -> str:
-    """Add ``module`` at ``path``, which is free, in the mode of its parent and on the model's device; returns the path."""
+    """Add ``module`` at a free ``path``, in its parent's mode and on the model's device. Returns the path."""
     owner, _, name = path.rpartition(".")
     parent = model.get_submodule(owner)
     parent.add_module(name, module.train(parent.training).to(next(model.parameters()).device))

@@ -1,4 +1,4 @@
-"""Targets: what each runtime wants of a quantized graph, as data; one file per runtime holds its row and the reasons."""
+"""Targets: what each runtime wants of a quantized graph, as data. Each runtime has one file with its row and the reasons."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ __all__ = ["OPERATIONS", "TARGETS", "FollowsTarget", "Target", "get_target"]
 
 
 def get_target(name: str | Target) -> Target:
-    """The rules of the named runtime; rules are given back as they are.
+    """The Target of the named runtime. A Target is returned as it is.
 
     Raises:
         UserError: there is no such target.

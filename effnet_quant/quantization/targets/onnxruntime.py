@@ -1,10 +1,10 @@
 """ONNX Runtime, CPU execution provider.
 
-QLinearConv is the only integer convolution its optimizer makes: input, weights, int32 bias and output all quantized, so
-every convolution gets QDQ on its output too. Its uint8-activation kernels are the fast ones; int8 activations measured
-five times slower than FP32 (see docs/deployment.md). Everything else has an integer kernel too, and each value that goes
-back to float costs two more passes, so all is quantized; the sigmoid of SiLU becomes a table (QLinearSigmoid), the gate of
-hard-swish a sum (QLinearAdd).
+The only integer convolution that its optimizer makes is QLinearConv, with quantized input, weights, bias (int32) and output.
+So every convolution gets QDQ on its output too. Kernels with uint8 activations are the fast ones: int8 activations measured
+five times slower than FP32 (see docs/deployment.md). All other operations have integer kernels too. A value that goes back
+to float costs two more passes, so every operation is quantized. The sigmoid of SiLU becomes a table (QLinearSigmoid), the
+gate of hard-swish a sum (QLinearAdd).
 """
 
 from effnet_quant.quantization.targets.rules import Target

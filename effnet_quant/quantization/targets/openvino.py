@@ -1,8 +1,8 @@
 """OpenVINO, CPU plugin (oneDNN).
 
-Its integer convolution takes quantized inputs and weights and fuses a float bias, the activation and the next quantizer
-behind it (Swish and the residual addition too), so outputs need no ranges of their own. Squeeze-and-excitation's means and
-products stay in float: integers there cost a reorder each and save nothing.
+Its integer convolution takes quantized inputs and weights. It fuses a float bias, the activation (Swish too), the residual
+addition and the next quantizer, so outputs need no ranges of their own. The means and products of squeeze-and-excitation
+stay in float: integers there cost a reorder each and save nothing.
 """
 
 from effnet_quant.quantization.targets.rules import Target

@@ -1,4 +1,4 @@
-"""The vocabulary in which a runtime's wishes are written down."""
+"""Target: the fields that describe what a runtime wants of a quantized graph."""
 
 from __future__ import annotations
 
@@ -8,26 +8,28 @@ from dataclasses import dataclass, replace
 
 from effnet_quant.errors import UserError
 
-# stem: the convolution that takes the image; linear: the classifier, and squeeze-and-excitation's layers where they are
-# linear; silu: the gates of SiLU and hard-swish, in x * gate(x); the others as they are called
+# stem: the convolution that takes the image.
+# linear: the classifier, and the layers of squeeze-and-excitation where they are linear.
+# silu: the gates of SiLU and hard-swish, in x * gate(x).
 OPERATIONS = ("stem", "conv", "depthwise", "linear", "pool", "mul", "add", "concat", "silu")
 
 
 @dataclass(frozen=True)
 class Target:
-    """What a runtime wants of the graph it is given.
+    """What a runtime wants of a quantized graph.
 
     Attributes:
         name: as on the command line.
         activation_dtype: "int8" (zero point 0) or "uint8" (zero point 128): two encodings of the same symmetric grid.
-        unsigned: whether activations that are never negative, behind a ReLU, take the grid 0 … 255 (uint8 with zero point 0)
-            over the same range.
-        quantized: the OPERATIONS that compute with integers: their inputs carry QDQ, and the weights of convolutions and
-            linear layers are int8. For "silu", the gate carries QDQ where its input does. The others stay in float.
-        quantized_outputs: whether a quantized convolution needs QDQ on its output too, to run as an integer kernel.
-        quantized_bias: whether biases are written as int32 with scale s_input * s_weight, or stay float.
-        pools_integers: whether QDQ behind max pooling goes in front of it, which changes no value. (A runtime that wants
-            ``quantized_outputs`` does so anyway, as behind ReLU.)
+        unsigned: whether activations that are never negative (as after a ReLU) take the grid 0 … 255 over the same range:
+            uint8 with zero point 0.
+        quantized: the OPERATIONS that compute with integers; the others stay in float. Inputs of these operations carry
+            QDQ, and the weights of convolutions and linear layers are int8. For "silu", the gate carries QDQ if its input
+            does.
+        quantized_outputs: whether a convolution needs QDQ on its output too, to run as an integer kernel.
+        quantized_bias: whether biases are written as int32 with scale s_input * s_weight; else they stay float.
+        pools_integers: whether max pooling runs on integers. The export then moves QDQ from after the pooling to before
+            it; the values are the same. With ``quantized_outputs`` the export does so in any case.
     """
 
     name: str
@@ -51,8 +53,8 @@ class Target:
 
 
 class FollowsTarget:
-    """What a module is if its computation depends on the engine that it simulates."""
+    """Base class of modules whose computation depends on the simulated engine."""
 
     @abstractmethod
     def follow(self, target: Target) -> None:
-        """Compute as the engine of ``target`` does from now on."""
+        """From now on compute as the engine of ``target`` does."""

@@ -1,5 +1,8 @@
-"""TensorRT: int8 with zero point 0 everywhere, float biases; it fuses the activation, the residual addition and the next
-quantizer into the convolution itself (NVIDIA's placement, the one the quantized models are built with)."""
+"""TensorRT: int8 with zero point 0 everywhere, float biases.
+
+It fuses the activation, the residual addition and the next quantizer into the convolution. This is NVIDIA's placement, with
+which the quantized models are built.
+"""
 
 from effnet_quant.quantization.targets.rules import Target
 
