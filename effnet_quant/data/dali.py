@@ -74,7 +74,7 @@ class DaliLoader(Loader):
         """
         if self._in_flight:  # an epoch that was left early
             self._pipeline = None
-        elif self._pipeline is not None:  # the last epoch may not have read DALI's end-of-epoch
+        elif self._pipeline is not None:  # callers that count batches stop before DALI's StopIteration
             self._pipeline.reset()
         self._in_flight.clear()
         with ThreadPoolExecutor(max(1, self._workers)) as readers:

@@ -21,10 +21,7 @@ from effnet_quant.data.transforms import Transform
 from effnet_quant.data.workers import Whereabouts
 from effnet_quant.errors import UserError
 
-_BUFFER, _FIRST = (
-    1000,
-    100,
-)  # size of the buffer that a worker draws from at random, and images in it before the first draw
+_BUFFER, _FIRST = 1000, 100  # images in a worker's shuffle buffer, and how many it holds before the first draw
 
 _Part = tuple[Tensor, Tensor, dict[int, str]]  # images, labels, sentences about unreadable images by index
 _Sample = tuple[int, str, EncodedImage | DecodeError, int]  # index, name, image, label
