@@ -143,7 +143,7 @@ class LossMeter:
         self._first_bad = torch.full((), -1, dtype=torch.int64, device=device)
 
     def add(self, loss: Tensor, images: int, batch: int) -> None:
-        """Add the mean loss of ``images`` images in batch number ``batch``. A loss that is not finite is left out of the mean."""
+        """Add the mean loss of ``images`` images in batch number ``batch``. Non-finite losses are left out of the mean."""
         finite = torch.isfinite(loss)
         counted = torch.where(finite, loss.double(), 0.0)
         self._sums += torch.stack([counted * images, finite * float(images)])

@@ -279,9 +279,7 @@ class Trainer:
             self.model,
             device_ids=[self.device] if self.device.type == "cuda" else None,
             gradient_as_bucket_view=True,
-            find_unused_parameters=bool(
-                learned_ranges(self.model)
-            ),  # quantizers that are not switched on yet leave theirs unused
+            find_unused_parameters=bool(learned_ranges(self.model)),  # unused while their quantizers are off
         )
 
     def _train_epoch(self, network: nn.Module, loader: Loader) -> dict[str, float]:
@@ -371,7 +369,8 @@ class Trainer:
             if self.device.type == "cpu" or self._position.batch % self.config.print_freq == 0:
                 watch.check()
             if self._position.batch % self._batches_per_step == 0:
-                # not right after the step: the forward pass would take the gradients' memory, and new memory costs 6 % on a CPU
+                # if they were freed right after the step, a CPU's forward pass would take their memory, and the backward
+                # pass would pay for new memory (6 %)
                 self.optimizer.zero_grad(set_to_none=True)
             self._scaler.scale(loss / accumulated).backward()
 
