@@ -35,7 +35,7 @@ def run_engine(engine: Engine, pixels: Tensor, spec: InputSpec) -> Tensor:
 
 
 def validation_loader(data: str, card: ModelCard, spec: InputSpec, batch_size: int, workers: int = 0) -> Loader:
-    """Load the validation images of ``data``, transformed for the model. Labels refer to the card's classes, if it names them.
+    """Load the validation images of ``data``, transformed for the model. Labels refer to the card's classes, if any.
 
     Raises:
         UserError: there are no such images, or the batch size is below 1.

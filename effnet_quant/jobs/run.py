@@ -255,7 +255,7 @@ def _with_seed(config: TrainConfig, checkpoint: dict[str, Any] | None, world: Wo
 
 
 def _check_same_workers(source: ImageSource | None, checkpoint: dict[str, Any], config: TrainConfig, path: str) -> None:
-    """Raises UserError if a run resumes within an epoch of shards with another number of workers, which changes the order."""
+    """Raises UserError if a run resumes within an epoch of shards, but with another number of workers and thus order."""
     before = (checkpoint.get("config") or {}).get("workers", config.workers)
     if isinstance(source, ShardSource) and checkpoint.get("batch") and before != config.workers:
         raise UserError(
