@@ -156,7 +156,7 @@ def _add_run_arguments(parser: argparse.ArgumentParser) -> None:
     add("--print-freq", "-p", type=int, default=10, help="batches between two progress lines, without a terminal")
     add("--resume", metavar="FILE", help="checkpoint to resume from")
     add("--prof", type=int, default=-1, help="run only so many batches per epoch, to measure speeds; -1: all")
-    add("--gather-checkpoints", type=int, default=0, help="number of epochs whose checkpoints are kept; -1: all")
+    add("--gather-checkpoints", type=int, default=0, help="keep the checkpoints of the last so many epochs; -1: all")
     add(
         "--checkpoint-every-steps",
         type=int,
