@@ -1,4 +1,4 @@
-"""``effnet-quant``: one command, whose first word says which script it is."""
+"""``effnet-quant``: one command with a verb for each script."""
 
 from __future__ import annotations
 
@@ -13,12 +13,12 @@ from effnet_quant import __version__
 
 @dataclass(frozen=True)
 class Verb:
-    """What stands behind a word of the command line.
+    """A verb of the command line.
 
     Attributes:
-        module: of ``effnet_quant.cli``; its ``main`` does the work.
+        module: module of ``effnet_quant.cli`` whose ``main`` does the work.
         summary: a line for the list of verbs.
-        example: arguments, as a user may type them behind the verb.
+        example: example arguments.
     """
 
     module: str
@@ -63,7 +63,7 @@ VERBS = {
 
 
 def main() -> None:
-    """Entry point of ``effnet-quant`` and of ``python -m effnet_quant``: hand over to the verb's module."""
+    """Entry point of ``effnet-quant`` and of ``python -m effnet_quant``: run the verb's module."""
     path, *words = sys.argv
     program = os.path.basename(path)
     if program == "__main__.py":
@@ -77,7 +77,7 @@ def main() -> None:
     elif verb == "--version":
         print(f"effnet-quant {__version__}")
     elif verb in VERBS:
-        # the module sees the command line of a script of its own, whose name is what the user typed
+        # the module sees the command line of a script, whose name is what the user typed
         sys.argv = [f"{program} {verb}", *arguments]
         importlib.import_module(f"effnet_quant.cli.{VERBS[verb].module}").main()
     else:

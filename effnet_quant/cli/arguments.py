@@ -1,4 +1,4 @@
-"""The flags that scripts share, with NVIDIA's names and defaults (reference: EfficientNet for PyTorch)."""
+"""The flags that several scripts share, with the names and defaults of NVIDIA's EfficientNet for PyTorch."""
 
 from __future__ import annotations
 
@@ -12,14 +12,14 @@ from effnet_quant.training.choices import AFFINITIES, AMP_DTYPES, OPTIMIZERS, SC
 
 
 class Parser(argparse.ArgumentParser):
-    """Parses arguments and notes in ``explicit`` which destinations the user gave."""
+    """Parses arguments, and notes in ``explicit`` which ones the user gave."""
 
     def __init__(self, description: str) -> None:
         super().__init__(prog=typed_command(), description=description, allow_abbrev=False)
         self.add_argument("--debug", action="store_true", help="show the traceback of an error")
 
     def parse(self, arguments: Sequence[str]) -> argparse.Namespace:
-        """The parsed arguments, with the set ``explicit`` added; prints usage and exits with status 2 if they are wrong."""
+        """Parse arguments and add the set ``explicit``. Wrong arguments print the usage and exit with status 2."""
         parsed = self.parse_args(arguments)
         defaults = {action.dest: action.default for action in self._actions}
         for action in self._actions:
@@ -31,7 +31,7 @@ class Parser(argparse.ArgumentParser):
 
 
 def boolean(text: str) -> bool:
-    """The value of flags such as ``--trt True``."""
+    """Parse the value of flags such as ``--trt True``."""
     if text.lower() in ("true", "1", "yes"):
         return True
     if text.lower() in ("false", "0", "no"):
@@ -40,7 +40,7 @@ def boolean(text: str) -> bool:
 
 
 def add_model_arguments(parser: argparse.ArgumentParser, default_arch: str | None) -> None:
-    """The architecture, its options and its weights."""
+    """Add the flags of the architecture, its options and its weights."""
     parser.add_argument("--arch", "-a", default=default_arch, help="model name, e.g. efficientnet-b0, timm:resnet50")
     parser.add_argument(
         "--num-classes", "--num_classes", type=int, default=1000, help="number of classes (cifar-resnet*: 10)"
@@ -60,20 +60,20 @@ def add_model_arguments(parser: argparse.ArgumentParser, default_arch: str | Non
         "--trt",
         type=boolean,
         default=False,
-        help="EfficientNet's squeeze-and-excitation as 1x1 convolutions (efficientnet-quant-*: unless False)",
+        help="EfficientNet's squeeze-and-excitation as 1x1 convolutions (default: True only for efficientnet-quant-*)",
     )
     parser.add_argument(
         "--hard-swish",
         action="store_true",
-        help="hard-swish in the place of SiLU: faster in 8 bits, wants training (default: what the weights say)",
+        help="replace SiLU by hard-swish, which is faster in 8 bits but needs training (default: as in the weights)",
     )
     parser.add_argument("--pretrained-from-file", metavar="FILE", help="weights: .safetensors, .pth or .pth.tar")
-    parser.add_argument("--pretrained", action="store_true", help="the model's published weights (downloaded once)")
-    parser.add_argument("--ema", action="store_true", help="of a checkpoint's weights, take their moving average")
+    parser.add_argument("--pretrained", action="store_true", help="use the model's published weights (downloaded once)")
+    parser.add_argument("--ema", action="store_true", help="use the moving average of a checkpoint's weights")
 
 
 def add_training_arguments(parser: argparse.ArgumentParser) -> None:
-    """The flags of main.py and quant_main.py."""
+    """Add the flags that main.py and quant_main.py share."""
     add_model_arguments(parser, "resnet50")
     _add_data_arguments(parser)
     _add_optimization_arguments(parser)
@@ -82,93 +82,100 @@ def add_training_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def _add_data_arguments(parser: argparse.ArgumentParser) -> None:
-    """Where images come from, and how many at a time."""
+    """Add the flags of the data: source, transforms, batch size."""
     add = parser.add_argument
+    add("data", metavar="DATA", help="a folder with train/ and val/, or another name from docs/data.md")
     add(
-        "data",
-        metavar="DATA",
-        help="a folder with train/ and val/, or what else docs/data.md lists",
+        "--data-backend",
+        "--data-backends",
+        choices=BACKENDS,
+        default="dali-cpu",
+        help="image loader (default: pytorch)",
     )
-    add("--data-backend", "--data-backends", choices=BACKENDS, default="dali-cpu", help="how images are loaded")
-    add("--interpolation", choices=INTERPOLATIONS, default="bilinear", help="when resizing images")
+    add("--interpolation", choices=INTERPOLATIONS, default="bilinear", help="how images are resized")
     add("-j", "--workers", type=int, default=5, help="data loading processes")
     add("--prefetch", type=int, default=2, help="batches that each worker prepares ahead")
     add("--image-size", type=int, help="image size in pixels (default: the model's)")
     add(
         "--crop-pct",
         type=float,
-        help="evaluate on this share of an image's side, as timm does (default: NVIDIA's crop)",
+        help="share of an image's side that evaluation crops, as in timm (default: NVIDIA's crop)",
     )
-    add("--augmentation", choices=(None, *AUGMENTATIONS), default=None, help="policy that training images go through")
-    add(
-        "--max-bad-images",
-        type=int,
-        default=50,
-        help="unreadable images that are reported and left out",
-    )
-    add("-b", "--batch-size", type=int, default=256, help="images a batch")
+    add("--augmentation", choices=(None, *AUGMENTATIONS), default=None, help="augmentation policy for training images")
+    add("--max-bad-images", type=int, default=50, help="unreadable images to report and leave out before the run stops")
+    add("-b", "--batch-size", type=int, default=256, help="images per batch of one process")
 
 
 def _add_optimization_arguments(parser: argparse.ArgumentParser) -> None:
-    """What is learned, and how fast."""
+    """Add the flags of optimizer, schedule and regularisation."""
     add = parser.add_argument
     add("--epochs", type=int, default=90, help="epochs of the whole training")
-    add("--run-epochs", type=int, default=-1, help="epochs of this run, -1 for all that are left")
-    add("--early-stopping-patience", type=int, default=-1, help="epochs without a better top-1 before stopping")
-    add("--optimizer-batch-size", type=int, default=-1, help="images an optimizer step (gradient accumulation)")
+    add("--run-epochs", type=int, default=-1, help="epochs of this run; -1: all that are left")
+    add("--early-stopping-patience", type=int, default=-1, help="stop after so many epochs without a better top-1")
+    add("--optimizer-batch-size", type=int, default=-1, help="images per optimizer step (gradient accumulation)")
     add("--lr", "--learning-rate", type=float, default=0.1, help="learning rate")
     add("--lr-schedule", choices=SCHEDULES, default="step", help="learning rate schedule, by epoch")
     add("--end-lr", type=float, default=0, help="learning rate at the end of the schedule")
     add("--warmup", type=int, default=0, help="epochs of linear warm-up")
     add("--label-smoothing", type=float, default=0.0, help="label smoothing")
-    add("--mixup", type=float, default=0.0, help="mixup alpha")
-    add("--cutmix", type=float, default=0.0, help="CutMix alpha; with --mixup too, a coin decides for each batch")
+    add("--mixup", type=float, default=0.0, help="alpha of mixup")
+    add("--cutmix", type=float, default=0.0, help="alpha of CutMix; with --mixup, each batch takes one at random")
     add("--optimizer", choices=OPTIMIZERS, default="sgd", help="optimizer")
     add("--momentum", type=float, default=0.9, help="momentum")
     add("--weight-decay", "--wd", type=float, default=1e-4, help="weight decay")
-    add("--bn-weight-decay", action="store_true", help="let BatchNorm's parameters decay too")
+    add("--bn-weight-decay", action="store_true", help="apply weight decay to BatchNorm's parameters too")
     add("--rmsprop-alpha", type=float, default=0.9, help="RMSprop's smoothing constant")
     add("--rmsprop-eps", type=float, default=1e-3, help="RMSprop's epsilon")
     add("--nesterov", action="store_true", help="Nesterov momentum")
-    add("--use-ema", type=float, help="decay of an exponential moving average of the weights")
+    add("--use-ema", type=float, help="keep an exponential moving average of the weights, with this decay")
     add("--seed", type=int, help="random seed (default: a random one)")
 
 
 def _add_compute_arguments(parser: argparse.ArgumentParser) -> None:
-    """How the device computes."""
+    """Add the flags of the arithmetic."""
     add = parser.add_argument
     add("--amp", action="store_true", help="mixed precision: float16 on a GPU, bfloat16 on the CPU")
-    add("--amp-dtype", choices=tuple(AMP_DTYPES), help="another type for --amp")
-    add("--tf32", type=boolean, default=True, help="TF32 instead of float32 in convolutions and products, on a GPU")
+    add("--amp-dtype", choices=tuple(AMP_DTYPES), help="type for --amp, in place of its default")
+    add(
+        "--tf32",
+        type=boolean,
+        default=True,
+        help="on a GPU, TF32 instead of float32 in convolutions and matrix products",
+    )
     add("--static-loss-scale", type=float, default=1, help="loss scale of float16")
-    add("--dynamic-loss-scale", action="store_true", help="let the loss scale grow from there while nothing overflows")
-    add("--compile", action="store_true", help="torch.compile")
-    add("--jit", choices=("no", "script"), default="no", help="script means --compile")
+    add("--dynamic-loss-scale", action="store_true", help="double the loss scale after 100 steps without overflow")
+    add("--compile", action="store_true", help="use torch.compile")
+    add("--jit", choices=("no", "script"), default="no", help="script: same as --compile")
     add("--memory-format", choices=("nchw", "nhwc"), default="nchw", help="memory layout of images and activations")
-    add("--gpu-affinity", choices=AFFINITIES, default="none", help="bind processes to the GPU's CPU cores")
+    add("--gpu-affinity", choices=AFFINITIES, default="none", help="bind processes to CPU cores near their GPU")
 
 
 def _add_run_arguments(parser: argparse.ArgumentParser) -> None:
-    """What the run does and what it leaves behind."""
+    """Add the flags of the run and its files."""
     add = parser.add_argument
-    add("--print-freq", "-p", type=int, default=10, help="batches between progress lines without a terminal")
-    add("--resume", metavar="FILE", help="checkpoint to go on from")
-    add("--prof", type=int, default=-1, help="run only so many batches an epoch")
-    add("--gather-checkpoints", type=int, default=0, help="keep the last so many epochs' checkpoints, -1: all")
-    add("--checkpoint-every-steps", type=int, default=0, help="optimizer steps between checkpoints within an epoch")
-    add("--raport-file", default="experiment_raport.json", help="metrics log (JSON lines), in the workspace")
-    add("--tensorboard", action="store_true", help="write the metrics for TensorBoard too, to the workspace")
-    add("--wandb", metavar="PROJECT", help="send the metrics to Weights & Biases too")
-    add("--evaluate", action="store_true", help="only evaluate")
-    add("--training-only", action="store_true", help="don't evaluate")
+    add("--print-freq", "-p", type=int, default=10, help="batches between two progress lines, without a terminal")
+    add("--resume", metavar="FILE", help="checkpoint to resume from")
+    add("--prof", type=int, default=-1, help="run only so many batches per epoch, to measure speeds; -1: all")
+    add("--gather-checkpoints", type=int, default=0, help="keep the checkpoints of the last so many epochs; -1: all")
+    add(
+        "--checkpoint-every-steps",
+        type=int,
+        default=0,
+        help="optimizer steps between checkpoints within an epoch; 0: none",
+    )
+    add("--raport-file", default="experiment_raport.json", help="file of the metrics (JSON lines) in the workspace")
+    add("--tensorboard", action="store_true", help="also write the metrics for TensorBoard, in the workspace")
+    add("--wandb", metavar="PROJECT", help="also send the metrics to Weights & Biases")
+    add("--evaluate", action="store_true", help="evaluate without training")
+    add("--training-only", action="store_true", help="train without evaluating")
     add("--no-checkpoints", dest="save_checkpoints", action="store_false", help="write no checkpoints")
     add("--checkpoint-filename", default="checkpoint.pth.tar", help="name of the latest checkpoint")
     add("--workspace", default="./", help="folder for checkpoints and logs")
-    add("--topk", type=int, default=5, help="k of the second accuracy")
+    add("--topk", type=int, default=5, help="k of the second accuracy, val.topk")
 
 
 def model_options(arguments: argparse.Namespace) -> dict[str, Any]:
-    """The architecture's options that the user gave, as ``create_model`` takes them; the others are the model's own."""
+    """The architecture's options that the user gave, as ``create_model`` takes them."""
     names = ("conv_init", "bn_momentum", "bn_epsilon", "survival_prob", "dropout")
     options: dict[str, Any] = {name: getattr(arguments, name) for name in names if name in arguments.explicit}
     if "trt" in arguments.explicit:

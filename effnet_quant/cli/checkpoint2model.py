@@ -1,4 +1,4 @@
-"""checkpoint2model.py: the weights of a checkpoint, as a file of their own."""
+"""checkpoint2model.py: extract the weights of a checkpoint."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ def job(arguments: Sequence[str]) -> int:
     parser.add_argument(
         "--weight-path", required=True, metavar="FILE", help="where to write the weights: .safetensors or .pth"
     )
-    parser.add_argument("--ema", action="store_true", help="the moving average of the weights instead of the weights")
+    parser.add_argument("--ema", action="store_true", help="write the moving average of the weights instead")
     parsed = parser.parse(arguments)
     from effnet_quant.models.weights import read_weights, write_weights
 

@@ -1,4 +1,4 @@
-"""classify.py: what is in these images?"""
+"""classify.py: classify images with weights or an engine."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 
     Predict = Callable[[Tensor], Tensor]
 
-# what says how weights become a model; an engine is one already
+# flags for weights alone: an engine was built with its own
 _OF_WEIGHTS = {
     "num_classes": "--num-classes",
     "trt": "--trt",
@@ -46,13 +46,13 @@ def job(arguments: Sequence[str]) -> int:
     parser.add_argument(
         "--image-size",
         type=int,
-        help="image size in pixels (default: the weights', else the model's); of engines, for those that take any",
+        help="image size in pixels (default: the weights', else the model's); only for engines with an open size",
     )
     parser.add_argument("--precision", choices=("AMP", "FP32"), default="FP32", help="arithmetic of PyTorch weights")
     add_engine_arguments(parser)
     parser.add_argument("-b", "--batch-size", type=int, default=32, help="images computed together")
     parser.add_argument("--topk", type=int, default=5, help="classes to print for each image")
-    parser.add_argument("--json", action="store_true", help="print one JSON object a line and image")
+    parser.add_argument("--json", action="store_true", help="print one JSON object per image")
     parsed = parser.parse(arguments)
     if not parsed.pretrained_from_file and not parsed.pretrained:
         raise UserError(
@@ -66,7 +66,7 @@ def job(arguments: Sequence[str]) -> int:
     from effnet_quant.data.transforms import evaluation_transform
 
     names = expand(parsed.image)
-    # the only image is read before the model is built: a mistake shows at once
+    # a single image is read before the model is built, so that a wrong path shows at once
     ready = {names[0]: read_named(names[0])} if len(names) == 1 else {}
     predict, card, spec = _classifier(parsed)
     transform, task = evaluation_transform(spec), get_task(card.task)
@@ -93,7 +93,7 @@ def job(arguments: Sequence[str]) -> int:
 
 
 def _classifier(parsed: argparse.Namespace) -> tuple[Predict, ModelCard, InputSpec]:
-    """What maps uint8 images (N, 3, H, W) to outputs, the model's card, and how images are prepared."""
+    """A function from uint8 images (N, 3, H, W) to outputs, the model's card, and the input spec of its images."""
     import torch
 
     from effnet_quant.cli.inference import load_model

@@ -1,4 +1,4 @@
-"""effnet-quant data: what is in a data set, whether it is whole, and shards of it."""
+"""effnet-quant data: inspect a data set, check its images, and pack them into shards."""
 
 from __future__ import annotations
 
@@ -17,20 +17,20 @@ from effnet_quant.errors import UserError
 if TYPE_CHECKING:
     from effnet_quant.data.sources import ImageSource
 
-_SAMPLE = 1000  # images whose size is looked up without --check
+_SAMPLE = 1000  # images whose size is read without --check
 _SHOWN = 20  # classes or broken files that are listed
 
 
 def job(arguments: Sequence[str]) -> int:
-    """Look at a data set as the command line says; returns the exit status, 1 if there are broken images."""
+    """Inspect a data set as the command line says; returns the exit status, 1 if there are broken images."""
     parser = Parser("Show what is in a data set, check its images and pack them into shards.")
-    parser.add_argument("data", metavar="DATA", help="what main.py takes; docs/data.md lists it")
+    parser.add_argument("data", metavar="DATA", help="a data set as for main.py; see docs/data.md")
     parser.add_argument("--check", action="store_true", help="decode every image and name the broken ones")
     parser.add_argument("--pack", metavar="FOLDER", type=Path, help="write the images as WebDataset shards into FOLDER")
-    parser.add_argument("--images-per-shard", type=int, default=1000, help="images a shard (default: 1000)")
-    parser.add_argument("--index", action="store_true", help="write the index of shards that others made")
+    parser.add_argument("--images-per-shard", type=int, default=1000, help="images per shard (default: 1000)")
+    parser.add_argument("--index", action="store_true", help="write an index of existing shards")
     parser.add_argument(
-        "-j", "--workers", type=int, default=os.cpu_count(), help="processes that read (default: all cores)"
+        "-j", "--workers", type=int, default=os.cpu_count(), help="reading processes (default: all cores)"
     )
     return _run(parser.parse(arguments))
 
@@ -71,7 +71,7 @@ def _splits(data: str) -> dict[str, ImageSource]:
 
 
 def _describe(split: str, source: ImageSource, arguments: argparse.Namespace) -> int:
-    """Print what a split holds; the number of broken images."""
+    """Print what a split holds; returns the number of broken images."""
     from effnet_quant.data.inspection import Findings, counts, is_random_access, look
 
     print(f"{split}: {len(source)} images, {len(source.classes)} classes", flush=True)

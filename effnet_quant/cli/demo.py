@@ -1,4 +1,4 @@
-"""make demo: the scripts one after another on handwritten digits, then the table."""
+"""effnet-quant demo (make demo): run all scripts on handwritten digits, then print a table."""
 
 from __future__ import annotations
 

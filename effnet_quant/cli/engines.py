@@ -1,4 +1,4 @@
-"""The flags that choose an engine."""
+"""The flags that choose an engine, and the engine that they choose."""
 
 from __future__ import annotations
 
@@ -17,31 +17,33 @@ _BACKEND_OF = {".onnx": "onnxruntime", ".plan": "tensorrt"}
 
 
 def add_engine_arguments(parser: argparse.ArgumentParser) -> None:
-    """--backend, --device, --engine-precision and --threads."""
+    """Add --backend, --device, --engine-precision and --threads."""
     parser.add_argument(
         "--backend", choices=BACKENDS, help="runtime of the engine (default: onnxruntime for .onnx, tensorrt for .plan)"
     )
-    parser.add_argument("--device", choices=("cpu", "cuda"), help="where it runs (default: the backend's usual one)")
+    parser.add_argument(
+        "--device", choices=("cpu", "cuda"), help="device of the engine (default: the backend's usual one)"
+    )
     parser.add_argument(
         "--engine-precision",
         choices=("fp32", "bf16", "fp16"),
-        help="what the backend computes in where the file says float (default: the backend's usual one)",
+        help="precision of float operations (default: the file's tuned one, else the backend's usual one)",
     )
-    parser.add_argument("--threads", type=int, help="of the CPU, for the engine (default: the runtime's own choice)")
+    parser.add_argument("--threads", type=int, help="CPU threads of the engine (default: the runtime's own choice)")
 
 
 def is_engine(path: str) -> bool:
-    """Whether the file is compiled, or to be compiled, rather than weights."""
+    """Whether a file is an ONNX file or a plan, by its name."""
     return Path(path).suffix in _BACKEND_OF
 
 
 def usual_backend(path: str) -> str:
-    """The backend that files of this kind are for."""
+    """The default backend of a file, by its name; "torch" for weights."""
     return _BACKEND_OF.get(Path(path).suffix, "torch")
 
 
 def chosen_engine(path: str, parsed: argparse.Namespace) -> Engine:
-    """The engine of a file, as the flags say."""
+    """Load a file's engine as the flags say."""
     from effnet_quant.engines.engine import load_engine
 
     return load_engine(
@@ -54,10 +56,15 @@ def chosen_engine(path: str, parsed: argparse.Namespace) -> Engine:
 
 
 def refuse_unused(parsed: argparse.Namespace, flags: Mapping[str, str], why: str) -> None:
-    """Say of flags that were given, by the name of their value, that they would do nothing.
+    """Refuse flags that would do nothing.
+
+    Args:
+        parsed: the parsed arguments.
+        flags: from the name of a value in ``parsed`` to its flag.
+        why: the reason, for the message.
 
     Raises:
-        UserError: one was given.
+        UserError: one of the flags was given.
     """
     given = [flag for name, flag in flags.items() if name in parsed.explicit]
     if given:

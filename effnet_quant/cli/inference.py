@@ -1,4 +1,4 @@
-"""What model2onnx.py, classify.py and verify have in common: a model in eval mode from flags and a weights file."""
+"""The model that the flags of model2onnx.py, classify.py and effnet-quant verify ask for."""
 
 from __future__ import annotations
 

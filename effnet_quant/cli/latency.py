@@ -1,4 +1,4 @@
-"""effnet-quant latency: how long do these engines take, in turns on this machine?"""
+"""effnet-quant latency: time engines in turns on this machine."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 
 BATCH_SIZES = (1, 2, 4, 8, 16, 32, 64, 128, 256)  # as in NVIDIA's tables
 _RUNTIMES = ("torch", "onnxruntime", "openvino", "tensorrt")
-# a file's name may have an @ of its own
+# FILE, FILE@BACKEND or FILE@BACKEND@PRECISION; FILE may contain an @
 _ENGINE = re.compile(rf"(.*?)(?:@({'|'.join(BACKENDS)})(?:@(\w+))?)?", re.DOTALL)
 _TITLES = ("engine", "backend", "precision", "batch", "img/s", "avg ms", "50 % ms", "95 % ms", "99 % ms", "speed")
 
@@ -39,12 +39,12 @@ def job(arguments: Sequence[str]) -> int:
         metavar="ENGINE",
         help="FILE, FILE@BACKEND or FILE@BACKEND@PRECISION, e.g. int8.onnx@openvino@bf16; weights run in torch",
     )
-    add("-b", "--batch-sizes", type=int, nargs="+", default=BATCH_SIZES, metavar="N", help="images a batch")
-    add("--device", choices=("cpu", "cuda"), help="where those run that can choose (default: each backend's usual one)")
-    add("--threads", type=int, help="for engines on the CPU (default: each runtime's own choice)")
-    add("--image-size", type=int, help="in pixels, for engines that take any")
-    add("--seconds", type=float, default=5, help="time for each engine at each batch size, about")
-    add("--json", metavar="FILE", help="write the figures there too, in seconds")
+    add("-b", "--batch-sizes", type=int, nargs="+", default=BATCH_SIZES, metavar="N", help="batch sizes to measure")
+    add("--device", choices=("cpu", "cuda"), help="device, if the backend has several (default: its usual one)")
+    add("--threads", type=int, help="threads of engines on the CPU (default: each runtime's own choice)")
+    add("--image-size", type=int, help="image size in pixels, for engines with an open size")
+    add("--seconds", type=float, default=5, help="approximate time per engine and batch size")
+    add("--json", metavar="FILE", help="also write the figures to FILE, in seconds")
     parsed = parser.parse(arguments)
     if min(parsed.batch_sizes) < 1 or parsed.seconds <= 0:
         raise UserError("--batch-sizes and --seconds must be positive.")
@@ -73,7 +73,7 @@ def job(arguments: Sequence[str]) -> int:
 
 
 def describe_engines_machine(threads: int | None) -> dict[str, Any]:
-    """``describe_machine``, and what decides how fast engines are: threads, the CPU's number formats, versions."""
+    """``describe_machine`` plus what decides the speed of engines: threads, CPU features, versions of runtimes."""
     from effnet_quant.training.machine import describe_machine
 
     flags = cpu_flags()
@@ -86,7 +86,7 @@ def describe_engines_machine(threads: int | None) -> dict[str, Any]:
 
 
 def machine_line(machine: dict[str, Any]) -> str:
-    """What ``describe_engines_machine`` found, as a line."""
+    """The result of ``describe_engines_machine`` on one line."""
     flags = ", ".join(machine["cpu_flags"] or ["features unknown"])
     count = machine["threads"]
     threads = "the runtimes' own threads" if count is None else f"{count} thread{'s' * (count != 1)}"
@@ -130,7 +130,7 @@ def _cells(engine: Engine, latency: Latency, first: Latency) -> list[str]:
 
 
 def _line(cells: Sequence[str], widths: Sequence[int]) -> str:
-    """A row of a markdown table; words, which have ``widths``, to the left, numbers to the right."""
+    """A row of a markdown table. The first cells are left-aligned to ``widths``; the others are right-aligned numbers."""
     words = [f"{cell:<{width}}" for cell, width in zip(cells, widths, strict=False)]
     padded = [*words, *(f"{cell:>8}" for cell in cells[len(widths) :])]
     return f"| {' | '.join(padded)} |"

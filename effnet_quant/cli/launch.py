@@ -1,4 +1,4 @@
-"""launch.py: main.py or quant_main.py with a recipe's values."""
+"""launch.py: run main.py or quant_main.py with a recipe's values."""
 
 from __future__ import annotations
 
@@ -19,11 +19,11 @@ QUANTIZING_MODES = ("calibration", "qat")
 
 
 def job(arguments: Sequence[str]) -> int:
-    """Run the recipe that the command line names; the other flags are the script's and win over it."""
+    """Run the recipe that the command line names. Other flags go to the script and override the recipe."""
     parser = argparse.ArgumentParser(
         prog=typed_command(),
-        description="Train, evaluate, calibrate or benchmark with a recipe. Flags of main.py or quant_main.py that follow "
-        "win over the recipe's values.",
+        description="Train, evaluate, calibrate or benchmark with a recipe. Further flags of main.py or quant_main.py "
+        "override the recipe's values.",
         allow_abbrev=False,
     )
     parser.add_argument("--model", help="e.g. efficientnet-b0")
@@ -31,7 +31,7 @@ def job(arguments: Sequence[str]) -> int:
     parser.add_argument("--platform", help="e.g. DGXA100, H100, CPU")
     parser.add_argument("--precision", help="AMP, TF32 or FP32")
     parser.add_argument(
-        "--cfg_file", "--cfg-file", metavar="FILE", help="recipes of your own (YAML), over the built-in ones"
+        "--cfg_file", "--cfg-file", metavar="FILE", help="your own recipes (YAML), which override the built-in ones"
     )
     parser.add_argument("--list", action="store_true", help="show the recipes and exit")
     parser.add_argument("--dry-run", action="store_true", help="show the resolved configuration and exit")
@@ -53,7 +53,7 @@ def job(arguments: Sequence[str]) -> int:
     from effnet_quant.models.registry import get_entry
 
     quantized = get_entry(values["arch"]).quantized
-    if quantized is None:  # the name leaves it open
+    if quantized is None:  # the network exists as float and quantized
         quantized = parsed.mode in QUANTIZING_MODES
     script = quant_script if quantized else main_script
     command = [*_flags(values, script.build_parser(), source), *rest]
@@ -67,7 +67,7 @@ def job(arguments: Sequence[str]) -> int:
 
 
 def _command_of(script: ModuleType, typed: str) -> str:
-    """How the user, who typed "launch.py" or "effnet-quant launch", starts a script without a recipe."""
+    """The command of a script without a recipe, for a user who typed "launch.py" or "effnet-quant launch"."""
     name = script.__name__.rpartition(".")[2]
     program, _, verb = typed.rpartition(" ")
     if verb != "launch":
@@ -76,14 +76,14 @@ def _command_of(script: ModuleType, typed: str) -> str:
 
 
 def _flags(values: dict[str, Any], parser: Parser, source: str) -> list[str]:
-    """A recipe's values as the flags that stand for them."""
+    """Turn a recipe's values into flags."""
     actions = _actions(parser)
     flags: list[str] = []
     for name, value in values.items():
         _check_key(name, actions, source)
         action = actions[name]
         flag = next(flag for flag in reversed(action.option_strings) if flag.startswith("--"))
-        if action.nargs == 0:  # a switch, which its presence sets to the opposite of its default
+        if action.nargs == 0:  # a switch: the flag inverts the default
             if not isinstance(value, (bool, type(None))):
                 raise UserError(f"{source}: {name} is a switch, true or false, not {value!r}.")
             flags += [flag] if value not in (None, action.default) else []
@@ -97,7 +97,7 @@ def _actions(parser: Parser) -> dict[str, argparse.Action]:
 
 
 def _check_keys(recipes: Recipes, actions: dict[str, argparse.Action], source: str) -> None:
-    """See whether every row, chosen or not, speaks of flags that one of the scripts has."""
+    """Check that the keys of all rows, chosen or not, are flags of one of the scripts."""
     rows = [values for section in ("precision", "platform", "mode") for values in recipes[section].values()]
     rows += [row for modes in _mappings(recipes["model_mode"]) for row in modes.values()]
     rows += [row for rows_of in _mappings(recipes["models"]) for part in _mappings(rows_of) for row in part.values()]
@@ -116,7 +116,7 @@ def _check_key(name: Any, actions: dict[str, argparse.Action], source: str) -> N
 
 
 def _nearest_key(name: str, actions: dict[str, argparse.Action]) -> str:
-    """The keys that look most like ``name`` themselves, or by a spelling of their flag."""
+    """The keys closest to ``name``, by the key or by a spelling of its flag."""
     spellings = {dest: dest for dest in actions}
     for dest, action in actions.items():
         spellings |= {option.lstrip("-").replace("-", "_"): dest for option in action.option_strings}

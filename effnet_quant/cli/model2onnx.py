@@ -1,4 +1,4 @@
-"""model2onnx.py: from weights to an ONNX file for one runtime."""
+"""model2onnx.py: export weights to an ONNX file for one runtime."""
 
 from __future__ import annotations
 
@@ -38,19 +38,24 @@ def job(arguments: Sequence[str]) -> int:
     add_spec_arguments(parser)
     parser.add_argument("--image-size", type=int, help="image size in pixels (default: the weights', else the model's)")
     parser.add_argument(
-        "-b", "--batch-size", type=int, help="of --verify and --tune (default: 32 and 8); the exported batch is dynamic"
+        "-b",
+        "--batch-size",
+        type=int,
+        help="images per batch of --verify (default: 32) and --tune (default: 8); the file takes any batch size",
     )
     parser.add_argument("--target", choices=tuple(TARGETS), default="onnxruntime", help="the runtime to export for")
     _add_form_arguments(parser)
-    parser.add_argument("--output", metavar="FILE", help="file to write (default: <arch>.onnx, with - for :)")
-    parser.add_argument("--verify", metavar="DATA", dest="data", help="compare the engine with the simulation on DATA")
+    parser.add_argument("--output", metavar="FILE", help="file to write (default: <arch>.onnx, with : replaced by -)")
+    parser.add_argument("--verify", metavar="DATA", dest="data", help="compare the engine with its simulation on DATA")
     parser.add_argument(
         "--tune",
         metavar="DATA",
-        help="measure on this machine, with images of DATA, which operations to leave in float",
+        help="measure with DATA's images which operations are faster in float on this machine, and leave them so",
     )
     parser.add_argument(
-        "--allow-slower", action="store_true", help="with --tune: status 0 even if the network is faster in float"
+        "--allow-slower",
+        action="store_true",
+        help="with --tune: exit with status 0 even if the network is faster in float",
     )
     add_verify_arguments(parser)
     parsed = parser.parse(arguments)
@@ -64,7 +69,7 @@ def job(arguments: Sequence[str]) -> int:
             "--verify and --tune run the engine, and TensorRT is not installed; check the graph with "
             "effnet-quant verify --lint tensorrt."
         )
-    ExportOptions(opset=parsed.opset)  # a wrong one is said before the model is built
+    ExportOptions(opset=parsed.opset)  # report a wrong opset before the model is built
     output = parsed.output or f"{parsed.arch}.onnx".replace(":", "-")
     check_writable(Path(output))
     model, card = load_model(parsed)
@@ -130,7 +135,7 @@ def _tune(
 
 
 def _refuse_idle_flags(parsed: argparse.Namespace) -> None:
-    """Flags that would do nothing; NVIDIA's command line has -b, so that gets a note."""
+    """Refuse flags that would do nothing. -b alone gets a note, because NVIDIA's command line has it."""
     if not parsed.tune:
         refuse_unused(parsed, {"allow_slower": "--allow-slower"}, "nothing is measured without --tune.")
     if not parsed.data:
@@ -140,16 +145,20 @@ def _refuse_idle_flags(parsed: argparse.Namespace) -> None:
 
 
 def _add_form_arguments(parser: argparse.ArgumentParser) -> None:
-    """In which form the file is written."""
+    """Add the flags of the file's form."""
     add = parser.add_argument
     add(
         "--opset",
         type=int,
-        help=f"version of ONNX's operators, {OPSETS[0]} to {OPSETS[-1]} (default: the lowest that does)",
+        help=f"version of ONNX's operators, {OPSETS[0]} to {OPSETS[-1]} (default: the lowest possible)",
     )
-    add("--dynamic-size", action="store_true", help="leave height and width of the images open")
-    add("--fp16", action="store_true", help="compute in float16 what is not integer; input and logits stay float32")
-    add("--with-preprocessing", action="store_true", help="take uint8 images (N, 3, H, W), normalise them in the graph")
+    add("--dynamic-size", action="store_true", help="accept images of any height and width")
+    add("--fp16", action="store_true", help="compute float operations in float16; input and logits stay float32")
+    add(
+        "--with-preprocessing",
+        action="store_true",
+        help="take uint8 images (N, 3, H, W) and normalise them in the graph",
+    )
     add("--weights", choices=("int8", "float"), default="int8", help="how the file stores quantized weights")
 
 

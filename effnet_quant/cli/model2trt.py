@@ -1,4 +1,4 @@
-"""model2trt.py: from an ONNX file to a TensorRT plan for this machine's card."""
+"""model2trt.py: build a TensorRT plan from an ONNX file, for this machine's card."""
 
 from __future__ import annotations
 
@@ -21,24 +21,24 @@ def job(arguments: Sequence[str]) -> int:
     add = parser.add_argument
     add("onnx", metavar="ONNX", help="a file that model2onnx.py wrote with --target tensorrt")
     add("--output", metavar="FILE.plan", help="the plan (default: the ONNX file's name with .plan)")
-    add("--min-batch", type=int, default=_USUAL.smallest_batch, help="fewest images a run")
-    add("-b", "--batch-size", type=int, help="images a run that it is tuned for (default: 32, or what is nearest)")
-    add("--max-batch", type=int, default=_USUAL.largest_batch, help="most images a run")
-    add("--image-size", type=int, help="in pixels, where the ONNX file leaves it open")
-    add("--workspace", type=int, metavar="MIB", help="memory a layer may use (default: all that the card has)")
+    add("--min-batch", type=int, default=_USUAL.smallest_batch, help="fewest images per run")
+    add("-b", "--batch-size", type=int, help="images per run to tune for (default: 32, or the nearest allowed)")
+    add("--max-batch", type=int, default=_USUAL.largest_batch, help="most images per run")
+    add("--image-size", type=int, help="image size in pixels, if the ONNX file leaves it open")
+    add("--workspace", type=int, metavar="MIB", help="memory that a layer may use (default: all of the card's)")
     add(
         "--timing-cache",
         metavar="FILE",
-        help="layer timings of earlier builds, read and written (default: kept for you)",
+        help="file of layer timings, read and written (default: one in the cache)",
     )
-    add("--version-compatible", action="store_true", help="let later versions of TensorRT run it")
+    add("--version-compatible", action="store_true", help="let later versions of TensorRT run the plan")
     add(
         "--hardware-compatible",
         choices=HARDWARE_COMPATIBILITY,
         default=_USUAL.hardware_compatible,
-        help="let other cards run it",
+        help="let other cards run the plan",
     )
-    add("--layers", action="store_true", help="print the precision of every layer, not only how many there are")
+    add("--layers", action="store_true", help="print the precision of every layer instead of a summary")
     parsed = parser.parse(arguments)
     output = Path(parsed.output or Path(parsed.onnx).with_suffix(".plan"))
     if output.suffix != ".plan":

@@ -1,4 +1,4 @@
-"""effnet-quant models: the networks as a table."""
+"""effnet-quant models: list the networks in a table."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ def job(arguments: Sequence[str]) -> int:
 
 
 def _row(name: str) -> tuple[str, ...]:
-    """What the table says of a model; "-" for what can't be found without values."""
+    """A model's row of the table; "-" for values that can't be found without running the model."""
     from effnet_quant.models.complexity import measure_complexity
     from effnet_quant.models.registry import get_entry
 
@@ -51,5 +51,5 @@ def _print(cells: tuple[str, ...], widths: tuple[int, ...]) -> None:
 def main() -> None:
     """Entry point of ``effnet-quant models``."""
     if hasattr(signal, "SIGPIPE"):
-        signal.signal(signal.SIGPIPE, signal.SIG_DFL)  # `| head` ends the table, as it does for any other program
+        signal.signal(signal.SIGPIPE, signal.SIG_DFL)  # `| head` ends the program without an error
     run(job)

@@ -1,4 +1,4 @@
-"""multiproc.py: a script in several processes that train together, on one machine or several, by torchrun's engine."""
+"""multiproc.py: run a script in several processes that train together, by torchrun's engine."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     from torch.distributed.elastic.multiprocessing.errors import ProcessFailure
     from torch.distributed.launcher.api import LaunchConfig
 
-_CHECKPOINT_SECONDS = 600  # from a signal to the kill; the engine's 30 are too few for a long step and a slow disk
+_CHECKPOINT_SECONDS = 600  # from a signal to the kill. The engine's 30 are too few for a long step and a slow disk
 _LINES_SHOWN = 20
 
 
@@ -41,11 +41,11 @@ def job(arguments: Sequence[str]) -> int:
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
     from torch.distributed.launcher.api import elastic_launch
 
-    # the engine tells of every step of its own; what matters is said below
+    # the engine logs each of its steps; the messages below are enough
     logging.getLogger("torch.distributed.elastic").setLevel(logging.CRITICAL)
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     os.environ.setdefault("OMP_NUM_THREADS", str(max(1, cores // parsed.nproc_per_node)))
-    os.environ.setdefault("TORCH_ELASTIC_SHUTDOWN_TIMEOUT", str(_CHECKPOINT_SECONDS))  # later versions than 2.8 read it
+    os.environ.setdefault("TORCH_ELASTIC_SHUTDOWN_TIMEOUT", str(_CHECKPOINT_SECONDS))  # torch after 2.8 reads it
     signal.signal(signal.SIGUSR1, _stop)  # the one signal that the engine leaves alone
     config = _launch_config(parsed)
     started = time.time()
@@ -55,7 +55,7 @@ def job(arguments: Sequence[str]) -> int:
     except ChildFailedError as error:
         return _report(error.failures, Path(parsed.log_dir), config.run_id)
     except SignalException as error:
-        # each process stops with a checkpoint, and one that can't write it leaves its error
+        # each process stops with a checkpoint; one that can't write it leaves an error file
         folders = Path(parsed.log_dir).glob(f"{glob.escape(config.run_id)}_*/attempt_*")
         attempts = [folder for folder in folders if folder.stat().st_mtime >= started]
         latest = max(attempts, key=lambda folder: folder.stat().st_mtime, default=None)
@@ -66,12 +66,12 @@ def job(arguments: Sequence[str]) -> int:
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog=typed_command(),
-        description="Run a script in several processes that train together. The output of process 0 is shown, that of the "
-        "others goes to files; when one dies, all end.",
+        description="Run a script in several processes that train together. The output of process 0 is shown; that of the "
+        "others goes to files. If one process dies, all end.",
         allow_abbrev=False,
     )
     add = parser.add_argument
-    add("--nnodes", default="1", help="machines, or MIN:MAX with --rdzv_backend c10d")
+    add("--nnodes", default="1", help="number of machines, or MIN:MAX with --rdzv_backend c10d")
     add("--node_rank", "--node-rank", type=int, default=0, help="number of this machine")
     add("--nproc_per_node", "--nproc-per-node", type=int, default=1, help="processes on this machine, one for each GPU")
     add("--master_addr", "--master-addr", default="127.0.0.1", help="address of machine 0")
@@ -80,12 +80,12 @@ def _parser() -> argparse.ArgumentParser:
         "--rdzv_backend",
         "--rdzv-backend",
         choices=("c10d", "etcd", "etcd-v2", "static"),
-        help="how machines find each other in the place of --master_*",
+        help="how machines find each other, in place of --master_addr and --master_port",
     )
-    add("--rdzv_conf", "--rdzv-conf", default="", help="its settings, as KEY=VALUE,KEY=VALUE")
-    add("--rdzv_endpoint", "--rdzv-endpoint", default="", help="HOST:PORT where they meet")
+    add("--rdzv_conf", "--rdzv-conf", default="", help="settings of --rdzv_backend, as KEY=VALUE,KEY=VALUE")
+    add("--rdzv_endpoint", "--rdzv-endpoint", default="", help="HOST:PORT where machines meet")
     add("--rdzv_id", "--rdzv-id", help="name of the job, the same on all machines")
-    add("--max_restarts", "--max-restarts", type=int, default=0, help="starts again after a process died")
+    add("--max_restarts", "--max-restarts", type=int, default=0, help="how often to restart after a process died")
     add("--log_dir", "--log-dir", default="multiproc_logs", help="folder for the output of processes other than 0")
     add("--debug", action="store_true", help="show the traceback of an error")
     add("training_script", help="main.py, quant_main.py or launch.py")
@@ -116,7 +116,7 @@ def _launch_config(parsed: argparse.Namespace) -> LaunchConfig:
     else:
         meeting = {"rdzv_backend": "static", "rdzv_endpoint": f"{parsed.master_addr}:{parsed.master_port}"}
         configs = {"rank": parsed.node_rank}
-    # machine 0 shows its first process; what happens on others is seen there
+    # only machine 0 shows its first process
     shown = {0: Std.NONE} if parsed.node_rank == 0 else {}
     redirects = {rank: shown.get(rank, Std.ALL) for rank in range(parsed.nproc_per_node)}
     return LaunchConfig(
@@ -132,14 +132,14 @@ def _launch_config(parsed: argparse.Namespace) -> LaunchConfig:
 
 
 def _stop(number: int, frame: FrameType | None) -> NoReturn:
-    """The engine passes the signal of this exception on to the processes and waits for their end."""
+    """Handle a signal by the exception that makes the engine pass it on to the processes and wait for their end."""
     from torch.distributed.elastic.multiprocessing import SignalException
 
     raise SignalException(f"got signal {number}", signal.Signals(number))
 
 
 def _report(failures: dict[int, ProcessFailure], log_dir: Path, run_id: str) -> int:
-    """Show why the job ended: the error of the process that ended of itself, not of those that ended with it."""
+    """Show why the job ended: the error of the process that failed first. Returns its exit status."""
     rank, failure = min(failures.items(), key=lambda item: (_is_consequence(item[1]), item[1].timestamp))
     status = 128 - failure.exitcode if failure.exitcode < 0 else failure.exitcode
     how = f"was killed by {failure.signal_name()}" if failure.exitcode < 0 else f"ended with status {status}"
@@ -154,7 +154,7 @@ def _report(failures: dict[int, ProcessFailure], log_dir: Path, run_id: str) -> 
 
 
 def _is_consequence(failure: ProcessFailure) -> bool:
-    """Whether a process ended because another had: it lost the connection, or the engine ended it (SIGTERM)."""
+    """Whether a process ended because another one had: by a lost connection, or by the engine's SIGTERM."""
     return failure.exitcode in (LOST_PEER_STATUS, -15, 143)
 
 

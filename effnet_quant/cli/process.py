@@ -13,15 +13,15 @@ LOST_PEER_STATUS = 75  # EX_TEMPFAIL: nothing is wrong with this process itself
 
 
 def typed_command() -> str:
-    """What the user typed to start this process, e.g. "main.py" or "effnet-quant verify", for lines of usage."""
+    """The command that the user typed, e.g. "main.py" or "effnet-quant verify", for usage lines."""
     return os.path.basename(sys.argv[0])
 
 
 def run(job: Callable[[Sequence[str]], int]) -> None:
-    """Run a script's job on the command line's arguments and exit with its status.
+    """Run a script's job on the command line's arguments, and exit with its status.
 
-    A UserError becomes its one sentence on standard error and status 2 (its traceback too with ``--debug``); Ctrl-C
-    becomes status 130, and the end of another process of the job status 75.
+    A UserError prints its sentence on standard error and exits with status 2. With ``--debug`` it prints the traceback.
+    Ctrl-C exits with status 130. The end of another process of the job exits with status 75.
     """
     arguments = sys.argv[1:]
     try:
@@ -44,9 +44,9 @@ def run(job: Callable[[Sequence[str]], int]) -> None:
 
 
 def _record(error: UserError) -> None:
-    """Leave the error where torchrun and multiproc.py look for what a process died of, if they started this one."""
+    """If torchrun or multiproc.py started this process, write the error to the file that they read."""
     if "TORCHELASTIC_ERROR_FILE" in os.environ:
         from torch.distributed.elastic.multiprocessing.errors import get_error_handler
 
-        with contextlib.suppress(OSError):  # the disk may be full; the file is there then, and empty
+        with contextlib.suppress(OSError):  # the disk may be full; then the file is empty
             get_error_handler().record_exception(error)

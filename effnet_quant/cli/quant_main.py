@@ -26,14 +26,16 @@ def build_parser() -> Parser:
     parser.add_argument(
         "--target",
         choices=tuple(TARGETS),
-        help="the runtime to simulate (default: what the weights say, else tensorrt for efficientnet-quant-* and "
+        help="the runtime to simulate (default: the weights' target, else tensorrt for efficientnet-quant-* and "
         "onnxruntime for all others)",
     )
     methods = tuple(CALIBRATION_METHODS)
-    parser.add_argument("--calibration-method", choices=methods, default=DEFAULT_METHOD, help="how ranges are chosen")
-    parser.add_argument("--percentile", type=float, default=DEFAULT_PERCENTILE, help="magnitudes covered, in percent")
+    parser.add_argument("--calibration-method", choices=methods, default=DEFAULT_METHOD, help="how to choose ranges")
+    parser.add_argument(
+        "--percentile", type=float, default=DEFAULT_PERCENTILE, help="percent of magnitudes inside the range"
+    )
     parser.add_argument("--calibration-images", type=int, default=512, help="training images to calibrate with")
-    parser.add_argument("--report", metavar="FILE", help="page of plots of all ranges to write (.png, .pdf or .svg)")
+    parser.add_argument("--report", metavar="FILE", help="file for a page of plots of all ranges (.png, .pdf or .svg)")
     return parser
 
 

@@ -1,4 +1,4 @@
-"""The flags that say how a network is quantized, and how it is trained so."""
+"""The flags of quantization and QAT, and the settings that they ask for."""
 
 from __future__ import annotations
 
@@ -14,42 +14,48 @@ if TYPE_CHECKING:
 
 
 def add_spec_arguments(parser: argparse.ArgumentParser) -> None:
-    """--quant-spec and --quant-override."""
+    """Add --quant-spec and --quant-override."""
     parser.add_argument(
         "--quant-spec",
         metavar="SPEC",
-        help=f"{', '.join(PRESETS)}, or a YAML file (default: what the weights say, else w8a8)",
+        help=f"{', '.join(PRESETS)}, or a YAML file (default: the weights' spec, else w8a8)",
     )
     parser.add_argument(
         "--quant-override",
         metavar="PATTERN=SPEC",
         action="append",
-        help="another preset, or 'float', for the modules that a pattern matches, e.g. 'stem=w8a16'; may be repeated",
+        help="preset, or 'float', for the modules that match a pattern, e.g. 'stem=w8a16'; may be repeated",
     )
 
 
 def add_qat_arguments(parser: argparse.ArgumentParser) -> None:
-    """How to train with fake quantization."""
+    """Add the flags of training with fake quantization."""
     add = parser.add_argument
-    add("--gradual-start", type=int, default=0, metavar="EPOCHS", help="switch the quantizers on one after another")
-    add("--follow-ranges", type=int, default=0, metavar="EPOCHS", help="let fixed ranges follow the data at first")
+    add("--gradual-start", type=int, default=0, metavar="EPOCHS", help="switch the quantizers on one by one")
+    add(
+        "--follow-ranges",
+        type=int,
+        default=0,
+        metavar="EPOCHS",
+        help="let fixed ranges follow the data for so many epochs",
+    )
     add(
         "--freeze-bn",
         type=int,
         metavar="EPOCH",
-        help="from this epoch (0 is the first) on, leave BatchNorm's statistics",
+        help="freeze BatchNorm's statistics from this epoch on (0 is the first)",
     )
-    add("--reestimate-bn", action="store_true", help="measure BatchNorm's statistics anew after every epoch")
-    add("--distill", metavar="FILE", help="float weights of the same model, a teacher for the training")
+    add("--reestimate-bn", action="store_true", help="measure BatchNorm's statistics again after every epoch")
+    add("--distill", metavar="FILE", help="train with a teacher: float weights of the same model")
     add("--distill-temperature", type=float, default=2.0, help="divides the outputs of teacher and student")
     add("--distill-weight", type=float, default=0.5, help="the teacher's share of the loss")
 
 
 def qat_config(parsed: argparse.Namespace) -> QatConfig:
-    """The settings that the flags of quant_main.py mean.
+    """Turn the flags of quant_main.py into a QatConfig.
 
     Raises:
-        UserError: a flag has a value that means nothing.
+        UserError: a flag's value is not allowed.
     """
     from dataclasses import fields
 
@@ -62,7 +68,7 @@ def asked_spec(parsed: argparse.Namespace) -> QuantSpec | None:
     """The spec of ``--quant-spec``; None without it.
 
     Raises:
-        UserError: unknown preset, or a file that can't be read.
+        UserError: the preset is unknown, or the file can't be read.
     """
     given = getattr(parsed, "quant_spec", None)
     if given is None:
@@ -71,10 +77,10 @@ def asked_spec(parsed: argparse.Namespace) -> QuantSpec | None:
 
 
 def asked_overrides(parsed: argparse.Namespace) -> list[tuple[str, str]]:
-    """Pattern and preset of every ``--quant-override``.
+    """The pairs of pattern and preset of ``--quant-override``.
 
     Raises:
-        UserError: one has another form.
+        UserError: one is not PATTERN=SPEC.
     """
     pairs = []
     for override in getattr(parsed, "quant_override", None) or ():

@@ -1,4 +1,4 @@
-"""From the command line of main.py and quant_main.py to the settings of a run, and from its end to an exit status."""
+"""The settings and the exit status of main.py and quant_main.py."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ _OF_THE_MODEL = {
 
 @dataclass(frozen=True)
 class Settings:
-    """What a command line asks for; the arguments of ``open_run``."""
+    """The settings of a command line: the arguments of ``open_run``."""
 
     card: ModelCard
     data: DataConfig
@@ -46,10 +46,10 @@ class Settings:
 
 
 def settings(parsed: argparse.Namespace, quant_spec: QuantSpec | None = None, target: str | None = None) -> Settings:
-    """The settings that the flags of ``add_training_arguments`` mean.
+    """Turn the flags of ``add_training_arguments`` into settings.
 
     Raises:
-        UserError: a flag has a value that means nothing, or two don't go together.
+        UserError: a flag's value is not allowed, or two flags exclude each other.
     """
     entry = get_entry(parsed.arch)
     for name, allowed in _OF_THE_MODEL.items():
@@ -107,7 +107,7 @@ def _input_spec(parsed: argparse.Namespace, entry: ModelEntry) -> InputSpec:
 
 
 def say_what_is_used(run: Run, parsed: argparse.Namespace) -> None:
-    """Say where a run does something else than its flags, or than their defaults in NVIDIA's scripts."""
+    """Print where a run departs from its flags, or from the defaults of NVIDIA's scripts."""
     if "tf32" in parsed.explicit and parsed.tf32 and not torch.cuda.is_available():
         print("no GPU: TF32 means FP32", flush=True)
     if "data_backend" not in parsed.explicit:
@@ -116,13 +116,14 @@ def say_what_is_used(run: Run, parsed: argparse.Namespace) -> None:
         return
     for name in ("weight_decay", "bn_weight_decay", "momentum", "nesterov", "rmsprop_alpha", "rmsprop_eps"):
         asked = getattr(run.config, name)
-        if name in parsed.explicit and run.began_with.get(name, asked) != asked:  # a resumed optimizer has its own
+        # a resumed optimizer keeps its own values
+        if name in parsed.explicit and run.began_with.get(name, asked) != asked:
             flag = f"--{name.replace('_', '-')}"
             print(f"note: {flag} stays {run.began_with[name]}, as {parsed.resume} says", file=sys.stderr)
 
 
 def train_or_evaluate(run: Run, parsed: argparse.Namespace) -> int:
-    """``--evaluate``, or training; returns the process's exit status."""
+    """Evaluate (``--evaluate``) or train; returns the exit status."""
     if parsed.evaluate:
         metrics = evaluate(run)
         print(", ".join(f"{name} {value:.4g}" for name, value in metrics.items()), flush=True)

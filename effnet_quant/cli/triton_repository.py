@@ -1,4 +1,4 @@
-"""effnet-quant serve: an engine's file where Triton Inference Server finds it."""
+"""effnet-quant serve: put an engine into a model repository of Triton Inference Server."""
 
 from __future__ import annotations
 
@@ -11,26 +11,26 @@ from effnet_quant.serving.settings import FILE_NAMES, MAX_BATCH, QUEUE_DELAY_US,
 
 
 def job(arguments: Sequence[str]) -> int:
-    """Write as the command line says; returns the exit status."""
+    """Write the model as the command line says; returns the exit status."""
     parser = Parser("Put an engine into a model repository of Triton Inference Server.")
     add = parser.add_argument
     add("engine", metavar="ENGINE", help="an ONNX file, or a plan of model2trt.py")
     add("repository", metavar="REPOSITORY", help="the folder of the model repository")
     add("--backend", choices=tuple(FILE_NAMES), help="default: onnxruntime for .onnx, tensorrt for .plan")
     add("--device", choices=("cpu", "cuda"), help="default: cuda for tensorrt, else cpu")
-    add("--name", help="of the model (default: the file's)")
-    add("--version", type=int, help="its number (default: the next)")
-    add("--instances", type=int, default=1, help="copies that run beside each other")
+    add("--name", help="name of the model (default: the file's)")
+    add("--version", type=int, help="number of the version (default: the next)")
+    add("--instances", type=int, default=1, help="copies that run at the same time")
     add(
         "--max-batch",
         type=int,
-        help=f"most images Triton joins to a batch (default: {MAX_BATCH}, or what a plan was built for)",
+        help=f"most images in a batch (default: {MAX_BATCH}, or the most that a plan was built for)",
     )
     add(
         "--queue-delay",
         type=int,
         metavar="MICROSECONDS",
-        help=f"how long a request may wait for others to join it (default: {QUEUE_DELAY_US})",
+        help=f"how long a request may wait for others to fill a batch (default: {QUEUE_DELAY_US})",
     )
     parsed = parser.parse(arguments)
     from effnet_quant.serving.triton_repository import write_model

@@ -1,4 +1,4 @@
-"""effnet-quant verify: does the engine do what the simulation says, and would TensorRT take the graph?"""
+"""effnet-quant verify: compare an engine with its simulation, and check a graph against TensorRT's rules."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from effnet_quant.engines.engine import Engine
     from effnet_quant.tasks.task import Task
 
-# of images on which engine and simulation agree, in percent
+# percent of images on which engine and simulation must agree
 AGREEMENT = 99.5
 IMAGES = 1000
 BATCH = 32
@@ -48,7 +48,7 @@ def job(arguments: Sequence[str]) -> int:
     parser.add_argument("--model", metavar="FILE", dest="pretrained_from_file", help="same as --pretrained-from-file")
     parser.add_argument("--engine", required=True, metavar="FILE", help="the ONNX file, or a TensorRT plan")
     add_engine_arguments(parser)
-    parser.add_argument("-b", "--batch-size", type=int, help=f"images a batch (default: {BATCH})")
+    parser.add_argument("-b", "--batch-size", type=int, help=f"images per batch (default: {BATCH})")
     add_verify_arguments(parser)
     parser.add_argument("--lint", choices=("tensorrt",), help="check the graph against a runtime's placement rules")
     parsed = parser.parse(arguments)
@@ -92,15 +92,17 @@ def _verify(parsed: argparse.Namespace) -> bool:
 
 
 def add_verify_arguments(parser: argparse.ArgumentParser) -> None:
-    """How engine and simulation are compared."""
+    """Add the flags of the comparison."""
     parser.add_argument("-j", "--workers", type=int, default=0, help="data loading processes")
-    parser.add_argument("--min-agreement", type=float, default=AGREEMENT, help="percent of images with the same class")
-    parser.add_argument("--min-images", type=int, default=IMAGES, help="fewer images are no verdict, and fail")
-    parser.add_argument("--layers", action="store_true", help="print the table of layers even if the engine passes")
+    parser.add_argument(
+        "--min-agreement", type=float, default=AGREEMENT, help="percent of images with the same class, at least"
+    )
+    parser.add_argument("--min-images", type=int, default=IMAGES, help="images that a verdict needs; fewer fail")
+    parser.add_argument("--layers", action="store_true", help="print the table of layers also if the engine passes")
 
 
 def refuse_comparison(parsed: argparse.Namespace) -> None:
-    """Refuse the flags of ``add_verify_arguments`` where nothing is compared.
+    """Refuse the flags of ``add_verify_arguments`` if nothing is compared.
 
     Raises:
         UserError: one was given.
@@ -109,9 +111,12 @@ def refuse_comparison(parsed: argparse.Namespace) -> None:
 
 
 def verify_engine(model: nn.Module, card: ModelCard, engine: Engine, parsed: argparse.Namespace) -> bool:
-    """Compare on the validation images of ``parsed.data`` and print; whether they agree as far as asked.
+    """Compare engine and model on the validation images of ``parsed.data``, and print the result.
 
-    ``model`` is set to simulate the engine's target.
+    ``model`` is changed to simulate the engine's target.
+
+    Returns:
+        Whether they agree on enough images.
     """
     from effnet_quant.jobs.inference import compare_on, simulate_engine, validation_loader
     from effnet_quant.quantization.placement.insertion import output_quantizers
@@ -136,7 +141,7 @@ def verify_engine(model: nn.Module, card: ModelCard, engine: Engine, parsed: arg
 
 
 def _print_layers(model: nn.Module, engine: Engine, pixels: Tensor, spec: InputSpec, *, asked: bool) -> None:
-    """The table of layers, or, if it was asked for, why there is none."""
+    """Print the table of layers. If there is none and the user asked for it, print why."""
     from effnet_quant.checks.layer_comparison import compare_layers, format_layers, shows_layers
     from effnet_quant.data.transforms import normalize
     from effnet_quant.quantization.placement.insertion import quantizers

@@ -1,4 +1,4 @@
-"""Images that are arrays, not files: handwritten digits, CIFAR, noise."""
+"""Images from arrays: handwritten digits, CIFAR, noise."""
 
 from __future__ import annotations
 
@@ -12,9 +12,9 @@ from effnet_quant.errors import UserError
 from effnet_quant.files import cache_folder
 
 SYNTHETIC = "synthetic"
-SYNTHETIC_IMAGES = 1_281_167  # of ImageNet's training set, so that an epoch has its length
+SYNTHETIC_IMAGES = 1_281_167  # as many as ImageNet's training set, so that epochs are as long
 _DIGITS_SEED = 0
-CIFAR = {"cifar10": "cifar-10-batches-py", "cifar100": "cifar-100-python"}  # and torchvision's name for the folder
+CIFAR = {"cifar10": "cifar-10-batches-py", "cifar100": "cifar-100-python"}  # name -> torchvision's folder
 
 
 class DigitsSource:
@@ -34,7 +34,7 @@ class DigitsSource:
         order = np.random.default_rng(_DIGITS_SEED).permutation(len(digits.target))
         first_val = len(order) * 4 // 5
         chosen = order[:first_val] if split == "train" else order[first_val:]
-        pixels = np.rint(digits.images[chosen] * (255 / 16)).astype(np.uint8)  # stored as 0 … 16
+        pixels = np.rint(digits.images[chosen] * (255 / 16)).astype(np.uint8)  # scikit-learn stores them as 0 … 16
         self._images = torch.from_numpy(pixels)[:, None].expand(-1, 3, -1, -1)
         self.labels = torch.from_numpy(digits.target[chosen]).long()
         self.classes = [str(name) for name in digits.target_names]
@@ -47,24 +47,24 @@ class DigitsSource:
         return self._images[index]
 
     def name(self, index: int) -> str:
-        """Its number in the split."""
+        """The image's number in the split."""
         return f"digit {index}"
 
 
 class CifarSource:
-    """CIFAR-10 or CIFAR-100 (Krizhevsky, 2009) in the files that its author publishes, through torchvision.
+    """CIFAR-10 or CIFAR-100 (Krizhevsky, 2009), read by torchvision from its author's files.
 
     Args:
         name: "cifar10" or "cifar100".
         split: "train" (50,000 images) or "val" (10,000).
-        root: the folder that holds cifar-10-batches-py/ or cifar-100-python/; where it does not, they are downloaded
-            into it. The user's cache by default.
+        root: the folder with cifar-10-batches-py/ or cifar-100-python/. Missing files are downloaded into it. None for
+            the user's cache.
 
     Raises:
         UserError: the files are missing or damaged and can't be downloaded.
     """
 
-    in_memory = False  # to enlarge them takes longer than to read them
+    in_memory = False  # enlarging takes so long that workers pay
     augmentable = True
 
     def __init__(self, name: str, split: str, root: Path | None = None) -> None:
@@ -89,16 +89,16 @@ class CifarSource:
         return self._images[index]
 
     def name(self, index: int) -> str:
-        """Its number in the split."""
+        """The image's number in the split."""
         return f"CIFAR image {index}"
 
 
 class SyntheticSource:
-    """Noise images of the final size: for measuring everything but the data. ``SyntheticLoader`` reads it.
+    """Noise images of the final size, to measure everything but the data. ``SyntheticLoader`` reads them.
 
     Args:
-        num_images: how many an epoch has.
-        num_classes: how many labels there are.
+        num_images: number of images in an epoch.
+        num_classes: number of classes.
         image_size: height and width in pixels.
     """
 
@@ -115,14 +115,14 @@ class SyntheticSource:
         return len(self.labels)
 
     def read(self, index: int) -> Tensor:
-        """The image as uint8 (3, image_size, image_size); the 65th is the first again."""
+        """The image as uint8 (3, image_size, image_size). There are 64 different ones."""
         return self._pool[index % len(self._pool)]
 
     def batch(self, size: int) -> Tensor:
-        """The first ``size`` images, uint8 (size, 3, image_size, image_size), channels last in memory as decoders write."""
+        """The first ``size`` images as uint8 (size, 3, image_size, image_size), channels last in memory as from decoders."""
         images = self._pool[torch.arange(size) % len(self._pool)]
         return images.contiguous(memory_format=torch.channels_last)
 
     def name(self, index: int) -> str:
-        """Its number."""
+        """The image's number."""
         return f"synthetic image {index}"

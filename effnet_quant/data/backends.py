@@ -1,4 +1,4 @@
-"""Which loader ``--data-backend`` means."""
+"""From ``--data-backend`` to a loader."""
 
 from __future__ import annotations
 
@@ -25,16 +25,16 @@ def open_loader(
     device: torch.device,
     **options: Any,
 ) -> Loader:
-    """The loader of a backend; "pytorch" and DALI's two give the same batches in the same order.
+    """Make the loader of a backend. "pytorch", "dali-cpu" and "dali-gpu" give the same batches in the same order.
 
     Args:
-        backend: one of ``choices.BACKENDS``; where the source is shards or synthetic, what it says makes no difference.
-        source, transform, batch_size: see ``Loader``; ``ShardLoader``, ``SyntheticLoader``.
-        device: where the model is; with "dali-gpu" the batches are there too.
+        backend: one of ``choices.BACKENDS``. Shards and synthetic images have a loader of their own.
+        source, transform, batch_size: see ``Loader``.
+        device: the model's device. "dali-gpu" and synthetic batches are there too.
         options: the other arguments of ``Loader``.
 
     Raises:
-        UserError: DALI, or the GPU that the backend asks for, is missing; or as the loader's.
+        UserError: DALI or the GPU is missing, a DALI backend is asked to read shards, or the loader raises it.
     """
     if backend == "dali-gpu" and device.type != "cuda":
         raise UserError("--data-backend dali-gpu needs an NVIDIA GPU, and there is none; use dali-cpu or pytorch.")

@@ -1,4 +1,4 @@
-"""Which images could not be read, and when they are too many."""
+"""Counts unreadable images, and stops when there are too many."""
 
 from __future__ import annotations
 
@@ -8,13 +8,13 @@ from effnet_quant.errors import UserError
 
 
 class BadImages:
-    """The unreadable images of one source: each is reported once on standard error, and counted once.
+    """The unreadable images of one source. Each is counted once, and reported once on standard error.
 
     Args:
-        limit: how many there may be.
+        limit: how many unreadable images are accepted.
 
     Attributes:
-        sentences: what is wrong with each, by its index in the source.
+        sentences: by an image's index in the source, what is wrong with it.
     """
 
     def __init__(self, limit: int = 0) -> None:
@@ -25,7 +25,7 @@ class BadImages:
         """Note that an image can't be read.
 
         Raises:
-            UserError: there are more of them than the limit.
+            UserError: there are more unreadable images than the limit.
         """
         if index in self.sentences:
             return

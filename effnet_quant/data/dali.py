@@ -1,4 +1,4 @@
-"""The DALI backends: the same batches as ``Loader``'s, decoded and transformed by NVIDIA's library on CPU or GPU."""
+"""The DALI backends: ``Loader``'s batches, decoded and transformed by NVIDIA DALI on CPU or GPU."""
 
 from __future__ import annotations
 
@@ -26,19 +26,19 @@ _QUEUE = 2  # batches that DALI works on ahead
 
 
 class DaliLoader(Loader):
-    """Batches as ``Loader`` gives them, order, crops and flips included, through a DALI pipeline.
+    """``Loader``'s batches, with the same order, crops and flips, from a DALI pipeline.
 
-    DALI decodes and transforms plain JPEGs. Every other image is decoded by ``EncodedImage`` and goes to DALI as pixels, so
-    that all backends see the same picture. The augmentation policies are DALI's own, and so are their random
-    numbers: a run that is resumed gets others than it would have had.
+    DALI decodes plain JPEGs. Every other image is decoded by ``EncodedImage`` and passed to DALI as pixels, so that all
+    backends see the same picture. The augmentation policies are DALI's own, with their own random numbers. A resumed run
+    therefore augments differently from a run that was never stopped.
 
     Args:
         source: the images.
-        transform: what becomes of them.
-        batch_size: images a batch; the last batch may be smaller.
-        device: "cpu", or "cuda" with an index; where the batches are when they come.
-        options: as ``Loader``'s; ``workers`` are threads that read files, and as many that decode, and ``prefetch`` says
-            nothing to DALI, which has its own queue.
+        transform: the transform that DALI carries out.
+        batch_size: images per batch; the last batch may be smaller.
+        device: "cpu", or "cuda" with an index: where the batches are.
+        options: as ``Loader``'s. ``workers`` is the number of reading threads, and of decoding threads. ``prefetch`` has no
+            effect, because DALI has its own queue.
 
     Raises:
         UserError: DALI is not installed, or there are fewer images to shuffle than processes.
@@ -67,14 +67,14 @@ class DaliLoader(Loader):
         self._spare: list[_Sample] = []
 
     def epoch(self, epoch: int = 0, first_batch: int = 0) -> Iterator[tuple[Tensor, Tensor]]:
-        """The batches of an epoch, from ``first_batch`` on; images are on the loader's device, labels on the CPU.
+        """Yield the batches of an epoch, from ``first_batch`` on. Images are on the loader's device, labels on the CPU.
 
         Raises:
-            UserError: more images can't be read than may be; the sentence names the file.
+            UserError: too many images can't be read. The sentence names the file.
         """
         if self._in_flight:  # an epoch that was left early
             self._pipeline = None
-        elif self._pipeline is not None:  # who counts the batches never asks for the one after the last
+        elif self._pipeline is not None:  # callers that count batches stop before DALI's StopIteration
             self._pipeline.reset()
         self._in_flight.clear()
         with ThreadPoolExecutor(max(1, self._workers)) as readers:
@@ -96,7 +96,7 @@ class DaliLoader(Loader):
     def _prepare(
         self, batches: Iterator[NDArray[np.int64]], seed: int, readers: ThreadPoolExecutor
     ) -> Iterator[list[_Sample]]:
-        """Batches for DALI; the next one's files are read while this one is in work."""
+        """Yield batches for DALI. The files of the next batch are read while DALI works on this one."""
         reading: deque[list[tuple[int, Future[EncodedImage]]]] = deque()
         for indices in batches:
             reading.append([(index, readers.submit(self._open, index)) for index in indices.tolist()])
@@ -106,7 +106,7 @@ class DaliLoader(Loader):
             yield batch
 
     def _open(self, index: int) -> EncodedImage:
-        """An image as DALI can decode it: a plain JPEG as it is, everything else as uncompressed pixels."""
+        """An image in a form that DALI can decode: plain JPEGs as they are, all others as uncompressed pixels."""
         if not isinstance(self.source, EncodedSource):
             return EncodedImage(_as_ppm(self.source.read(index)))
         image = self.source.open(index)
@@ -136,7 +136,7 @@ class DaliLoader(Loader):
         return self._filled(batch)
 
     def _filled(self, batch: list[_Sample]) -> list[_Sample]:
-        """A batch of training images brought to its size by repeating the first ones, or the last batch's."""
+        """Fill a training batch to its size by repeating its own images, or the last batch's if it has none."""
         if not self.shuffle:
             return batch
         self._spare = batch = batch or self._spare
@@ -145,7 +145,7 @@ class DaliLoader(Loader):
         return [batch[position % len(batch)] for position in range(self._order.share)]
 
     def _feed(self) -> tuple[list[Any], ...]:
-        """A batch as DALI's external source asks for it: the columns of ``_Sample``, flips in training alone."""
+        """The next batch for DALI's external source: the columns of ``_Sample``, without flips in evaluation."""
         batch = next(self._prepared, None)
         if batch is None:
             raise StopIteration
@@ -159,13 +159,13 @@ class DaliLoader(Loader):
         return columns if isinstance(self._steps, TrainingTransform) else columns[:3]
 
     def _recover(self, error: RuntimeError) -> None:
-        """Find the images that DALI stumbled on, and let a new pipeline go on with the rest.
+        """Find the images that made DALI fail, and continue without them in a new pipeline.
 
-        Where each of them can be read, DALI gets them as pixels once.
+        If ``EncodedImage`` can decode all of them, DALI gets them again as pixels.
 
         Raises:
-            UserError: they are too many.
-            RuntimeError: it was something else.
+            UserError: too many images can't be read.
+            RuntimeError: DALI failed for another reason.
         """
         bad: set[int] = set()
         for sample in chain.from_iterable(self._in_flight):
@@ -224,7 +224,7 @@ class DaliLoader(Loader):
         return pipeline
 
     def _policy(self) -> Any:
-        """DALI's augmentation of the transform's name."""
+        """DALI's policy for the transform's augmentation."""
         from nvidia.dali.auto_aug import auto_augment, rand_augment, trivial_augment
 
         if not isinstance(self._steps, TrainingTransform) or self._steps.augmentation is None:
@@ -235,7 +235,7 @@ class DaliLoader(Loader):
             "randaugment": partial(rand_augment.rand_augment, n=2, m=9),
             "trivialaugment": trivial_augment.trivial_augment_wide,
         }
-        # torchvision fills with black what a geometric operation uncovers
+        # black, as torchvision fills the areas that a geometric operation uncovers
         return partial(policies[self._steps.augmentation], shape=[size, size], fill_value=0)
 
     def _to_torch(self, images: Any) -> Tensor:
@@ -252,12 +252,12 @@ class DaliLoader(Loader):
 
 @dataclass(frozen=True)
 class _Sample:
-    """An image on its way to DALI.
+    """An image that is passed to DALI.
 
     Attributes:
-        index: which one, in the source.
+        index: its index in the source.
         image: its file.
-        box: in training the crop; in evaluation the size to scale it to, and where in that the crop starts.
+        box: in training the crop; in evaluation the scaled size, and the crop's corner in it.
         flipped: whether to flip it.
     """
 

@@ -1,4 +1,4 @@
-"""Which source a DATA argument means."""
+"""From a DATA argument to its sources of images."""
 
 from __future__ import annotations
 
@@ -22,17 +22,17 @@ DIGITS = "digits"
 
 
 def open_sources(data: str) -> tuple[ImageSource, ImageSource]:
-    """The training and the validation images that ``data`` names; docs/data.md lists what it may be.
+    """Open the training and the validation images that ``data`` names; docs/data.md lists the possible names.
 
     Raises:
-        UserError: there is no such data, it holds no images, or the validation images have a class of their own.
+        UserError: there is no such data, it holds no images, or the training images lack a class of the validation images.
     """
     train = open_training(data)
     return train, _open(data, "val", train.classes)
 
 
 def open_training(data: str) -> ImageSource:
-    """The training images alone.
+    """Open the training images alone.
 
     Raises:
         UserError: as ``open_sources``.
@@ -41,17 +41,17 @@ def open_training(data: str) -> ImageSource:
 
 
 def fills_cache(data: str) -> bool:
-    """Whether opening ``data`` for the first time downloads it, or writes a table of contents: one process must be first."""
+    """Whether the first opening of ``data`` writes to the cache, so that one process must open it before the others."""
     return data in CIFAR or any((Path(data) / tar).is_file() for tar in (TRAIN_TAR, VAL_TAR))
 
 
 def is_split(data: str, split: str) -> bool:
-    """Whether ``data`` is a folder on this machine that holds a split as images, shards or ImageNet's tar file."""
+    """Whether ``data`` is a local folder that holds ``split`` as images, shards or ImageNet's tar file."""
     return (Path(data) / split).is_dir() or (Path(data) / (TRAIN_TAR if split == "train" else VAL_TAR)).is_file()
 
 
 def open_validation(data: str, classes: list[str] | None = None) -> ImageSource:
-    """The validation images alone; labels refer to ``classes`` where given, else to those of the data.
+    """Open the validation images alone. Labels are indices into ``classes``, or into the data's own classes if it is None.
 
     Raises:
         UserError: as ``open_sources``.

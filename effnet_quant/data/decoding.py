@@ -26,22 +26,23 @@ except ImportError:
 
 MAX_PIXELS = 178_956_970  # where Pillow refuses an image as a decompression bomb
 _ORIENTATION = 0x0112  # EXIF tag
-_XMP = b"http://ns.adobe.com/xap/1.0/"  # how a segment of Adobe's metadata starts
+_XMP = b"http://ns.adobe.com/xap/1.0/"  # the start of a JPEG segment with Adobe's metadata
 _FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "GIF", "TIFF", "PPM", "MPO", "JPEG2000", "AVIF")
-_SHRINKS = (8, 4, 2)  # what libjpeg's scaled inverse DCT does fast
+_SHRINKS = (8, 4, 2)  # the scales that libjpeg's inverse DCT computes fast
 
-# libjpeg's warning of coded pixels that nobody asked for, and where it went on: a table, a restart, the end or the next scan
+# libjpeg's warning about coded pixels beyond the last row, and the marker after them: a table, a restart, the end or a scan
 _LEFT_OVER = re.compile(r"(\d+) extraneous bytes before marker 0x(c4|d[0-79a])")
-_DAMAGED = re.compile("Corrupt JPEG data|Inconsistent progression")  # libjpeg's warnings that say so
+_DAMAGED = re.compile("Corrupt JPEG data|Inconsistent progression")  # libjpeg's other warnings of damage
 
-# of large images and odd metadata: the limit is ours. For good, since filters are no thread's own
+# Pillow warns of large images, for which MAX_PIXELS is the limit here, and of odd metadata.
+# The filter stays, because filters are global: restoring it would affect other threads.
 warnings.filterwarnings("ignore", module=r"PIL\.")
 
 Bytes = NDArray[np.uint8]
 
 
 class DecodeError(ValueError):
-    """The bytes are no image, or a damaged one; the text says how."""
+    """The bytes are no image, or a damaged one. The text gives the reason."""
 
 
 @dataclass(frozen=True)
@@ -55,11 +56,11 @@ class Box:
 
 
 class EncodedImage:
-    """An image file in memory whose size is known and whose pixels are not decoded yet.
+    """An image file in memory. Its size is known; its pixels are not decoded yet.
 
     Attributes:
         data: the file's bytes.
-        height, width: of the upright image, in pixels.
+        height, width: size of the upright image, in pixels.
         is_plain_jpeg: whether it is an 8-bit grey or colour JPEG that is stored upright.
 
     Raises:
@@ -75,13 +76,13 @@ class EncodedImage:
         else:
             with _open(data) as image:
                 self.height, self.width = image.height, image.width
-                if _orientation(image) >= 5:  # the four that exchange rows and columns
+                if _orientation(image) >= 5:  # orientations 5 to 8 swap rows and columns
                     self.height, self.width = self.width, self.height
         if self.height * self.width > MAX_PIXELS:
             raise DecodeError(f"{self.width} x {self.height} pixels are more than the {MAX_PIXELS} that are allowed")
 
     def decode(self) -> Tensor:
-        """The whole image, upright, as uint8 (3, height, width).
+        """Decode the whole image, upright, to uint8 (3, height, width).
 
         Raises:
             DecodeError: it is damaged, or its pixels have no known range.
@@ -89,11 +90,10 @@ class EncodedImage:
         return self._top(self.height)
 
     def region(self, box: Box, size: int) -> Tensor:
-        """What lies in ``box``, as uint8 (3, h, w) for scaling to ``size`` pixels.
+        """Decode ``box`` to uint8 (3, h, w), for scaling to ``size`` pixels.
 
-        (h, w) is the box's size, or half, a quarter or an eighth of it (to within one pixel) where a JPEG can be decoded at
-        that scale without h or w falling below ``size``. The rows below the box are not decoded, as far as decoders can
-        leave a file early.
+        (h, w) is usually the box's size. JPEGs are decoded at 1/2, 1/4 or 1/8 of it (to within one pixel) if h and w stay
+        at least ``size``. Rows below the box are not decoded if the decoder can stop early.
 
         Raises:
             DecodeError: it is damaged, or its pixels have no known range.
@@ -114,9 +114,9 @@ class EncodedImage:
             with _Shortened(self.data, self._frame, rows) as kept:
                 return _decode_jpeg(self.data, kept, self.width, is_whole=kept == self.height)
         except (RuntimeError, ValueError) as error:
-            if _DAMAGED.search(str(error)):  # Pillow would show what there is
+            if _DAMAGED.search(str(error)):  # Pillow would accept the damage and return a partial image
                 raise DecodeError(str(error)) from error
-        pixels = _decode_with_pillow(self.data)  # knows more kinds, and says what is wrong
+        pixels = _decode_with_pillow(self.data)  # Pillow knows more kinds of JPEG, and gives better reasons
         if pixels.shape[-2:] != (self.height, self.width):
             raise DecodeError(f"its headers disagree on whether it is {self.width} x {self.height} pixels")
         return pixels
@@ -133,21 +133,21 @@ class EncodedImage:
 
 
 def decode(data: Bytes) -> Tensor:
-    """The image in a file's bytes, upright, as uint8 (3, H, W).
+    """Decode the bytes of an image file, upright, to uint8 (3, H, W).
 
     Raises:
-        DecodeError: there is none, or it is damaged, too large, or its pixels have no known range.
+        DecodeError: it is no image, damaged or too large, or its pixels have no known range.
     """
     return EncodedImage(data).decode()
 
 
 def quiet_libjpeg() -> None:
-    """Let this process decode the upper part of JPEGs without simplejpeg, by closing the way of libjpeg's messages to the
-    terminal.
+    """Keep libjpeg's messages from the terminal, so that torchvision's decoder may stop early.
 
-    libjpeg tells standard error of every file that it leaves before the end. Python's own messages still get through.
+    libjpeg prints a message to standard error for every file that it does not read to the end. Python's own messages
+    are still shown.
     """
-    global _libjpeg_is_quiet  # noqa: PLW0603  where a process's standard error goes is a fact about the process
+    global _libjpeg_is_quiet  # noqa: PLW0603  the redirection applies to the whole process
     if _libjpeg_is_quiet:
         return
     try:
@@ -165,7 +165,7 @@ _libjpeg_is_quiet = False
 
 @dataclass(frozen=True)
 class _Frame:
-    """What a JPEG's frame header says (ITU-T T.81, B.2.2)."""
+    """The fields of a JPEG's frame header (ITU-T T.81, B.2.2)."""
 
     offset: int  # of the two bytes that hold the height
     height: int
@@ -174,10 +174,10 @@ class _Frame:
 
 
 class _Shortened:
-    """For a while, a JPEG whose header promises no more rows than are needed: decoders stop there.
+    """Context in which a JPEG's header promises only the needed rows, so that decoders stop after them.
 
-    Rows are coded from top to bottom. One row of blocks more than needed is kept, which the interpolation of the colours
-    looks at, so what is decoded is exactly the top of the whole image.
+    Rows are coded from top to bottom. One more row of blocks is kept, because the interpolation of the colours uses it.
+    The decoded rows are thus exactly those of the whole image.
     """
 
     def __init__(self, data: Bytes, frame: _Frame, rows: int) -> None:
@@ -187,7 +187,7 @@ class _Shortened:
         self._rows = min(kept, frame.height)
 
     def __enter__(self) -> int:
-        """How many rows the header promises now."""
+        """Returns how many rows the header promises now."""
         self._field[:] = self._rows >> 8, self._rows & 255
         return self._rows
 
@@ -196,16 +196,16 @@ class _Shortened:
 
 
 def _decode_jpeg(data: Bytes, height: int, width: int, *, is_whole: bool) -> Tensor:
-    """uint8 (3, height, width) of an 8-bit JPEG whose header says that size; both decoders give the same pixels.
+    """Decode an 8-bit JPEG to uint8 (3, height, width). simplejpeg and torchvision give the same pixels.
 
     Args:
         data: the file.
-        height, width: in pixels.
-        is_whole: whether the file has no more rows than the header says. Coded pixels that are left over then mean that the
-            decoder lost its way among damaged ones; torchvision's does not tell.
+        height, width: the size in its header, in pixels.
+        is_whole: whether the header promises all rows of the file. Leftover coded pixels then mean damage, which
+            simplejpeg reports and torchvision does not.
 
     Raises:
-        RuntimeError, ValueError: it is damaged.
+        RuntimeError, ValueError: the file is damaged.
     """
     if simplejpeg is None:
         return decode_jpeg(torch.from_numpy(data), mode=ImageReadMode.RGB)
@@ -220,7 +220,7 @@ def _decode_jpeg(data: Bytes, height: int, width: int, *, is_whole: bool) -> Ten
 
 
 def _ends_in_padding(data: Bytes, count: int) -> bool:
-    """Whether the last ``count`` bytes before the end marker repeat one value, with which some cameras fill up."""
+    """Whether the last ``count`` bytes before the end marker have one value: the padding of some cameras."""
     end = data.tobytes().rfind(b"\xff\xd9")
     return count <= end and len(np.unique(data[end - count : end])) == 1
 
@@ -238,7 +238,7 @@ def _find_frame(data: Bytes) -> _Frame | None:
         length = view[position + 2] << 8 | view[position + 3]
         if marker in (0xC0, 0xC1, 0xC2):  # baseline, extended sequential, progressive
             return _parse_frame(view[position : position + 2 + length], position, has_orientation, data)
-        if marker == 0xDA or (0xC3 <= marker <= 0xCF and marker not in (0xC4, 0xCC)):  # the scan, or a rare coding
+        if marker == 0xDA or (0xC3 <= marker <= 0xCF and marker not in (0xC4, 0xCC)):  # a scan, or a rare coding
             return None
         if marker == 0xE1:
             metadata = bytes(view[position + 4 : position + 2 + length])
@@ -274,7 +274,7 @@ def _open(data: Bytes) -> Image.Image:
 
 @lru_cache
 def _formats() -> list[str]:
-    """Those of pixels; of others Pillow starts another program, whatever the file's name is."""
+    """The formats that Pillow decodes itself. For others, such as EPS, it would start another program."""
     Image.init()
     return [name for name in _FORMATS if name in Image.OPEN]
 
@@ -282,7 +282,7 @@ def _formats() -> list[str]:
 def _orientation(image: Image.Image) -> int:
     try:
         return int(image.getexif().get(_ORIENTATION, 1))
-    except (OSError, SyntaxError, ValueError, TypeError, struct.error):  # the metadata is damaged, not the picture
+    except (OSError, SyntaxError, ValueError, TypeError, struct.error):  # only the metadata is damaged
         return 1
 
 
@@ -296,7 +296,7 @@ def _decode_with_pillow(data: Bytes) -> Tensor:
 
 
 def _to_8_bits(image: Image.Image) -> Image.Image:
-    """Deep grey images scaled to 8 bits, where Pillow's conversion would clip at 255."""
+    """Scale 16-bit grey images to 8 bits. Pillow's conversion would clip them at 255."""
     if image.mode == "F":
         raise ValueError("its floating-point pixels have no known range")
     if not image.mode.startswith("I"):

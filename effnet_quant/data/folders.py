@@ -1,4 +1,4 @@
-"""Images in folders, one a class."""
+"""Images in folders, one folder per class."""
 
 from __future__ import annotations
 
@@ -21,12 +21,12 @@ EXTENSIONS = frozenset({".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif"
 class FolderSource(EncodedSource):
     """Images in ``<root>/<class>/``, at any depth below the class, in sorted order.
 
-    Symbolic links are followed; a link to a folder that holds it is reported on standard error and left out, and so is
-    a folder that can't be read.
+    Symbolic links are followed. A folder that can't be read is reported on standard error and left out. So is a link that
+    leads in a circle, to a folder that contains it.
 
     Args:
         root: the folder of one split.
-        classes: the classes that labels refer to; the names of the folders themselves by default.
+        classes: the classes that labels refer to; by default the names of the folders.
 
     Raises:
         UserError: the folder is missing or unreadable, holds no images, or has a class that ``classes`` lacks.
@@ -89,7 +89,7 @@ def _above(folder: str | Path, above: _Folders = frozenset()) -> _Folders:
 
 
 def _is_above(folder: str, above: _Folders) -> bool:
-    """Whether a folder is one of those that hold it, by way of a link; says so on standard error."""
+    """Whether a link in ``folder``'s path leads in a circle, to one of ``above``; if so, warns on standard error."""
     status = os.stat(folder)
     if (status.st_dev, status.st_ino) not in above:
         return False
@@ -101,7 +101,7 @@ def _is_folder(entry: os.DirEntry[str]) -> bool:
     try:
         return entry.is_dir()
     except OSError as error:
-        # a link to itself; as an image it is reported where it is read
+        # a link to itself. If it has an image's name, reading it will report it
         if not _is_image(entry.name):
             print(f"warning: {entry.path} can't be read ({error.strerror}); left out.", file=sys.stderr)
         return False
@@ -112,10 +112,10 @@ def _is_image(name: str) -> bool:
 
 
 def _never_ends(entry: os.DirEntry[str]) -> bool:
-    """Whether reading waits for another program: a pipe, a socket or a device; says so on standard error."""
+    """Whether reading could wait forever: a pipe, a socket or a device. If so, warns on standard error."""
     try:
         mode = entry.stat().st_mode if entry.is_symlink() or not entry.is_file() else stat.S_IFREG
-    except OSError:  # who reads it will say so
+    except OSError:  # reading it will report it
         return False
     if stat.S_ISREG(mode):
         return False
@@ -124,7 +124,7 @@ def _never_ends(entry: os.DirEntry[str]) -> bool:
 
 
 def image_files(folder: str, above: _Folders = frozenset()) -> Iterator[str]:
-    """The paths of all images below ``folder``; ``above`` are the folders that hold it."""
+    """The paths of all images below ``folder``. ``above`` holds the folders that contain it, to find circular links."""
     try:
         if _is_above(folder, above):
             return

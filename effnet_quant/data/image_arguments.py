@@ -1,4 +1,4 @@
-"""Images by what a user calls them: a file, a folder, "-" for standard input, or a URL."""
+"""The images that a command line names: files, folders, "-" for standard input, URLs."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ _LARGEST_DOWNLOAD = 256 * 2**20
 
 
 def expand(names: list[str]) -> list[str]:
-    """The names with every folder replaced by the images below it, sorted.
+    """Replace every folder among the names by the images below it, sorted.
 
     Raises:
         UserError: a folder holds no images.
@@ -41,10 +41,10 @@ def expand(names: list[str]) -> list[str]:
 
 
 def read_named(name: str) -> Tensor:
-    """The image of that name, uint8 (3, H, W), upright.
+    """Read the image that ``name`` stands for, upright, as uint8 (3, H, W).
 
     Raises:
-        UserError: there is none, it can't be fetched, or it is damaged.
+        UserError: it does not exist, can't be fetched, or is damaged.
     """
     if name == STDIN:
         return _decoded(sys.stdin.buffer.read(), "standard input")

@@ -1,4 +1,4 @@
-"""What a data set holds: counts, sizes, broken files."""
+"""Inspects a data set: counts, sizes, broken files."""
 
 from __future__ import annotations
 
@@ -19,13 +19,13 @@ from effnet_quant.errors import UserError
 
 @dataclass
 class Findings:
-    """What looking at the images of a source has shown so far.
+    """The results of an inspection so far.
 
     Attributes:
-        looked_at: images.
-        sizes: height and width of each readable one.
-        broken: a sentence for each that is not.
-        by_class: images of each label that came with the image, as in shards.
+        looked_at: number of inspected images.
+        sizes: height and width of each readable image.
+        broken: a sentence for each unreadable image.
+        by_class: number of images by label; filled only for shards, whose labels come with the images.
     """
 
     looked_at: int = 0
@@ -35,13 +35,13 @@ class Findings:
 
 
 def look(source: ImageSource, *, decode: bool, workers: int, limit: int | None = None) -> Iterator[Findings]:
-    """Look at the images of a source, or at ``limit`` of them that are spread evenly; the same findings, growing.
+    """Inspect the images of a source; yields the same growing ``Findings`` after each image.
 
     Args:
         source: the images.
-        decode: decode every pixel, as of shards is always done; else read the header alone.
-        workers: processes that do it.
-        limit: how many images; shards are looked at whole.
+        decode: decode every pixel; otherwise read only the header. Images in shards are always decoded.
+        workers: number of worker processes.
+        limit: inspect only so many images, spread evenly over the source; None for all. Shards are always inspected whole.
     """
     findings = Findings()
     count = len(source) if limit is None else min(limit, len(source))
@@ -134,5 +134,5 @@ def counts(source: ImageSource) -> Tensor:
 
 
 def is_random_access(source: ImageSource) -> bool:
-    """Whether an image can be reached without reading those before it."""
+    """Whether an image can be read without reading the images before it."""
     return not isinstance(source, ShardSource)

@@ -1,4 +1,4 @@
-"""The PyTorch backend: batches of transformed images in an order that seed and epoch determine."""
+"""The PyTorch backend: batches of transformed images. Seed and epoch determine their order."""
 
 from __future__ import annotations
 
@@ -27,30 +27,29 @@ _Item = tuple[Tensor, Tensor, dict[int, str]]  # images, labels, sentences about
 
 
 class Loader:
-    """Batches of one source: uint8 images (N, 3, H, W), channels last in memory if they are decoded, and int64 labels (N,).
+    """Batches of one source: uint8 images (N, 3, H, W) and int64 labels (N,). Decoded images are channels last in memory.
 
-    An epoch's order, and what the random transforms do to each image, depend on the seed, the epoch and the image's index
-    alone: not on the number of workers, nor on where in the epoch one starts. Workers start with the first epoch and stay.
+    Seed, epoch and image index alone determine an epoch's order and each image's random transforms. The number of workers
+    and the first batch make no difference. Workers start with the first epoch and stay.
 
-    An image that can't be read is reported and left out. Where the loader shuffles, another one of the same batch takes its
-    place (the next in the source, if none of the batch can be read), so that batches keep their size and ranks their number
-    of steps.
+    An image that can't be read is reported and left out. When shuffling, another image of the same batch takes its place;
+    if none can be read, the next in the source does. Batches thus keep their size, and ranks their number of steps.
 
     Args:
         source: the images.
-        transform: uint8 (3, H, W) to uint8 of one size for all; ``TrainingTransform`` and ``EvaluationTransform`` take an
-            ``EncodedImage`` too, and get one where the source has image files.
-        batch_size: images a batch; the last batch may be smaller.
-        shuffle: a new permutation each epoch, and the last incomplete batch dropped (unless it is the only one).
-        seed: of the order and of the random transforms.
-        workers: processes that read and transform; none for sources in memory.
+        transform: from uint8 (3, H, W) to uint8 of one size. ``TrainingTransform`` and ``EvaluationTransform`` also take
+            an ``EncodedImage``, which they get from sources of image files.
+        batch_size: images per batch; the last batch may be smaller.
+        shuffle: permute the images each epoch, and drop the last incomplete batch unless it is the only one.
+        seed: seed of the order and of the random transforms.
+        workers: number of processes that read and transform; sources in memory use none.
         prefetch: batches that each worker prepares ahead.
-        indices: the images to use, in this order; all by default.
-        rank, ranks: which of the processes that share the epoch this one is, and how many there are; see ``Order``.
-        max_bad_images: how many images may be unreadable before the loader gives up.
+        indices: the images to use, in this order; None for all.
+        rank, ranks: this process's number, and the number of processes that share the epoch; see ``Order``.
+        max_bad_images: how many unreadable images are accepted.
 
     Attributes:
-        bad_images: what could not be read so far.
+        bad_images: the images that could not be read so far.
 
     Raises:
         UserError: there are fewer images to shuffle than processes.
@@ -91,18 +90,18 @@ class Loader:
 
     @property
     def num_images(self) -> int:
-        """Images of all processes, the ones that shuffling leaves out included."""
+        """Images of all processes, including those that shuffling leaves out."""
         return len(self._indices)
 
     def names(self, epoch: int, batch: int) -> list[str]:
-        """What the images of one batch of this process are called, for messages."""
+        """The names of the images in one batch of this process, for messages."""
         return [self.source.name(index) for index in next(self._order.batches(epoch, batch)).tolist()]
 
     def epoch(self, epoch: int = 0, first_batch: int = 0) -> Iterator[tuple[Tensor, Tensor]]:
-        """The batches of an epoch, from ``first_batch`` on.
+        """Yield the batches of an epoch, from ``first_batch`` on.
 
         Raises:
-            UserError: more images can't be read than may be, or a worker died; the sentence names the file.
+            UserError: too many images can't be read, or a worker died. The sentence names the file.
         """
         self._keys.start(self._order.batches(epoch, first_batch), mix(self._seed, epoch, -2))
         for images, labels, bad in self._results():
@@ -114,7 +113,7 @@ class Loader:
                 raise UserError(f"no image of a batch can be read; the last: {sentence}")
 
     def _results(self) -> Iterator[Any]:
-        """What the workers make of the epoch that they are told of; the first time they start."""
+        """Yield the workers' results for the current epoch. The first call starts the workers."""
         if self._batches is None:
             self._batches = in_workers(
                 self._dataset(),
@@ -133,7 +132,7 @@ class Loader:
             yield result
 
     def _dataset(self) -> Dataset[Any]:
-        """What the workers run."""
+        """The dataset that the workers run."""
         return _Batches(
             self.source,
             self._transform,
@@ -143,12 +142,12 @@ class Loader:
         )
 
     def _sampler(self) -> Sampler[Any] | None:
-        """What tells them of the batches."""
+        """The sampler that tells the workers which batches to make."""
         return self._keys
 
 
 class _Keys(Sampler[_Key]):
-    """The batches that the next iteration is about; workers get them as they ask for more."""
+    """The keys of the next epoch's batches. Workers take them as they go."""
 
     def __init__(self) -> None:
         self._batches: Iterator[NDArray[np.int64]] = iter(())
@@ -163,13 +162,13 @@ class _Keys(Sampler[_Key]):
 
 
 class _Batches(Dataset[_Item]):
-    """Transformed batches by their keys.
+    """Makes transformed batches from keys.
 
     Args:
         source, transform: see ``Loader``.
-        whereabouts: told of each image.
-        memory: where batches are put together.
-        most_bad: in training, how many images may be unreadable; None elsewhere.
+        whereabouts: notes which image is being read.
+        memory: where batches are assembled.
+        most_bad: in training, how many unreadable images are accepted; None in evaluation.
     """
 
     def __init__(
@@ -198,7 +197,7 @@ class _Batches(Dataset[_Item]):
                 with seeded(mix(seed, index, 0)):
                     images.append(self._transformed(index))
                 good.append(index)
-            except UserError as error:  # as its sentence it crosses process borders intact
+            except UserError as error:  # raised here, it would reach the main process as another type
                 bad[index] = str(error)
         if self._most_bad is not None and good:
             for position in range(len(indices) - len(good)):
@@ -207,7 +206,7 @@ class _Batches(Dataset[_Item]):
         return self._memory.stack(images), self._source.labels[good], bad
 
     def _with_spares(self, indices: list[int], good: list[int], bad: dict[int, str]) -> Iterator[int]:
-        """The indices, and in training after a batch of which nothing can be read those that follow in the source."""
+        """Yield the indices. In training, if none of them can be read, continue with those that follow in the source."""
         yield from indices
         if self._most_bad is not None:
             for step in range(1, len(self._source)):
@@ -221,7 +220,7 @@ class _Batches(Dataset[_Item]):
 
 
 def transformed(transform: Transform, image: Tensor | EncodedImage, name: Callable[[], str]) -> Tensor:
-    """What the transform makes of an image that is called ``name()``.
+    """Apply the transform to an image whose name in messages is ``name()``.
 
     Raises:
         UserError: the image is damaged, or there is not enough memory for it.
@@ -236,11 +235,11 @@ def transformed(transform: Transform, image: Tensor | EncodedImage, name: Callab
 
 
 class BatchMemory:
-    """Where a worker puts its batches for the main process: the same few blocks of shared memory in turns.
+    """Shared memory in which a worker assembles batches: ``prefetch + 1`` blocks, used in turns.
 
-    New shared memory comes page by page as it is written to, which takes several times as long as the copying itself. A
-    block is written anew when the worker's batch after the next ``prefetch`` ones is due. The main process has then taken
-    the block's batch and copied it: see ``own``. In the main process itself every batch gets memory of its own.
+    Blocks are reused because the kernel maps new shared memory page by page, which takes several times as long as the
+    copying. When a worker reuses a block, the main process has copied the block's last batch (see ``own``). In the main
+    process itself, every batch gets new memory.
 
     Args:
         prefetch: batches that a worker prepares ahead.
@@ -251,7 +250,7 @@ class BatchMemory:
         self._count = prefetch + 1
 
     def stack(self, images: list[Tensor]) -> Tensor:
-        """Images (3, H, W) as one tensor (N, 3, H, W) in the memory layout that they have."""
+        """Copy images (3, H, W) into one tensor (N, 3, H, W) of the same memory layout."""
         if not images:
             return torch.empty(0, 3, 0, 0, dtype=torch.uint8)
         size = len(images) * images[0].numel()
@@ -274,5 +273,5 @@ class BatchMemory:
 
 
 def own(images: Tensor) -> Tensor:
-    """A batch that the worker which made it will not write over."""
-    return images.clone() if images.is_shared() else images  # in pinned memory it is a copy already
+    """A copy of a batch, unless it lies in memory that no worker will reuse."""
+    return images.clone() if images.is_shared() else images  # pinned memory is a copy already

@@ -10,13 +10,13 @@ from effnet_quant.data.seeding import seeded
 
 
 def mixup(images: Tensor, targets: Tensor, alpha: float, generator: torch.Generator) -> tuple[Tensor, Tensor]:
-    """Each image blended with its neighbour in the batch, and their targets alike (Zhang et al., arXiv:1710.09412).
+    """Blend each image with its neighbour in the batch, and their targets likewise (Zhang et al., arXiv:1710.09412).
 
     Args:
-        images: floating point (N, 3, H, W), normalised or not: the blend is linear.
-        targets: class indices in one-hot or smoothed form, floating point (N, classes).
-        alpha: of the Beta distribution that the blend's share comes from, above 0.
-        generator: a CPU generator; one number is drawn from it a call.
+        images: floating point (N, 3, H, W), normalised or not, because the blend is linear.
+        targets: one-hot or smoothed labels, floating point (N, classes).
+        alpha: parameter of the Beta distribution of the blend's share, above 0.
+        generator: a CPU generator. Each call draws one number from it.
 
     Returns:
         Images and targets of the same shapes.
@@ -25,7 +25,7 @@ def mixup(images: Tensor, targets: Tensor, alpha: float, generator: torch.Genera
 
 
 def cutmix(images: Tensor, targets: Tensor, alpha: float, generator: torch.Generator) -> tuple[Tensor, Tensor]:
-    """One box of each image replaced by its neighbour's, targets by area (Yun et al., arXiv:1905.04899).
+    """Replace a box of each image by its neighbour's, and mix targets by area (Yun et al., arXiv:1905.04899).
 
     Arguments and results are those of ``mixup``.
     """
@@ -35,7 +35,7 @@ def cutmix(images: Tensor, targets: Tensor, alpha: float, generator: torch.Gener
 def mixed(
     images: Tensor, targets: Tensor, mixup_alpha: float, cutmix_alpha: float, generator: torch.Generator
 ) -> tuple[Tensor, Tensor]:
-    """``mixup`` or ``cutmix``, whichever has an alpha above 0; a coin decides where both have."""
+    """Apply ``mixup`` or ``cutmix``, whichever has an alpha above 0. If both have, choose one with probability 1/2."""
     if mixup_alpha and cutmix_alpha:
         chosen = mixup if torch.rand((), generator=generator) < 0.5 else cutmix
     else:

@@ -1,4 +1,4 @@
-"""Which images make up which batch."""
+"""Divides the images of an epoch into batches."""
 
 from __future__ import annotations
 
@@ -15,22 +15,21 @@ from effnet_quant.errors import UserError
 
 
 class Order:
-    """The batches of an epoch, as a function of seed and epoch alone.
+    """The batches of an epoch. Seed and epoch alone determine them.
 
-    Over all processes together, each image comes once in an epoch. A shuffled epoch's batches are cut from batches of
-    ``ranks * batch_size`` images, so that together the processes see what one process with the larger batch sees; the
-    images that don't fill such a batch are left out, unless there is no other. Without shuffling each process takes every
-    ``ranks``-th image.
+    Each image comes once in an epoch, over all processes. Shuffled batches are cut from batches of ``ranks * batch_size``
+    images. The processes together thus see the same images as one process with the larger batch. The last incomplete
+    batch is left out, unless it is the only one. Without shuffling, each process takes every ``ranks``-th image.
 
     Args:
         indices: the images.
-        batch_size: images a batch, of each process.
-        shuffle: a new permutation each epoch, and incomplete batches dropped.
-        seed: of the permutations.
-        rank, ranks: which process this is, of how many.
+        batch_size: images per batch of one process.
+        shuffle: permute the images each epoch, and drop incomplete batches.
+        seed: seed of the permutations.
+        rank, ranks: this process's number, and the number of processes.
 
     Attributes:
-        share: images a batch of this process; fewer than ``batch_size`` where there are not so many.
+        share: images per batch of this process; fewer than ``batch_size`` if there are not enough images.
 
     Raises:
         UserError: there are fewer images to shuffle than processes.
@@ -54,7 +53,7 @@ class Order:
         return math.ceil(len(range(self._rank, len(self._indices), self._ranks)) / self.share)
 
     def batches(self, epoch: int, first: int = 0) -> Iterator[NDArray[np.int64]]:
-        """The indices of each batch of this process, from batch ``first`` on."""
+        """Yield the indices of each batch of this process, from batch ``first`` on."""
         order, share = self._indices, self.share
         if not self._shuffle:
             own = order[self._rank :: self._ranks]

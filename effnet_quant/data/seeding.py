@@ -1,4 +1,4 @@
-"""Random numbers that depend on nothing but the numbers they are asked for with."""
+"""Random numbers that depend on given numbers alone, such as seed, epoch and image index."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import torch
 
 @contextmanager
 def seeded(seed: int) -> Iterator[None]:
-    """Torch's global CPU generator seeded for a moment; torchvision's transforms draw from it and take no other."""
+    """Seed torch's global CPU generator in a ``with`` block. torchvision's transforms draw from no other generator."""
     generator = torch.default_generator
     state = generator.get_state()
     generator.manual_seed(seed)
@@ -21,7 +21,7 @@ def seeded(seed: int) -> Iterator[None]:
 
 
 def mix(*numbers: int) -> int:
-    """One 63-bit seed from several numbers (the finaliser of splitmix64, Steele et al. 2014, once for each)."""
+    """Mix several numbers into one 63-bit seed (the finaliser of splitmix64, Steele et al. 2014, once per number)."""
     value = 0
     for number in numbers:
         value = (value + (number + 1) * 0x9E3779B97F4A7C15) & (2**64 - 1)

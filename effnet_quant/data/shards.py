@@ -1,4 +1,4 @@
-"""WebDataset shards: tar files of images and labels, read from front to back, from disks or over the network."""
+"""WebDataset shards: tar files of images and labels, read from front to back, local or remote."""
 
 from __future__ import annotations
 
@@ -23,26 +23,26 @@ from effnet_quant.data.sources import EncodedSource, unreadable
 from effnet_quant.errors import UserError
 from effnet_quant.files import cache_folder, check_writable, create_folder, replace_file
 
-INDEX = "index.json"  # beside the shards: {"classes": [...], "shards": [{"file": ..., "images": ...}, ...]}
-_BETWEEN = ".tar::"  # training and validation shards; fsspec has "::" within its chained URLs too
-_LABEL = "cls"  # WebDataset's extension for a class number in decimal digits
+INDEX = "index.json"  # in the shards' folder: {"classes": [...], "shards": [{"file": ..., "images": ...}, ...]}
+_BETWEEN = ".tar::"  # separates training and validation shards; "::" alone also occurs in fsspec's chained URLs
+_LABEL = "cls"  # WebDataset's extension of a file with a class number in decimal digits
 
 
 class ShardSource:
-    """One split in WebDataset shards. It is read by ``ShardLoader`` alone: shards have an order and no index.
+    """One split in WebDataset shards. ``ShardLoader`` reads it in order, because shards have no random access.
 
     Args:
-        location: a folder or any URL that fsspec opens, with ``index.json`` in it; or the shards in it that are wanted, as
+        location: a folder or any URL that fsspec opens, with an ``index.json``; or some of its shards, as
             ``<location>/{000000..000146}.tar``.
-        classes: the classes that labels refer to; those of the index by default.
+        classes: the classes that labels refer to; by default those of the index.
 
     Attributes:
         urls: the shards.
-        counts: images in each.
-        remap: by the label in the shards, the label in ``classes``.
+        counts: number of images in each shard.
+        remap: from a label in the shards to a label in ``classes``.
 
     Raises:
-        UserError: fsspec, webdataset, the index or a shard of it is missing, or it has a class that ``classes`` lacks.
+        UserError: fsspec, webdataset or the index is missing, the index lacks a shard, or ``classes`` lacks a class.
     """
 
     in_memory = False
@@ -68,11 +68,11 @@ class ShardSource:
 
     @cached_property
     def labels(self) -> Tensor:
-        """The labels; the first time this takes reading all shards."""
+        """The labels. The first access reads all shards."""
         return torch.tensor([label for url in self.urls for _, _, label in self.samples(url)])
 
     def read(self, index: int) -> Tensor:
-        """The image at a place in the order of the shards, as uint8 (3, H, W); its shard is read up to it."""
+        """Read the image at a place in the order of the shards, as uint8 (3, H, W). Reads its shard up to that place."""
         for url, count in zip(self.urls, self.counts, strict=True):
             if index < count:
                 name, image, _ = next(self.samples(url, index))
@@ -86,7 +86,7 @@ class ShardSource:
         raise IndexError(index)
 
     def name(self, index: int) -> str:
-        """The shard, and the image's number in it."""
+        """The image's name in messages: its number and its shard."""
         for url, count in zip(self.urls, self.counts, strict=True):
             if index < count:
                 return f"image {index} of {url}"
@@ -94,7 +94,7 @@ class ShardSource:
         raise IndexError(index)
 
     def samples(self, url: str, first: int = 0) -> Iterator[tuple[str, EncodedImage | DecodeError, int]]:
-        """Name, image (or what is wrong with it) and label of each image in a shard, in its order, from ``first`` on.
+        """Yield name, image (or what is wrong with it) and label of each image in a shard, in order, from ``first`` on.
 
         Raises:
             UserError: the shard can't be read, or one of its images has no label.
@@ -129,11 +129,12 @@ def _encoded(data: bytes) -> EncodedImage | DecodeError:
 
 
 def pack(source: EncodedSource, folder: Path, images_per_shard: int = 1000, seed: int = 0) -> Iterator[int]:
-    """Write a source's images, as they are, in a random order into shards of almost equal size, and their index.
+    """Write a source's encoded images, in random order, into shards of almost equal size; then write the index.
+
+    Shards without an index are incomplete. An image that can't be read is reported on standard error and left out.
 
     Yields:
-        How many images are written, after each. The index comes last: shards without it are not whole. An image that
-        can't be read is reported on standard error and left out.
+        After each image, the number of images written so far.
 
     Raises:
         UserError: webdataset is missing, or the folder can't be written to.
@@ -167,10 +168,10 @@ def pack(source: EncodedSource, folder: Path, images_per_shard: int = 1000, seed
 
 
 def write_index(location: str) -> dict[str, Any]:
-    """Count the images and classes of shards that others made, and write their index beside them.
+    """Count the images and classes of existing shards, and write an index in their folder.
 
-    What the index says of other shards in the same place stays. Where nothing can be written beside the shards, as over
-    HTTP, the index is kept in ``cache_folder()``.
+    Entries of an earlier index for other shards are kept. If the folder can't be written to, as over HTTP, the index is
+    kept in ``cache_folder()``.
 
     Returns:
         The index of these shards.
@@ -184,7 +185,7 @@ def write_index(location: str) -> dict[str, Any]:
     shards, largest = [], 0
     for name in names:
         source = ShardSource.__new__(ShardSource)
-        source.remap = torch.arange(1 << 20)  # as they are
+        source.remap = torch.arange(1 << 20)  # labels stay as they are
         labels = [label for _, _, label in source.samples(_join(root, name))]
         largest = max([largest, *labels])
         shards.append({"file": name, "images": len(labels)})
@@ -200,7 +201,7 @@ def write_index(location: str) -> dict[str, Any]:
 
 
 def is_shards(data: str) -> bool:
-    """Whether a DATA argument names shards: by a URL, by ``.tar``, or as a folder with an index for a split."""
+    """Whether a DATA argument names shards: a URL, a name that ends in ``.tar``, or a folder with an index for a split."""
     return (
         "://" in data
         or data.endswith(".tar")
@@ -209,7 +210,7 @@ def is_shards(data: str) -> bool:
 
 
 def open_shards(data: str, split: str, classes: list[str] | None) -> ShardSource:
-    """The shards of a split: of ``<data>/<split>``, or of one side of ``<training shards>::<validation shards>``.
+    """Open a split's shards: ``<data>/<split>``, or one side of ``<training shards>::<validation shards>``.
 
     Raises:
         UserError: as ``ShardSource``.
@@ -223,15 +224,17 @@ def open_shards(data: str, split: str, classes: list[str] | None) -> ShardSource
 
 
 def is_one_set(data: str) -> bool:
-    """Whether a DATA argument names one set of shards, and no split of it."""
+    """Whether a DATA argument names one set of shards without training and validation."""
     return data.endswith(".tar") and _BETWEEN not in data
 
 
 def _expand(location: str) -> tuple[str, list[str] | None]:
-    """The folder of the shards, and the names that a pattern of braces stands for."""
+    """From a location to the folder of the shards and the names that its braces stand for; None for all."""
     if not location.endswith(".tar"):
         return location, None
-    urls = list(_webdataset().shardlists.braceexpand.braceexpand(location))  # its expand_urls splits chained URLs
+    urls = list(
+        _webdataset().shardlists.braceexpand.braceexpand(location)
+    )  # not expand_urls, which splits chained URLs
     return posixpath.dirname(urls[0]) or ".", [posixpath.basename(url) for url in urls]
 
 
@@ -271,13 +274,13 @@ def _cached_index(root: str) -> Path:
 
 
 def _wrote(url: str, content: bytes) -> bool:
-    """Whether a file could be written through fsspec."""
+    """Try to write a file through fsspec; returns whether it worked."""
     import fsspec
 
     try:
         with fsspec.open(url, "wb") as file:
             file.write(content)
-    except Exception:  # of whatever kind the store's library has
+    except Exception:  # each store's library raises its own kinds
         return False
     return True
 

@@ -1,4 +1,4 @@
-"""What a source of images is; and single image files."""
+"""The interface of a source of images, and reading of single image files."""
 
 from __future__ import annotations
 
@@ -19,10 +19,10 @@ class ImageSource(Protocol):
     """Labelled images, each readable by its index.
 
     Attributes:
-        classes: names of the classes as the data spell them (folders, WordNet ids); a label is an index into them.
-        labels: one label an image, int64 of shape (N,).
-        in_memory: whether an image costs so little that worker processes would only slow it down.
-        augmentable: whether crops and flips keep an image's meaning.
+        classes: names of the classes as in the data (folders, WordNet ids). A label is an index into this list.
+        labels: one label per image, int64 of shape (N,).
+        in_memory: whether reading an image is so cheap that worker processes would only slow it down.
+        augmentable: whether an image keeps its class when it is cropped and flipped.
     """
 
     classes: list[str]
@@ -35,20 +35,20 @@ class ImageSource(Protocol):
     def __len__(self) -> int: ...
 
     def read(self, index: int) -> Tensor:
-        """The image as uint8 (3, H, W).
+        """Read an image as uint8 (3, H, W).
 
         Raises:
-            UserError: it can't be read; the sentence says where it is.
+            UserError: it can't be read. The sentence names it.
         """
         ...
 
     def name(self, index: int) -> str:
-        """What the image is called in messages: its file, if it has one."""
+        """The image's name in messages: its file, if it has one."""
         ...
 
 
 class EncodedSource(ABC):
-    """A source whose images are files, or parts of files, in an image format. See ``ImageSource``."""
+    """An ``ImageSource`` whose images are encoded: files in an image format, or parts of files."""
 
     classes: list[str]
     labels: Tensor
@@ -60,21 +60,21 @@ class EncodedSource(ABC):
 
     @abstractmethod
     def name(self, index: int) -> str:
-        """What the image is called in messages: where it is."""
+        """The image's name in messages: its location."""
 
     @abstractmethod
     def load(self, index: int) -> Bytes:
-        """The bytes of the image's file.
+        """Read the bytes of the image's file.
 
         Raises:
             OSError: they can't be read.
         """
 
     def open(self, index: int) -> EncodedImage:
-        """The image with its size known, not decoded yet.
+        """Load an image and read its size, without decoding its pixels.
 
         Raises:
-            UserError: it can't be read, or is no image; the sentence says where it is.
+            UserError: it can't be read, or is no image. The sentence names it.
         """
         try:
             return EncodedImage(self.load(index))
@@ -82,10 +82,10 @@ class EncodedSource(ABC):
             raise unreadable(self.name(index), error) from error
 
     def read(self, index: int) -> Tensor:
-        """The image as uint8 (3, H, W).
+        """Read an image as uint8 (3, H, W).
 
         Raises:
-            UserError: it can't be read, or is damaged; the sentence says where it is.
+            UserError: it can't be read, or is damaged. The sentence names it.
         """
         try:
             return decode(self.load(index))
@@ -94,7 +94,7 @@ class EncodedSource(ABC):
 
 
 class NameTable:
-    """A list of names in two arrays: workers share its memory, as they can't that of a million Python objects."""
+    """A list of names in two arrays. Worker processes share an array's memory; they would copy a million Python strings."""
 
     def __init__(self, names: Iterable[str]) -> None:
         encoded = [os.fsencode(name) for name in names]
@@ -124,7 +124,7 @@ def read_image(path: str | Path) -> Tensor:
 
 
 def unreadable(name: str, error: Exception) -> UserError:
-    """The sentence about an image that ``error`` keeps from being used."""
+    """A UserError that says why an image can't be used."""
     if isinstance(error, DecodeError):
         return UserError(f"{name} is not an image or is damaged ({error}); replace or remove it.")
     reason: object = error.strerror if isinstance(error, OSError) and error.strerror else error

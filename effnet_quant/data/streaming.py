@@ -1,4 +1,4 @@
-"""Batches from shards, which are read from front to back."""
+"""Loads batches from shards, which are read from front to back."""
 
 from __future__ import annotations
 
@@ -21,22 +21,20 @@ from effnet_quant.data.transforms import Transform
 from effnet_quant.data.workers import Whereabouts
 from effnet_quant.errors import UserError
 
-_BUFFER, _FIRST = 1000, 100  # images that each worker draws from at random, and with how many of them it begins
+_BUFFER, _FIRST = 1000, 100  # images in a worker's shuffle buffer, and how many it holds before the first draw
 
 _Part = tuple[Tensor, Tensor, dict[int, str]]  # images, labels, sentences about unreadable images by index
 _Sample = tuple[int, str, EncodedImage | DecodeError, int]  # index, name, image, label
 
 
 class ShardLoader(Loader):
-    """Batches of shards, as ``Loader`` gives them, with an order that depends on the number of workers and processes too.
+    """Batches from shards, like ``Loader``'s. The order also depends on the numbers of workers and processes.
 
-    The shards are taken as one long row of images, in a shuffled epoch in another order of the shards each time. Each
-    process reads an equal part of the row, and each of its workers an equal part of that; where shuffled, it draws from a
-    buffer. A shard in which one part ends and the next begins is read by both. To start within an epoch, the batches before
-    are read and thrown away.
+    The shards form one row of images. Shuffled epochs reorder the shards each time. Each process reads an equal part of
+    the row, and each of its workers an equal part of that. When shuffling, a worker draws from a buffer. A shard in which
+    two parts meet is read by both. To start within an epoch, the earlier batches are read and dropped.
 
-    Arguments are ``Loader``'s. Of the ``indices`` in a worker's part the first counts, and how many there are: so many
-    images in a row.
+    Arguments are ``Loader``'s. ``indices`` must be consecutive: a worker uses the first of its part, and their number.
 
     Raises:
         UserError: there are fewer images to shuffle than processes.
@@ -55,17 +53,17 @@ class ShardLoader(Loader):
         super().__init__(source, transform, batch_size, rank=rank, ranks=ranks, **options)
         self._shards = source
         self._own = self._indices.tensor_split(ranks)[rank]
-        self._epoch = torch.zeros(1, dtype=torch.int64).share_memory_()  # workers look which one it is
+        self._epoch = torch.zeros(1, dtype=torch.int64).share_memory_()  # shared, so that workers see the current one
 
     def names(self, epoch: int, batch: int) -> list[str]:
-        """What is known of where the images of a batch came from: shards keep no list."""
+        """The batch's number, for messages. Which images it holds is not known."""
         return [f"batch {batch + 1} of epoch {epoch + 1} of the shards"]
 
     def epoch(self, epoch: int = 0, first_batch: int = 0) -> Iterator[tuple[Tensor, Tensor]]:
-        """The batches of an epoch, from ``first_batch`` on.
+        """Yield the batches of an epoch, from ``first_batch`` on.
 
         Raises:
-            UserError: a shard can't be read, more images can't be read than may be, or a worker died.
+            UserError: a shard can't be read, too many images can't be read, or a worker died.
         """
         self._epoch.fill_(epoch)
         count = 0
@@ -77,7 +75,7 @@ class ShardLoader(Loader):
             raise UserError("a part of the shards has no image that can be read; check DATA with --check.")
 
     def _whole(self) -> Iterator[tuple[Tensor, Tensor]]:
-        """Full batches as they come, then what the workers had left over."""
+        """Yield full batches as they come, then batches of the workers' remaining images."""
         size = self._order.share
         rest: list[tuple[Tensor, Tensor]] = []
         for part in self._results():
@@ -113,14 +111,14 @@ class ShardLoader(Loader):
 
 
 class _Stream(IterableDataset[_Part | UserError]):
-    """A worker's part of the shards, in batches.
+    """Yields a worker's part of the shards in batches.
 
     Args:
         source, transform, batch_size, seed, shuffle: see ``Loader``.
         indices: the process's part.
-        whereabouts: told of each image.
-        memory: where batches are put together.
-        epoch: its number, (1,).
+        whereabouts: notes which image is being read.
+        memory: where batches are assembled.
+        epoch: the epoch's number, of shape (1,), in shared memory.
     """
 
     def __init__(
@@ -157,11 +155,11 @@ class _Stream(IterableDataset[_Part | UserError]):
                 labels = torch.tensor([label for _, label in batch], dtype=torch.int64)
                 yield self._memory.stack([image for image, _ in batch]), labels, dict(bad)
                 bad.clear()
-        except UserError as error:  # which crosses process borders intact
+        except UserError as error:  # raised here, it would reach the main process as another type
             yield error
 
     def _samples(self, part: Tensor, epoch: int) -> Iterator[_Sample]:
-        """As many images as ``part`` has, from its first one on; in training the row of shards is another each epoch."""
+        """Yield ``len(part)`` images of the row from ``part[0]`` on. Training reorders the row's shards each epoch."""
         shards = list(range(len(self._source.urls)))
         if not self._shuffle:
             yield from self._row(shards, part)
@@ -197,7 +195,7 @@ class _Stream(IterableDataset[_Part | UserError]):
             first = 0
 
     def _readable(self, samples: Iterator[_Sample], seed: int, bad: dict[int, str]) -> Iterator[tuple[Tensor, int]]:
-        """Transformed images and their labels; in training the next one stands in for one that can't be read."""
+        """Yield transformed images and labels. In training, the next image replaces one that can't be read."""
         missing = 0
         last = None
         for index, name, image, label in samples:

@@ -1,4 +1,4 @@
-"""Batches that cost nothing, to measure everything but the data."""
+"""Batches of noise at no cost, to measure everything but the data."""
 
 from __future__ import annotations
 
@@ -14,9 +14,9 @@ from effnet_quant.data.transforms import EvaluationTransform, TrainingTransform
 
 
 class SyntheticLoader(Loader):
-    """The same noise on the model's device as every batch, with the labels that ``Loader`` would give.
+    """Gives the same noise as every batch, on the model's device, with the labels that ``Loader`` would give.
 
-    Arguments are ``Loader``'s, and the device.
+    Arguments are ``Loader``'s and the device.
     """
 
     def __init__(
@@ -31,6 +31,6 @@ class SyntheticLoader(Loader):
         self._images = source.batch(self._order.share).to(device)
 
     def epoch(self, epoch: int = 0, first_batch: int = 0) -> Iterator[tuple[Tensor, Tensor]]:
-        """The batches of an epoch, from ``first_batch`` on; not to be changed in place."""
+        """Yield the batches of an epoch, from ``first_batch`` on. Do not change them in place."""
         for indices in self._order.batches(epoch, first_batch):
             yield self._images[: len(indices)], self.source.labels[indices]

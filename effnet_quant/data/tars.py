@@ -1,4 +1,4 @@
-"""Images in tar files, read where they lie: ImageNet as it is published."""
+"""ImageNet's published tar files, read without unpacking."""
 
 from __future__ import annotations
 
@@ -20,23 +20,23 @@ from effnet_quant.errors import UserError
 from effnet_quant.files import cache_folder, replace_file
 
 TRAIN_TAR, VAL_TAR = "ILSVRC2012_img_train.tar", "ILSVRC2012_img_val.tar"
-# one WordNet id a line in the order of the validation images, or Kaggle's table of image and id
+# the first has one WordNet id per line, in the order of the validation images; the second is Kaggle's table of image and id
 VAL_LABELS = ("imagenet_2012_validation_synset_labels.txt", "LOC_val_solution.csv")
 
 
 class ImageNetSource(EncodedSource):
     """ILSVRC2012 from its two tar files, without unpacking them.
 
-    The first time, the files' tables of contents are read (a few minutes for the training images) and kept in
-    ``cache_folder()``.
+    The first opening reads a file's table of contents and keeps it in ``cache_folder()``. For the training images this
+    takes a few minutes.
 
     Args:
-        root: the folder that holds the tar files, and for validation one of ``VAL_LABELS``.
+        root: the folder with the tar files and, for validation, one of ``VAL_LABELS``.
         split: "train" or "val".
-        classes: the WordNet ids that labels refer to; those of the split, sorted, by default.
+        classes: the WordNet ids that labels refer to; by default those of the split, sorted.
 
     Raises:
-        UserError: a file is missing or is no tar file, or there are labels missing.
+        UserError: a file is missing or is no tar file, or labels are missing.
     """
 
     def __init__(self, root: Path, split: str, classes: list[str] | None = None) -> None:
@@ -66,7 +66,7 @@ class ImageNetSource(EncodedSource):
 
 
 def _contents(tar: Path, *, nested: bool) -> tuple[list[str], np.ndarray, np.ndarray]:
-    """Names, offsets and sizes of the images in a tar file, or in the tar files in it (as ``<tar>/<image>``)."""
+    """Names, offsets and sizes of the images in a tar file; if ``nested``, in its inner tars, named ``<tar>/<image>``."""
     try:
         status = os.stat(tar)
     except OSError as error:
@@ -108,7 +108,7 @@ def _contents(tar: Path, *, nested: bool) -> tuple[list[str], np.ndarray, np.nda
 
 
 def _validation_labels(root: Path, names: list[str]) -> dict[str, str]:
-    """WordNet ids by the names of the validation images."""
+    """From the name of a validation image to its WordNet id."""
     for labels in map(root.joinpath, VAL_LABELS):
         if not labels.exists():
             continue

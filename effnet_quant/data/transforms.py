@@ -1,4 +1,4 @@
-"""What happens to an image between the file and the network."""
+"""The transforms of an image between its file and the network."""
 
 from __future__ import annotations
 
@@ -20,14 +20,14 @@ from effnet_quant.data.decoding import Box, EncodedImage
 _AREA = (0.08, 1.0)  # of a training crop, as a share of the image's
 _ASPECT = (3 / 4, 4 / 3)  # of a training crop, width to height
 _CROP_TRIES = 10
-_LONGEST = 8  # times the shorter side; beyond it the ends are cut before an image is scaled
+_LONGEST = 8  # ratio of the sides; images longer than that are cut before they are scaled
 
 Transform = Callable[[Tensor | EncodedImage], Tensor]
 
 
 @dataclass(frozen=True)
 class EvaluationTransform:
-    """The shorter side scaled to ``resize_size``, then the centre, ``image_size`` square."""
+    """Scales the shorter side to ``resize_size``, then crops the centre to ``image_size`` square."""
 
     preprocessing: InputSpec
 
@@ -46,7 +46,7 @@ class EvaluationTransform:
         return F.center_crop(scaled, [self.preprocessing.image_size])
 
     def scaled_box(self, height: int, width: int) -> Box:
-        """The size that an image of this size is scaled to, and where in it the crop starts (negative: beyond its edge)."""
+        """The scaled size of an image of this size, and the crop's corner in it (negative if the crop is larger)."""
         size, shorter = self.preprocessing.image_size, self.preprocessing.resize_size
         if height <= width:
             height, width = shorter, shorter * width // height
@@ -57,9 +57,9 @@ class EvaluationTransform:
 
 @dataclass(frozen=True)
 class TrainingTransform:
-    """A random crop scaled to ``image_size`` square, flipped by a coin, then an augmentation policy.
+    """Scales a random crop to ``image_size`` square, flips it with probability 1/2, then applies an augmentation policy.
 
-    Random numbers come from torch's global generator: the same state gives the same image.
+    Random numbers come from torch's global generator. The same state gives the same image.
 
     Args:
         preprocessing: size and interpolation.
@@ -88,16 +88,16 @@ class TrainingTransform:
             scaled = F.horizontal_flip(scaled)
         if self.augmentation is None:
             return scaled
-        # torchvision has each operation for Pillow's images and for tensors; Pillow's take half the time
+        # torchvision's operations take half the time on Pillow's images that they take on tensors
         return F.pil_to_tensor(self._policy(F.to_pil_image(scaled)))
 
     def draw(self, height: int, width: int) -> tuple[Box, bool]:
-        """A random crop of an image of this size, and whether to flip it.
+        """Draw a random crop of an image of this size, and whether to flip it.
 
-        8 to 100 % of the area and an aspect of 3/4 to 4/3, uniform in area and in log aspect (Szegedy et al.,
-        arXiv:1409.4842); the largest allowed one at the centre if ten tries don't fit.
+        The crop has 8 to 100 % of the area and an aspect of 3/4 to 4/3, uniform in area and in log aspect (Szegedy et al.,
+        arXiv:1409.4842). If ten tries don't fit, it is the largest crop of an allowed aspect, at the centre.
         """
-        # one draw from torch; the rest from Python's generator, which costs a tenth of torch's for single numbers
+        # torch gives the seed only: Python's generator draws single numbers in a tenth of the time
         numbers = random.Random(int(torch.randint(2**62, ())))
         flipped = numbers.random() < 0.5
         for _ in range(_CROP_TRIES):
@@ -117,7 +117,7 @@ class TrainingTransform:
 
 
 def evaluation_transform(preprocessing: InputSpec) -> EvaluationTransform:
-    """uint8 (3, H, W) of any size to uint8 (3, image_size, image_size): scale the shorter side, crop the centre."""
+    """From uint8 (3, H, W) to uint8 (3, image_size, image_size): scale the shorter side, crop the centre."""
     return EvaluationTransform(preprocessing)
 
 
@@ -132,21 +132,21 @@ def is_strip(height: int, width: int) -> bool:
 
 
 def without_ends(image: Tensor) -> Tensor:
-    """The middle of a strip (3, H, W); what is cut off lies outside of the evaluation transform's crop."""
+    """Cut the ends off a strip (3, H, W). They lie outside the evaluation transform's crop."""
     height, width = image.shape[-2:]
     longest = _LONGEST * min(height, width)
     return F.center_crop(image, [min(height, longest), min(width, longest)])
 
 
 def _packed(region: Tensor) -> Tensor:
-    """A part (3, H, W) of a decoded image in memory of its own: with gaps between its rows, resizing takes twice as long."""
+    """Copy a crop (3, H, W) to contiguous memory. Resizing takes twice as long where there are gaps between rows."""
     return region.permute(1, 2, 0).contiguous().permute(2, 0, 1) if region.stride(0) == 1 else region
 
 
 def normalize(images: Tensor, preprocessing: InputSpec) -> Tensor:
-    """uint8 (N, 3, H, W) to float32 with ``mean`` and ``std`` of the preprocessing, on the images' device.
+    """Normalise uint8 images (N, 3, H, W) to float32 by ``mean`` and ``std`` of ``preprocessing``, on their device.
 
-    One pass over the pixels, which casts, scales and shifts; the result has the images' memory layout.
+    One pass over the pixels casts, scales and shifts. The result has the images' memory layout.
     """
     scale, shift = _scale_and_shift(preprocessing.mean, preprocessing.std, images.device)
     return torch.addcmul(shift, images, scale)
@@ -154,7 +154,7 @@ def normalize(images: Tensor, preprocessing: InputSpec) -> Tensor:
 
 @lru_cache(maxsize=8)
 def _scale_and_shift(mean: tuple[float, ...], std: tuple[float, ...], device: torch.device) -> tuple[Tensor, Tensor]:
-    """(x / 255 - mean) / std as one factor and one summand a channel; copied to the device once, not every batch."""
+    """(x / 255 - mean) / std as one factor and one offset per channel. Cached, so that they are copied to a device once."""
     deviation = 255 * torch.tensor(std, dtype=torch.float64)
     scale, shift = 1 / deviation, -255 * torch.tensor(mean, dtype=torch.float64) / deviation
     return scale.float().to(device)[:, None, None], shift.float().to(device)[:, None, None]

@@ -1,4 +1,4 @@
-"""The processes that read and transform images: how they start and end, and what one was reading when it died."""
+"""Worker processes that read and transform images: start, end, and the file at which one died."""
 
 from __future__ import annotations
 
@@ -20,8 +20,8 @@ from effnet_quant.errors import UserError
 
 
 def in_workers(dataset: Dataset[Any], workers: int, prefetch: int = 2, **options: Any) -> DataLoader[Any]:
-    """The items of a dataset as they are, made in worker processes that end when the main process says so."""
-    # a worker that inherits a dead DALI pipeline, and is the first to collect it, waits for threads it does not have
+    """A DataLoader over single items of a dataset. Its workers end only when the main process tells them."""
+    # A worker that inherits an unreachable DALI pipeline would collect it, and wait for threads that it does not have
     gc.collect()
     return DataLoader(
         dataset,
@@ -30,18 +30,18 @@ def in_workers(dataset: Dataset[Any], workers: int, prefetch: int = 2, **options
         prefetch_factor=prefetch if workers else None,
         collate_fn=_unchanged,
         worker_init_fn=_prepare_worker,
-        # its workers' base seed; drawn from the global generator, it would shift the dropout of a resumed epoch
+        # for the workers' base seed. Drawn from the global generator, it would change the dropout of a resumed epoch
         generator=torch.Generator(),
         **options,
     )
 
 
 class Whereabouts:
-    """Which image each worker process is at.
+    """Notes in shared memory which image each worker is reading.
 
     Args:
-        workers: how many processes there are.
-        name: what an image is called, by its index.
+        workers: number of worker processes.
+        name: from an image's index to its name in messages.
     """
 
     def __init__(self, workers: int, name: Callable[[int], str]) -> None:
@@ -50,13 +50,13 @@ class Whereabouts:
         _whereabouts.add(self)
 
     def note(self, index: int) -> None:
-        """Say in a worker which image is next; in the main process nothing."""
+        """Note the image that this worker reads next. Does nothing in the main process."""
         worker = get_worker_info()
         if worker is not None:
             self._at[worker.id].numpy()[:] = os.getpid(), index
 
     def of_a_dead_worker(self) -> str | None:
-        """The image at which a worker ended, if one did."""
+        """The name of the image that a worker was reading when it died; None if no worker died."""
         alive = {process.pid for process in multiprocessing.active_children()}
         return next((self._name(index) for process, index in self._at.tolist() if 0 <= process not in alive), None)
 
@@ -66,10 +66,10 @@ _whereabouts: weakref.WeakSet[Whereabouts] = weakref.WeakSet()  # of all loaders
 
 @contextmanager
 def explained_deaths() -> Iterator[None]:
-    """In it, torch's error about a worker that died becomes a sentence that names the file.
+    """Turn torch's error about a dead worker into a sentence that names the file.
 
-    The error comes with the signal of the death, in the middle of whatever the main thread does: waiting for a batch, or
-    a step of training.
+    torch raises the error when the death's signal arrives. The main thread may then be waiting for a batch or in the
+    middle of a training step.
 
     Raises:
         UserError: a worker died.
@@ -92,7 +92,7 @@ def _unchanged(item: Any) -> Any:
 
 
 def _prepare_worker(worker: int) -> None:
-    # Ctrl-C and SIGTERM reach the whole process group; the main process decides when its workers end
+    # Ctrl-C and SIGTERM reach the whole process group, but only the main process may end its workers
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
     threading.Thread(target=_end_when_told, args=(os.getppid(),), daemon=True).start()
@@ -100,7 +100,7 @@ def _prepare_worker(worker: int) -> None:
 
 
 def _end_when_told(parent: int) -> None:
-    """Heed SIGTERM from the main process alone, which sends it when it ends, and then waits."""
+    """Wait for SIGTERM from the main process, which sends it at its own end; ignore SIGTERM from others."""
     while signal.sigwaitinfo({signal.SIGTERM}).si_pid != parent:
         pass
     os._exit(0)

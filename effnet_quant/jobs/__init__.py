@@ -1,1 +1,1 @@
-"""Jobs: what joins data, a model and a trainer to one run. All that main.py and quant_main.py do, for Python users."""
+"""Jobs: data, model and trainer joined to one run. Python users get all that main.py and quant_main.py do."""

@@ -1,4 +1,4 @@
-"""The frozen settings of a run beside TrainConfig: its images, its place on disk and its starting point."""
+"""The frozen settings of a run beside TrainConfig: its images, its folder and its starting weights."""
 
 from __future__ import annotations
 
@@ -15,14 +15,14 @@ class DataConfig:
     """Where images come from and how they are loaded.
 
     Attributes:
-        data: a folder with train/ and val/, or what else docs/data.md lists.
+        data: a folder with train/ and val/, or another name from docs/data.md.
         backend: "pytorch", "dali-cpu", "dali-gpu" or "synthetic".
         prefetch: batches that each worker prepares ahead.
-        max_bad_images: unreadable images that are reported and left out before a run gives up.
-        augmentation: the policy that training images go through: "autoaugment", "randaugment", "trivialaugment" or None.
+        max_bad_images: how many unreadable images are reported and left out; one more ends the run.
+        augmentation: policy for training images: "autoaugment", "randaugment", "trivialaugment" or None.
 
     Raises:
-        UserError: a number that means nothing.
+        UserError: a number is not allowed.
     """
 
     data: str
@@ -38,15 +38,15 @@ class DataConfig:
 
 @dataclass(frozen=True)
 class PlaceConfig:
-    """Where a run writes, and which device settings it wants.
+    """Where a run writes, and its device settings.
 
     Attributes:
         workspace: folder of checkpoints and logs.
         raport_file: name of the metrics log in the workspace.
         tensorboard: whether metrics go to TensorBoard too.
-        wandb: project of Weights & Biases that metrics go to, or None.
-        tf32: on a GPU, TF32 instead of float32 in convolutions and products.
-        gpu_affinity: how processes are bound to the CPU cores near their GPU; "none" for not at all.
+        wandb: project of Weights & Biases that gets the metrics, or None.
+        tf32: on a GPU, TF32 instead of float32 in convolutions and matrix products.
+        gpu_affinity: how to bind processes to the CPU cores near their GPU; "none" for no binding.
     """
 
     workspace: str = "./"
@@ -59,18 +59,18 @@ class PlaceConfig:
 
 @dataclass(frozen=True)
 class StartConfig:
-    """What a run starts from; random weights without any of these.
+    """What a run starts from. The default is random weights.
 
     Attributes:
-        weights: a weights file, or a checkpoint of which the weights alone are taken.
-        ema: of a checkpoint's weights, take their moving average.
-        pretrained: take the model's published weights.
-        new_classifier: keep the model's own classifier where the weights are for another number of classes.
-        resume: a checkpoint to go on from, with optimizer and position.
-        options: of the network, as ``create_model`` takes them.
+        weights: a weights file, or a checkpoint, from which only the weights are read.
+        ema: read the moving average of a checkpoint's weights.
+        pretrained: use the model's published weights.
+        new_classifier: start with a new classifier if the weights have another number of classes.
+        resume: a checkpoint to continue from, with optimizer and position.
+        options: options of the network, as ``create_model`` takes them.
 
     Raises:
-        UserError: two of them bring weights.
+        UserError: weights are given twice, or ``ema`` without ``weights``.
     """
 
     weights: str | None = None

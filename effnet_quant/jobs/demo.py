@@ -1,4 +1,4 @@
-"""The main job on scikit-learn's digits, through the scripts a user would type: ``make demo``."""
+"""``make demo``: the whole job on scikit-learn's digits, by the scripts' command lines."""
 
 from __future__ import annotations
 
@@ -45,9 +45,9 @@ def run_demo(folder: str, epochs: int, qat_epochs: int) -> None:
     """Train, calibrate, fine-tune, export and run EfficientNet-B0 on handwritten digits; print the table.
 
     Args:
-        folder: for everything that the demo writes.
-        epochs: of float training.
-        qat_epochs: of training with fake quantization.
+        folder: folder for all files of the demo.
+        epochs: epochs of float training.
+        qat_epochs: epochs of training with fake quantization.
 
     Raises:
         UserError: a script failed.
@@ -75,11 +75,11 @@ def run_demo(folder: str, epochs: int, qat_epochs: int) -> None:
 
 
 def _run_scripts(workspace: Path, epochs: int, qat_epochs: int) -> dict[str, Path]:
-    """Every stage by its command line; the files that come of it, by variant."""
+    """Run every stage by its command line; returns the resulting files by variant."""
     paths = {name: workspace / f"{name}.safetensors" for name in ("fp32", "ptq", "qat")}
     for runtime in RUNTIMES:
         paths |= {f"{name}_{runtime}": workspace / f"{name}_{runtime}.onnx" for name in ("fp32", "int8")}
-    for stage in ("fp32", "ptq", "qat"):  # an earlier demo's logs and checkpoints
+    for stage in ("fp32", "ptq", "qat"):  # delete an earlier demo's logs and checkpoints
         shutil.rmtree(workspace / stage, ignore_errors=True)
 
     fp32, ptq, qat = (workspace / stage for stage in ("fp32", "ptq", "qat"))
@@ -108,12 +108,12 @@ def _run_scripts(workspace: Path, epochs: int, qat_epochs: int) -> dict[str, Pat
 
 
 def _extract(workspace: Path, weights: Path) -> None:
-    # the last checkpoint, not the best: the best is chosen on the images that the table reports on
+    # the last checkpoint: the best one was chosen on the images that the table reports on
     _script("checkpoint2model.py --checkpoint-path", workspace / "checkpoint.pth.tar", "--weight-path", weights)
 
 
 def _script(command: str, *more: str | Path) -> None:
-    """Run a script of this repository as the user would, showing the command line first."""
+    """Print a script's command line, then run it."""
     script, *arguments = [*command.split(), *map(str, more)]
     print(f"\n$ python {shlex.join([script, *arguments])}", flush=True)
     result = subprocess.run([sys.executable, script, *arguments], check=False)
@@ -133,7 +133,7 @@ class _Variant:
 
 
 def _measure(paths: dict[str, Path]) -> list[Row]:
-    """Every variant on the test images, and the speed of all in one interleaved run."""
+    """Evaluate every variant on the test images, and time all of them in turns."""
     preprocessing = InputSpec(IMAGE_SIZE, IMAGE_SIZE)
     loader = Loader(DigitsSource("val"), evaluation_transform(preprocessing), THROUGHPUT_BATCH)
     batches = [(normalize(images, preprocessing), labels) for images, labels in loader.epoch()]

@@ -1,4 +1,4 @@
-"""An engine on the images of a data set: beside its simulation, and in search of the fastest placement."""
+"""Runs engines on the images of a data set: to compare them with their simulation, and to tune the placement."""
 
 from __future__ import annotations
 
@@ -28,17 +28,17 @@ from effnet_quant.tasks.task import Task
 
 
 def run_engine(engine: Engine, pixels: Tensor, spec: InputSpec) -> Tensor:
-    """Outputs of uint8 images (N, C, H, W), normalised here unless the engine does that itself."""
+    """The engine's outputs for uint8 images (N, C, H, W). They are normalised here if the engine takes float images."""
     if engine.input.dtype == "uint8":
         return torch.from_numpy(engine(pixels.numpy()))
     return torch.from_numpy(engine(normalize(pixels, spec).numpy()))
 
 
 def validation_loader(data: str, card: ModelCard, spec: InputSpec, batch_size: int, workers: int = 0) -> Loader:
-    """The validation images of ``data`` as the model takes them, with labels of the card's classes where it names them.
+    """Load the validation images of ``data``, transformed for the model. Labels refer to the card's classes, if any.
 
     Raises:
-        UserError: there are no such images, or a batch has no size.
+        UserError: there are no such images, or the batch size is below 1.
     """
     if batch_size < 1:
         raise UserError("--batch-size must be at least 1.")
@@ -47,7 +47,7 @@ def validation_loader(data: str, card: ModelCard, spec: InputSpec, batch_size: i
 
 
 def simulate_engine(model: nn.Module, engine: Engine) -> nn.Module:
-    """Let a model round where an engine does, as the engine's card says; in place, returns the model."""
+    """Let the simulation round where the engine does, according to its card. Changes the model in place and returns it."""
     card = engine.card
     if card.target is None:
         return model
@@ -55,10 +55,10 @@ def simulate_engine(model: nn.Module, engine: Engine) -> nn.Module:
 
 
 def compare_on(loader: Loader, engine: Engine, model: nn.Module, spec: InputSpec, task: Task) -> Comparison:
-    """An engine beside its simulation, on the images of a loader.
+    """Compare an engine with its simulation on the images of a loader.
 
     Raises:
-        UserError: there are no images, or the two have other outputs.
+        UserError: there are no images, or the outputs of the two have different shapes.
     """
     return compare(
         lambda pixels: run_engine(engine, torch.from_numpy(pixels), spec).numpy(),
@@ -77,16 +77,16 @@ def tune_on(
     say: Callable[[str], None],
     precisions: Sequence[str] | None = None,
 ) -> Tuning:
-    """Measure on a batch of images which operations ``target`` had better leave in float, on this machine.
+    """Measure which operations run faster in float for ``target`` on this machine, with a batch of images.
 
     Args:
         pixels: uint8 (N, C, H, W).
         model: the calibrated quantized network.
-        spec: how pixels become its input.
+        spec: how to normalise the pixels.
         target: the runtime.
         options: the form of the file.
-        say: gets progress, one line at a time.
-        precisions: to try for what is float; None for all that this machine can use.
+        say: receives progress lines.
+        precisions: precisions to try for float operations; None for all that this machine can use.
 
     Raises:
         UserError: the model is not quantized, or the runtime is missing.
@@ -98,7 +98,7 @@ def tune_on(
             export_onnx(model, path, spec.image_size, target=rules, options=options)
             engine = load_engine(path, target, precision=precision)
             if target == "tensorrt":
-                discard_plan(compile_engine(path))  # the cache would keep every candidate's
+                discard_plan(compile_engine(path))  # or the cache would keep the plan of every candidate
             return lambda: run_engine(engine, pixels, spec)
 
         return tune(model, get_target(target), compile_for, say, precisions or usable_precisions(target))

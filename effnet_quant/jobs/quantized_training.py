@@ -1,4 +1,4 @@
-"""Calibrating a network and training it with fake quantization: what quant_main.py does."""
+"""Calibrates networks and trains them with fake quantization, as quant_main.py does."""
 
 from __future__ import annotations
 
@@ -46,21 +46,21 @@ def finetune_quantized(
     overrides: Overrides = (),
     report: str | Path | None = None,
 ) -> ModelCard:
-    """Calibrate trained weights, then train them with fake quantization; quant_main.py from Python.
+    """Calibrate trained weights, then train them with fake quantization, as quant_main.py does.
 
-    ``TrainConfig(epochs=0)`` stops after the calibration. The arguments are those of ``train``, and:
+    ``TrainConfig(epochs=0)`` stops after the calibration. The other arguments are those of ``train``.
 
     Args:
-        qat: calibration and schedule; None for the defaults.
-        overrides: (pattern, preset or "float") on top of the card's quantization spec.
-        report: page of plots of all ranges to write.
+        qat: settings of calibration and QAT; None for the defaults.
+        overrides: pairs of a pattern and a preset or "float", on top of the card's quantization spec.
+        report: file for a page of plots of all ranges.
 
     Returns:
-        The card of the quantized model, as its checkpoints have it.
+        The card of the quantized model, as in its checkpoints.
 
     Raises:
         UserError: a setting or the data can't be used, or there are no weights to start from.
-        Interrupted: a signal ended the run, with a checkpoint.
+        Interrupted: a signal ended the run. The checkpoint has been written.
     """
     data = DataConfig(data) if isinstance(data, str) else data
     check_start(start)
@@ -71,7 +71,7 @@ def finetune_quantized(
 
 
 def check_start(start: StartConfig | None) -> None:
-    """Raises UserError where there is nothing to quantize."""
+    """Raises UserError if there are no weights to start from."""
     if start is None or not (start.resume or start.weights or start.pretrained):
         raise UserError(
             "quantization starts from trained weights; give them with --pretrained-from-file, --pretrained or --resume."
@@ -79,7 +79,7 @@ def check_start(start: StartConfig | None) -> None:
 
 
 def prepare_quantized(run: Run, qat: QatConfig, report: str | Path | None = None) -> None:
-    """Give a quantized run its teacher, its ranges where the weights bring none, and its schedule.
+    """Set up a quantized run: its teacher, its schedule, and calibration if the weights have no ranges.
 
     Raises:
         UserError: a resumed run has no ranges, or calibration finds none.
@@ -94,17 +94,19 @@ def prepare_quantized(run: Run, qat: QatConfig, report: str | Path | None = None
         calibrate_run(run, qat, report)
     elif run.began_with is None:
         print("the weights bring their ranges: no calibration", flush=True)
-    # statistics of BatchNorm first: the outputs that are tracked depend on them
+    # in this order, because the tracked outputs depend on BatchNorm's statistics
     run.trainer.callbacks.append(QatSchedule(run, qat))
     run.trainer.callbacks.append(OutputTracking(run, qat))
 
 
 @explained_deaths()
 def calibrate_run(run: Run, qat: QatConfig, report: str | Path | None = None) -> None:
-    """Ranges from training images through the evaluation transform; then a checkpoint.
+    """Calibrate on training images with the evaluation transform, evaluate, and write a checkpoint.
 
     Args:
-        report: page of plots of all ranges to write.
+        run: the run.
+        qat: method and number of images.
+        report: file for a page of plots of all ranges.
 
     Raises:
         UserError: calibration finds no range for a quantizer.
@@ -123,7 +125,7 @@ def calibrate_run(run: Run, qat: QatConfig, report: str | Path | None = None) ->
             seen.add_(len(images))
 
     method = qat.calibration_method
-    # the shares and the noise on the page of plots come from histograms
+    # the plots need histograms, which "max" does not count
     observers = collect(run.model, batches(), "mse" if report and method == "max" else method)
     set_ranges(run.model, observers, method, qat.percentile)
     ranges = [row.to_json() for row in report_ranges(run.model, observers)]
@@ -139,9 +141,9 @@ def calibrate_run(run: Run, qat: QatConfig, report: str | Path | None = None) ->
 
 
 class QatSchedule(Callback):
-    """What happens to quantizers and BatchNorm between the epochs of a training.
+    """Switches quantizers and freezes or re-estimates BatchNorm between epochs.
 
-    Every epoch ends with all quantizers on: what is validated, and may be the best, is the network that will be used.
+    Every epoch ends with all quantizers on, so that validation sees the network that will be used.
     """
 
     def __init__(self, run: Run, qat: QatConfig) -> None:
@@ -162,7 +164,7 @@ class QatSchedule(Callback):
 
     def on_epoch_end(self, epoch: int) -> None:
         gradual_start(self._model, epoch, 0)
-        # an early stop, or the best epoch, may be any; frozen statistics are in use until the last
+        # every epoch, because any may be the best or the last; frozen statistics only at the end of training
         if self._qat.reestimate_bn and (not self._frozen(epoch) or epoch + 1 == self._run.config.epochs):
             for model in self._run.trainer.models:
                 reestimate_batch_norm(model, _calibration_inputs(self._run, self._qat, "BatchNorm"))
@@ -172,7 +174,7 @@ class QatSchedule(Callback):
 
 
 class OutputTracking(Callback):
-    """Brings the ranges of the convolutions' outputs up to date with the trained weights."""
+    """Updates the ranges of the convolutions' outputs to the trained weights after each epoch."""
 
     def __init__(self, run: Run, qat: QatConfig) -> None:
         self._run = run
@@ -184,7 +186,7 @@ class OutputTracking(Callback):
 
 
 def _calibration_inputs(run: Run, qat: QatConfig, title: str) -> Iterator[Tensor]:
-    """The calibration images as the network takes them."""
+    """Yield the normalised calibration images."""
     loader = calibration_loader(run, qat.calibration_images)
     assert run.card.input is not None
     for images, _ in progress(loader.epoch(), len(loader), title, run.config.print_freq):
@@ -192,7 +194,7 @@ def _calibration_inputs(run: Run, qat: QatConfig, title: str) -> Iterator[Tensor
 
 
 def _distilled(run: Run, qat: QatConfig) -> Loss:
-    """The run's loss mixed with that of the teacher, on the run's device."""
+    """The run's loss mixed with the distillation loss of the teacher."""
     card, config = run.card, run.config
     teacher = create_model(str(card.arch), card.num_classes, qat.distill, quantized=False, **run.options)
     memory_format = torch.channels_last if config.channels_last else torch.contiguous_format

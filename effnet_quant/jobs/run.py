@@ -1,4 +1,4 @@
-"""Run: data, model and trainer of one run, made ready from its settings."""
+"""Run: data, model and trainer, made from the settings of a run."""
 
 from __future__ import annotations
 
@@ -46,10 +46,10 @@ class Run:
     """A run that is ready to start.
 
     Attributes:
-        card: what the model is.
-        began_with: the configuration in the checkpoint that it goes on from; None without one.
-        train, train_source: None where there is only an evaluation.
-        options: of the network.
+        card: the model's card.
+        began_with: the configuration in the checkpoint that the run resumes; None if it resumes none.
+        train, train_source: training images; None in an evaluation.
+        options: options of the network.
     """
 
     card: ModelCard
@@ -79,23 +79,23 @@ def open_run(
     overrides: Overrides = (),
     evaluate: bool = False,
 ) -> Iterator[Run]:
-    """Everything that a training or an evaluation needs, in the job of the processes that were started together.
+    """Open everything that a training or an evaluation needs, and join the processes that were started together.
 
-    What a user may have got wrong is checked first. Nothing is written before all checks have passed.
+    All settings are checked before anything is written.
 
     Args:
-        card: the model that is wanted: arch, and what else is not to be as the weights say or the network's default is.
-            Without ``num_classes`` there are as many classes as the data has.
-        data: the images.
+        card: the arch, and other fields that override the weights' card and the network's defaults. Without
+            ``num_classes``, the data's number of classes is used.
+        data: the images' settings.
         config: hyperparameters and run control.
         place: where the run writes; None for the working directory.
         start: weights or a checkpoint to start from; None for random weights.
         quantized: whether quantizers are placed in the network.
-        overrides: (pattern, preset or "float") on top of the quantization spec.
+        overrides: pairs of a pattern and a preset or "float", on top of the quantization spec.
         evaluate: whether only validation images are needed.
 
     Raises:
-        UserError: what is wrong, and the way out.
+        UserError: a setting or the data can't be used.
     """
     with joined_world() as world:
         yield _prepare(
@@ -142,7 +142,7 @@ def _prepare(
             f"pass --num-classes {len(classes)}."
         )
     asked = replace(asked, num_classes=len(classes), classes=tuple(classes))
-    device = _device(config, place, world)  # before there is memory that would lie at the wrong cores
+    device = _device(config, place, world)  # binds cores, so it comes before memory is allocated
     assert config.seed is not None
     torch.manual_seed(config.seed)
     if checkpoint is not None:
@@ -163,7 +163,7 @@ def _prepare(
         prepare_workspace(workspace)
     recorder = _recorder(place, config, workspace, world)
     world.wait()
-    if world.rank > 0:  # dropout differs between processes; process 0 draws as a process alone does
+    if world.rank > 0:  # dropout must differ between processes; process 0 draws like a single process
         torch.manual_seed(mix(config.seed, world.rank))
     trainer = Trainer(model, config, card, device, workspace, recorder, world)
     if checkpoint is not None and evaluate:
@@ -190,10 +190,10 @@ def _prepare(
 
 
 def starting_weights(start: StartConfig, entry: ModelEntry) -> Weights | None:
-    """The weights that a run starts from; None for random ones.
+    """Read the weights that a run starts from; None for random weights.
 
     Raises:
-        UserError: they can't be had.
+        UserError: they can't be read or downloaded.
     """
     if start.pretrained:
         return entry.pretrained()
@@ -201,7 +201,7 @@ def starting_weights(start: StartConfig, entry: ModelEntry) -> Weights | None:
 
 
 def _card(asked: ModelCard, weights: Weights | None, *, quantized: bool, overrides: Overrides) -> ModelCard:
-    """What the model is: as asked, else as the weights say, else by default."""
+    """The model's card: fields as asked, else as in the weights, else the defaults."""
     assert asked.arch is not None
     card = choose_card(
         asked.arch,
@@ -217,7 +217,7 @@ def _card(asked: ModelCard, weights: Weights | None, *, quantized: bool, overrid
 
 
 def _check_resumed_card(asked: ModelCard, card: ModelCard, checkpoint: Weights) -> None:
-    """Raises UserError where a resumed run is asked for another network than the one that it began with."""
+    """Raises UserError if a resumed run asks for another network than its checkpoint's."""
     said, source = checkpoint.card, checkpoint.source
     otherwise = "or start from it with --pretrained-from-file."
     if asked.activation == HARD_SWISH and said.activation != HARD_SWISH:
@@ -234,18 +234,18 @@ def _check_resumed_card(asked: ModelCard, card: ModelCard, checkpoint: Weights) 
 
 
 def _started_again(start: StartConfig, config: TrainConfig, place: PlaceConfig, world: World) -> StartConfig:
-    """Where torchrun has started the job's processes again, its own latest checkpoint is what it starts from."""
+    """If torchrun has restarted the job, start from the job's own latest checkpoint."""
     latest = os.path.join(place.workspace, config.checkpoint_filename)
     if int(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")) == 0 or not os.path.isfile(latest):
         return start
-    if load_checkpoint(latest).get("job") != world.job:  # an earlier job's, which the command line passed over
+    if load_checkpoint(latest).get("job") != world.job:  # it belongs to an earlier job
         return start
     print(f"started again: going on from {latest}", flush=True)
     return StartConfig(resume=latest, options=start.options)
 
 
 def _with_seed(config: TrainConfig, checkpoint: dict[str, Any] | None, world: World) -> TrainConfig:
-    """The same with a seed: the checkpoint's, or a random one, the same in all processes."""
+    """The configuration with a seed: its own, else the checkpoint's, else a random one, equal in all processes."""
     if config.seed is not None:
         return config
     resumed: int | None = None if checkpoint is None else (checkpoint.get("config") or {}).get("seed")
@@ -255,7 +255,7 @@ def _with_seed(config: TrainConfig, checkpoint: dict[str, Any] | None, world: Wo
 
 
 def _check_same_workers(source: ImageSource | None, checkpoint: dict[str, Any], config: TrainConfig, path: str) -> None:
-    """In the middle of an epoch of shards, whose order depends on the number of workers, it must be the same."""
+    """Raises UserError if a run resumes within an epoch of shards, but with another number of workers and thus order."""
     before = (checkpoint.get("config") or {}).get("workers", config.workers)
     if isinstance(source, ShardSource) and checkpoint.get("batch") and before != config.workers:
         raise UserError(
@@ -276,13 +276,13 @@ def _open_sources(
 
 
 def _device(config: TrainConfig, place: PlaceConfig, world: World) -> torch.device:
-    """This process's device, set up."""
+    """Set up this process's device and return it."""
     if place.gpu_affinity != "none":
         print(f"--gpu-affinity: {bind_to_gpu(place.gpu_affinity, world.local_rank)}", flush=True)
     if torch.cuda.is_available():
         torch.backends.cuda.matmul.allow_tf32 = place.tf32
         torch.backends.cudnn.allow_tf32 = place.tf32
-        torch.backends.cudnn.benchmark = True  # the images have one size
+        torch.backends.cudnn.benchmark = True  # worthwhile, because all images have one size
         return torch.device("cuda", world.local_rank)
     if config.amp and config.amp_dtype is None:
         print("no GPU: --amp runs in bfloat16, without a loss scale", flush=True)
@@ -290,7 +290,7 @@ def _device(config: TrainConfig, place: PlaceConfig, world: World) -> torch.devi
 
 
 def _recorder(place: PlaceConfig, config: TrainConfig, workspace: Path, world: World) -> Recorder:
-    """The run's metrics, to the raport file and the sinks asked for; process 0 writes them all."""
+    """The recorder of the run's metrics, for the raport file and the sinks. Only process 0 writes."""
     if not world.is_main:
         return Recorder(None)
     sinks: list[Sink] = []
@@ -333,12 +333,12 @@ def _loaders(
 
 
 def calibration_loader(run: Run, count: int) -> Loader:
-    """This process' share of ``count`` training images, spread evenly over the set, through the evaluation transform."""
+    """Load this process's share of ``count`` training images, spread evenly over the set, with the evaluation transform."""
     assert run.train_source is not None and run.card.input is not None
     available = len(run.train_source)
     count = min(count, available)
     chosen = torch.arange(count) * available // count
-    # shares in a row, because a moving average goes by the order of the images
+    # consecutive shares, because a moving average depends on the order of the images
     share = chosen.tensor_split(run.world.size)[run.world.rank]
     return open_loader(
         "pytorch",

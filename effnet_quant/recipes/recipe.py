@@ -1,4 +1,4 @@
-"""Reads recipes and puts one together: precision, platform, model and mode, each winning over those before it."""
+"""Reads recipes and combines the values of precision, platform, model and mode; later ones override earlier ones."""
 
 from __future__ import annotations
 
@@ -17,14 +17,14 @@ Recipes = dict[str, dict[str, Any]]
 
 
 def load_recipes(path: str | Path | None = None) -> Recipes:
-    """The recipes of the package and, over them, those of a file in the same form (NVIDIA's configs.yml is one).
+    """Read the package's recipes, then those of a file in the same form, such as NVIDIA's configs.yml, which override them.
 
     Returns:
         Values by section and name: ``precision[name]``, ``platform[name]``, ``models[model][platform][precision]``,
         ``mode[name]``, ``model_mode[model][mode]``.
 
     Raises:
-        UserError: the file is missing or not of this form.
+        UserError: the file is missing or has another form.
     """
     recipes: Recipes = {section: {} for section in SECTIONS}
     for file in sorted(resources.files(__package__).iterdir(), key=lambda entry: entry.name):
@@ -45,16 +45,16 @@ def load_recipes(path: str | Path | None = None) -> Recipes:
 
 
 def resolve(recipes: Recipes, *, model: str, mode: str, platform: str, precision: str) -> dict[str, Any]:
-    """The values for one run.
+    """Combine the values for one run.
 
     Raises:
-        UserError: there is no such model, mode, platform or precision; the sentence names the nearest.
+        UserError: there is no such model, mode, platform or precision. The sentence names the nearest.
     """
     by_platform = _pick(recipes["models"], model, "model")
     by_precision = _pick(by_platform, platform, f"platform for {model}")
     of_model = _pick(recipes["model_mode"], model, "model_mode", optional=True)
     return {
-        "arch": model,  # unless a recipe of one's own says otherwise
+        "arch": model,  # unless a user's recipe overrides it
         **_pick(recipes["precision"], precision, "precision"),
         **_pick(recipes["platform"], platform, "platform", optional=True),
         **_pick(by_precision, precision, f"precision for {model} on {platform}"),
@@ -64,7 +64,7 @@ def resolve(recipes: Recipes, *, model: str, mode: str, platform: str, precision
 
 
 def nearest(name: str, known: Iterable[str]) -> str:
-    """The known names closest to ``name``, or all if none is close."""
+    """The known names closest to ``name``; all of them if none is close."""
     known = list(known)
     return ", ".join(difflib.get_close_matches(name, known, n=3, cutoff=0.5) or known)
 
@@ -85,7 +85,7 @@ def _read(text: str, source: str) -> Recipes:
         raise UserError(f"{source} is no YAML: {' '.join(str(error).split())}; correct it.") from error
     if not isinstance(content, dict):
         raise UserError(f"{source} holds no recipes: it has none of the sections {', '.join(SECTIONS)}.")
-    for name in content:  # other names may hold what the sections refer to
+    for name in content:  # sections of other names may hold YAML anchors
         if name not in SECTIONS and (close := difflib.get_close_matches(str(name), SECTIONS)):
             raise UserError(f"{source} has an unknown section '{name}'; did you mean: {close[0]}?")
     sections = {section: content.get(section) or {} for section in SECTIONS}
@@ -97,7 +97,7 @@ def _read(text: str, source: str) -> Recipes:
 def _merge(base: dict[str, Any], own: dict[str, Any]) -> None:
     for name, value in own.items():
         if isinstance(value, dict) and isinstance(base.get(name), dict):
-            base[name] = dict(base[name])  # a YAML alias is one object in several places
+            base[name] = dict(base[name])  # a copy, because a YAML alias is one object in several places
             _merge(base[name], value)
         else:
             base[name] = value

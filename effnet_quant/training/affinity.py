@@ -1,4 +1,4 @@
-"""Binding a process to the CPU cores next to its GPU, so that images don't cross between sockets on their way."""
+"""Binds a process to the CPU cores next to its GPU, so that images don't cross between sockets."""
 
 from __future__ import annotations
 
@@ -14,11 +14,14 @@ _PCI = Path("/sys/bus/pci/devices")
 
 
 def bind_to_gpu(mode: str, gpu: int) -> str:
-    """Bind this process, and those it will start, to cores near its GPU; returns what was done, for people.
+    """Bind this process, and those it will start, to cores near its GPU.
 
     Args:
         mode: one of ``choices.AFFINITIES``, see ``choose_cores``.
         gpu: number of the GPU.
+
+    Returns:
+        What was done, for printing.
     """
     if not torch.cuda.is_available() or not hasattr(os, "sched_setaffinity"):
         return "no GPU with cores of its own here: the process may use all"
@@ -30,11 +33,13 @@ def bind_to_gpu(mode: str, gpu: int) -> str:
 
 
 def choose_cores(mode: str, gpu: int, near: Sequence[set[int]], first_sibling: dict[int, int]) -> set[int]:
-    """The cores for the process of one GPU.
+    """Choose the cores for the process of one GPU.
 
-    "socket" is all cores near the GPU; "socket_single" the first of them; "socket_single_unique" one that no other GPU's
-    process has; "socket_unique_interleaved" and "socket_unique_contiguous" deal the physical cores of a socket out to its
-    GPUs, in turn or in blocks, each with its hardware threads.
+    - "socket": all cores near the GPU.
+    - "socket_single": the first of them.
+    - "socket_single_unique": one core that no other GPU's process has.
+    - "socket_unique_interleaved", "socket_unique_contiguous": an equal share of the socket's physical cores, in turn or in
+      blocks, with all their hardware threads.
 
     Args:
         mode: one of ``choices.AFFINITIES`` but "none".
@@ -63,7 +68,7 @@ def choose_cores(mode: str, gpu: int, near: Sequence[set[int]], first_sibling: d
 
 def _cores_near(gpu: int) -> set[int]:
     properties: Any = torch.cuda.get_device_properties(gpu)
-    if not hasattr(properties, "pci_bus_id"):  # an older torch does not know the address
+    if not hasattr(properties, "pci_bus_id"):  # older versions of torch do not give the address
         return set()
     address = f"{properties.pci_domain_id:04x}:{properties.pci_bus_id:02x}:{properties.pci_device_id:02x}.0"
     return _read_list(_PCI / address / "local_cpulist")
@@ -74,7 +79,7 @@ def _first_sibling(core: int) -> int:
 
 
 def _read_list(path: Path) -> set[int]:
-    """The numbers of a kernel list such as 0-3,8; none if there is no such file."""
+    """The numbers in a kernel list such as 0-3,8; empty if there is no such file."""
     if not path.is_file():
         return set()
     ranges = [part.partition("-") for part in path.read_text().strip().split(",") if part]

@@ -1,4 +1,4 @@
-"""Checkpoints: what a run needs to go on as if it had never stopped."""
+"""Writes and reads checkpoints, from which a run resumes as if it had never stopped."""
 
 from __future__ import annotations
 
@@ -16,24 +16,24 @@ from effnet_quant.files import replace_file
 from effnet_quant.models.weights import read_torch_file
 
 BEST_FILENAME = "model_best.pth.tar"
-_HALF_WRITTEN_SECONDS = 3600  # a younger file may be another run's, which is writing it
+_HALF_WRITTEN_SECONDS = 3600  # a younger file may still be written by another run
 
 
 def save_checkpoint(
     state: dict[str, Any], workspace: Path, filename: str, *, is_best: bool = False, gather: int = 0
 ) -> None:
-    """Write a checkpoint, and copies as the best and the epoch's own where asked for; each file whole or not at all.
+    """Write a checkpoint and, where asked for, copies as the best and as the epoch's own. Each file is replaced atomically.
 
     Args:
         state: tensors and plain values.
         workspace: the folder.
-        filename: of the latest checkpoint.
+        filename: name of the latest checkpoint.
         is_best: also write ``model_best.pth.tar``.
-        gather: keep that many epochs' checkpoints as ``checkpoint_<epoch>.pth.tar``, counted from 0 as NVIDIA's
-            scripts do; -1 keeps all.
+        gather: how many epochs to keep as ``checkpoint_<epoch>.pth.tar``; -1 keeps all. Epochs count from 0, as in
+            NVIDIA's scripts.
 
     Raises:
-        UserError: a file can't be written; the previous ones are intact.
+        UserError: a file can't be written. The previous files are intact.
     """
     buffer = io.BytesIO()
     versions = {"effnet_quant": effnet_quant.__version__, "torch": str(torch.__version__)}
@@ -44,7 +44,7 @@ def save_checkpoint(
         replace_file(workspace / BEST_FILENAME, content)
     if gather != 0:
         replace_file(workspace / f"checkpoint_{state['epoch'] - 1:04d}.pth.tar", content)
-    if gather > 0:  # later epochs' are of another run that used this workspace
+    if gather > 0:  # files of later epochs belong to another run in this workspace
         for old in workspace.glob("checkpoint_[0-9]*.pth.tar"):
             number = old.name.removeprefix("checkpoint_").removesuffix(".pth.tar")
             if number.isdigit() and int(number) < state["epoch"] - gather:
@@ -52,7 +52,7 @@ def save_checkpoint(
 
 
 def load_checkpoint(path: str | Path) -> dict[str, Any]:
-    """Read a checkpoint of ours or of NVIDIA's scripts, executing nothing in it.
+    """Read a checkpoint of ours or of NVIDIA's scripts, without executing anything in it.
 
     Raises:
         UserError: the file is missing, damaged, refused, or no checkpoint.
@@ -70,10 +70,10 @@ def load_checkpoint(path: str | Path) -> dict[str, Any]:
 
 
 def prepare_workspace(path: str | Path) -> Path:
-    """Create the folder that a run writes to, make sure it can be written, and clear what a killed run left half-written.
+    """Create a run's folder, check that it can be written to, and delete half-written files of killed runs.
 
     Raises:
-        UserError: it can't.
+        UserError: the folder can't be created or written to.
     """
     workspace = Path(path)
     probe = workspace / ".effnet_quant_probe"

@@ -1,10 +1,10 @@
-"""The names that the flags of training choose among. This file imports no library, so that a parser starts at once."""
+"""The names that flags about training choose among. This file imports no library, so that parsers start fast."""
 
 from __future__ import annotations
 
 OPTIMIZERS = ("sgd", "rmsprop")
 SCHEDULES = ("step", "linear", "cosine")
-AMP_DTYPES = {"fp16": "float16", "bf16": "bfloat16"}  # name -> type of torch
+AMP_DTYPES = {"fp16": "float16", "bf16": "bfloat16"}  # name -> torch's dtype
 AFFINITIES = (
     "none",
     "socket",

@@ -1,4 +1,4 @@
-"""The frozen configuration of a training run; nothing downstream of it reads command-line arguments."""
+"""The frozen configuration of a training run. The trainer reads it and no command-line arguments."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from effnet_quant.errors import UserError
 
 @dataclass(frozen=True)
 class Allowed:
-    """Which numbers a setting takes: a test, and the same in words."""
+    """The numbers that a setting accepts: as a test, and in words for messages."""
 
     contains: Callable[[float], bool]
     words: str
@@ -50,7 +50,7 @@ _ALLOWED = {
 
 
 def check_allowed(name: str, value: float | None, allowed: Allowed) -> None:
-    """Raises UserError where a setting has a number that it can't take; None is not set."""
+    """Raises UserError if a setting's number is not allowed. None means not set."""
     if value is not None and not allowed.contains(value):
         raise UserError(f"--{name.replace('_', '-')} must be {allowed.words}, not {value}.")
 
@@ -61,33 +61,33 @@ class TrainConfig:
 
     Attributes:
         epochs: epochs of the whole training, which the learning-rate schedule spans.
-        run_epochs: epochs of this run, -1 for all that are left.
+        run_epochs: epochs of this run; -1 for all that are left.
         lr_schedule: "step", "linear" or "cosine".
         warmup: epochs of linear warm-up.
         optimizer: "sgd" or "rmsprop".
         bn_weight_decay: whether BatchNorm's parameters decay too.
-        batch_size: images a batch of one process.
-        workers: processes that read images for it; the order of images from shards depends on how many.
-        optimizer_batch_size: images an optimizer step of all processes together, -1 for a batch of each (else a multiple
-            of that).
-        mixup: alpha of the Beta distribution that images are blended by, 0 for no blending.
-        cutmix: alpha of the Beta distribution that boxes of images are exchanged by, 0 for none; with both, a coin decides.
-        use_ema: decay of the moving average of the weights, None for no average.
+        batch_size: images per batch of one process.
+        workers: processes that read images. For shards, the order of images depends on their number.
+        optimizer_batch_size: images per optimizer step, over all processes: a multiple of processes x batch_size. -1 for one
+            batch of each process.
+        mixup: alpha of mixup's Beta distribution; 0 for no mixup.
+        cutmix: alpha of CutMix's Beta distribution; 0 for no CutMix. With both, each batch takes one of them at random.
+        use_ema: decay of the moving average of the weights; None for no average.
         amp: autocast, to float16 with a scaled loss on CUDA and to bfloat16 on the CPU.
-        amp_dtype: "fp16" or "bf16" for another choice.
-        static_loss_scale: the scale of the loss under float16; fixed, unless ``dynamic_loss_scale`` lets it grow.
-        compile: torch.compile.
-        prof: batches an epoch, -1 for all; the first tenth is warm-up and left out of the speeds.
-        early_stopping_patience: epochs without a better score before training stops, -1 for never.
-        gather_checkpoints: how many epochs' checkpoints to keep beside the latest and the best, -1 for all.
-        checkpoint_every_steps: optimizer steps between two checkpoints within an epoch, 0 for none.
+        amp_dtype: "fp16" or "bf16", to override autocast's type.
+        static_loss_scale: the loss scale of float16. It stays fixed unless ``dynamic_loss_scale`` lets it grow.
+        compile: use torch.compile.
+        prof: batches per epoch; -1 for all. The first tenth is warm-up and left out of the speeds.
+        early_stopping_patience: epochs without a better score before training stops; -1 for never.
+        gather_checkpoints: how many epochs' checkpoints to keep beside the latest and the best; -1 for all.
+        checkpoint_every_steps: optimizer steps between two checkpoints within an epoch; 0 for none.
         topk: k of a classifier's second accuracy, val.topk.
         channels_last: memory format NHWC.
         print_freq: batches between two progress lines where there is no terminal.
-        seed: of everything random; None for a random one, which the checkpoints then hold.
+        seed: seed of all random numbers; None for a random seed, which checkpoints store.
 
     Raises:
-        UserError: a setting has a value that means nothing, or two don't go together. The message names main.py's flag.
+        UserError: a value is not allowed, or two settings exclude each other. The message names main.py's flag.
     """
 
     epochs: int = 90
@@ -145,7 +145,7 @@ class TrainConfig:
             raise UserError("--nesterov goes with --optimizer sgd and a momentum above 0.")
 
     def check_processes(self, processes: int) -> None:
-        """Raises UserError where the optimizer's batch is no multiple of the batches of that many processes."""
+        """Raises UserError if ``optimizer_batch_size`` is not a multiple of processes x batch_size."""
         together = self.batch_size * processes
         if self.optimizer_batch_size >= 0 and (
             self.optimizer_batch_size < together or self.optimizer_batch_size % together
@@ -157,5 +157,5 @@ class TrainConfig:
             )
 
     def batches_per_step(self, processes: int) -> int:
-        """Batches of one process whose gradients are averaged before the optimizer steps."""
+        """Number of batches of one process whose gradients are averaged for one optimizer step."""
         return 1 if self.optimizer_batch_size < 0 else self.optimizer_batch_size // (self.batch_size * processes)

@@ -1,4 +1,4 @@
-"""One process among several that train together: who it is, and what they agree on."""
+"""The processes that train together: their numbers, and their communication."""
 
 from __future__ import annotations
 
@@ -16,15 +16,15 @@ from effnet_quant.errors import PeerLost, UserError
 
 @dataclass(frozen=True)
 class World:
-    """The processes of a job, as one of them sees them; without arguments, a process alone.
+    """The processes of a job, seen from one of them. The defaults describe a single process.
 
-    Every method but the properties is collective: all processes call it, in the same order. Alone, they cost nothing.
+    Every method is collective: all processes call it, in the same order. In a single process, methods cost nothing.
 
     Attributes:
         rank: number of this process, 0 … size - 1.
         size: number of processes.
-        local_rank: number of this process on its machine, which is that of its GPU.
-        job: torchrun's name for the processes that were started together, restarts included; "" for a process alone.
+        local_rank: number of this process on its machine, and of its GPU.
+        job: torchrun's name of the job, which stays the same over restarts; "" for a single process.
     """
 
     rank: int = 0
@@ -46,7 +46,7 @@ class World:
         return total
 
     def any(self, flag: int) -> int:
-        """The largest of a small number over the processes, 0 if it is 0 everywhere; waits for no GPU."""
+        """The maximum of ``flag`` over the processes, 0 if it is 0 everywhere. Does not wait for the GPU."""
         if self.size == 1:
             return flag
         largest = torch.tensor(flag)
@@ -54,7 +54,7 @@ class World:
         return int(largest)
 
     def broadcast(self, tensors: Iterable[Tensor]) -> None:
-        """Overwrite tensors with those of process 0."""
+        """Overwrite tensors by those of process 0."""
         if self.size > 1:
             for tensor in tensors:
                 dist.broadcast(tensor, 0)
@@ -68,12 +68,12 @@ class World:
         return parts
 
     def wait(self) -> None:
-        """Until all processes are here."""
+        """Wait until all processes have called this."""
         self.any(0)
 
     @contextmanager
     def main_first(self) -> Iterator[None]:
-        """Process 0 runs the block first, and the others when it is done: what it downloads, they find."""
+        """Let process 0 run the block first, then the others, which find its downloads."""
         if not self.is_main:
             self.wait()
         yield
@@ -86,9 +86,9 @@ ALONE = World()
 
 @contextmanager
 def joined_world() -> Iterator[World]:
-    """Join the processes that torchrun (or multiproc.py) started together, for as long as the block runs.
+    """Join the processes that torchrun or multiproc.py started together, for the duration of the block.
 
-    Tensors on GPUs travel by NCCL, those on the CPU by Gloo. A process that was started alone is a world of its own.
+    GPU tensors use NCCL, CPU tensors Gloo. A process that was started alone gets ``ALONE``.
 
     Raises:
         UserError: there are more processes than GPUs.

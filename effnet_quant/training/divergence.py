@@ -1,4 +1,4 @@
-"""A loss that is no number: which images it came from, and whether training can go on."""
+"""Finds losses that are not finite, names their images, and stops training."""
 
 from __future__ import annotations
 
@@ -21,12 +21,12 @@ _NEVER = 2**62
 
 
 def check_weights(model: nn.Module) -> None:
-    """See whether all weights and BatchNorm's statistics are numbers; waits for the device.
+    """Check that all weights and BatchNorm's statistics are finite. Waits for the device.
 
     Raises:
-        UserError: one is not; the sentence names the first.
+        UserError: one is not. The sentence names the first.
     """
-    ranges = {id(parameter) for parameter in learned_ranges(model)}  # which are NaN where nothing was calibrated
+    ranges = {id(parameter) for parameter in learned_ranges(model)}  # NaN before calibration
     named: dict[str, Tensor] = {n: tensor for n, tensor in model.named_parameters() if id(tensor) not in ranges}
     named |= {name: tensor for name, tensor in model.named_buffers() if ".running_" in f".{name}"}
     finite = torch.stack(torch._foreach_norm([tensor.detach() for tensor in named.values()], float("inf"))).isfinite()
@@ -39,16 +39,16 @@ def check_weights(model: nn.Module) -> None:
 
 
 class DivergenceWatch:
-    """Looks after the losses of one epoch.
+    """Watches the losses of one epoch.
 
     Args:
-        meter: has the losses.
-        loader: knows what the images are called.
+        meter: the meter of the losses.
+        loader: names the images.
         epoch: counted from 0.
-        workspace: where the names of a whole batch are written.
-        world: the processes that train together; all call ``check`` after the same batch.
-        scaled: whether a loss scale skips steps that overflow, so that one such loss does no harm.
-        locate: from the number of a batch to the part of the network where it stops being numbers, if that is known.
+        workspace: where the names of all images of a batch are written.
+        world: the processes that train together. All call ``check`` after the same batch.
+        scaled: whether a loss scale skips steps that overflow. Such losses then do no harm.
+        locate: from the number of a batch to the part of the network where its values become non-finite, if known.
     """
 
     def __init__(
@@ -71,16 +71,16 @@ class DivergenceWatch:
         self._locate = locate
 
     def check(self) -> None:
-        """Wait for the device and see whether every loss so far is a number.
+        """Wait for the device, and check that every loss so far is finite.
 
         Raises:
             UserError: one is not, and no loss scale has skipped its step.
-            PeerLost: another process met it first, and says so.
+            PeerLost: another process found such a loss first and reports it.
         """
         if self._scaled:
             return
         batch = self._meter.first_bad_batch()
-        # by the gradients it comes to all processes, of which only the first knows the images
+        # the gradients spread it to all processes; the process that met it first knows the images
         urgency = 0 if batch is None else _NEVER - (batch * self._world.size + self._world.rank)
         if self._world.any(urgency) > urgency:
             raise PeerLost(f"process {self._world.rank} ends: the loss of another process is not finite")
@@ -93,7 +93,7 @@ class DivergenceWatch:
             )
 
     def report_skipped(self, skipped: int, steps: int) -> None:
-        """Say which images made the loss overflow first, at the end of an epoch with a loss scale.
+        """Print which images made the loss overflow first, at the end of an epoch with a loss scale.
 
         Raises:
             UserError: every step was skipped.

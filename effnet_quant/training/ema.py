@@ -10,16 +10,16 @@ from torch import Tensor, nn
 
 
 class WeightAverage:
-    """A second model whose weights follow the first one's slowly.
+    """A second model whose weights are a moving average of the first model's.
 
-    After step n of the optimizer (counted from 0) every floating-point entry of the state dict moves towards the model's by
-    1 - min(decay, (1 + n) / (10 + n)), as in NVIDIA's scripts; other entries are copied. Entries that never change, such as
-    the ranges of a calibrated model, stay what they are to the bit, and what only one of the two has (a range that is
-    measured after a while) is left alone.
+    After optimizer step n (counted from 0), every floating-point entry of the state dict moves towards the model's by the
+    share 1 - min(decay, (1 + n) / (10 + n)), as in NVIDIA's scripts. Other entries are copied. Entries that never change,
+    such as calibrated ranges, stay bit-identical. Entries that only one of the two models has, such as a range measured
+    later, are left alone.
 
     Args:
-        model: what to follow.
-        decay: of the average, 0 … 1.
+        model: the model to average.
+        decay: decay of the average, 0 … 1.
 
     Attributes:
         model: the averaged model, in evaluation mode.
@@ -31,7 +31,7 @@ class WeightAverage:
 
     @torch.no_grad()
     def update(self, model: nn.Module, step: int) -> None:
-        """Follow ``model`` after the optimizer's step number ``step``."""
+        """Update the average after optimizer step number ``step``."""
         share = 1 - min(self.decay, (1 + step) / (10 + step))
         ours: list[Tensor] = []
         theirs: list[Tensor] = []

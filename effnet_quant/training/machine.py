@@ -1,4 +1,4 @@
-"""What a speed was measured on."""
+"""Describes the machine that a speed was measured on."""
 
 from __future__ import annotations
 
@@ -14,10 +14,10 @@ import effnet_quant
 
 
 def describe_machine(processes: int = 1) -> dict[str, Any]:
-    """Device, processor, library versions and commit, as plain values; what can't be found out is None.
+    """Device, processor, library versions and commit as plain values. Unknown ones are None.
 
     Args:
-        processes: of the job.
+        processes: number of processes of the job.
     """
     on_gpu = torch.cuda.is_available()
     return {
@@ -38,9 +38,9 @@ def describe_machine(processes: int = 1) -> dict[str, Any]:
 
 
 def _commit() -> str | None:
-    """Of the checkout that this package is in, with "-dirty" if it has been changed; None for an installed package."""
+    """The commit of the checkout that holds this package, with "-dirty" if changed; None for an installed package."""
     git = ("git", "-C", str(Path(__file__).parent))
-    if _output(*git, "ls-files", Path(__file__).name) is None:  # perhaps inside of another project's checkout
+    if _output(*git, "ls-files", Path(__file__).name) is None:  # installed, perhaps inside another project's checkout
         return None
     return _output(*git, "describe", "--always", "--abbrev=40", "--exclude=*", "--dirty")
 
@@ -55,7 +55,7 @@ def _processor() -> str:
 
 
 def _output(*command: str) -> str | None:
-    """The first line a command prints, None if it is not there or fails."""
+    """The first line that a command prints; None if the command is missing or fails."""
     try:
         result = subprocess.run(command, capture_output=True, text=True, timeout=20, check=True)
     except (OSError, subprocess.SubprocessError):

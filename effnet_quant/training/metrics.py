@@ -1,4 +1,4 @@
-"""What a run measures and where it is written."""
+"""Measures losses and speeds, and writes metrics to the raport file."""
 
 from __future__ import annotations
 
@@ -18,15 +18,15 @@ from effnet_quant.training.sinks import Sink
 
 
 class Recorder:
-    """Appends metrics to the raport file, one JSON object a line.
+    """Appends metrics to the raport file, one JSON object per line.
 
-    Each line holds ``timestamp`` (seconds since 1970), ``step`` ([] for the run, [epoch] for an epoch) and ``data`` (the
-    metrics by name; a number that is not finite is written as null), and ``machine`` where one is given.
+    A line holds ``timestamp`` (seconds since 1970), ``step`` ([] for the run, [epoch] for an epoch), ``data`` (the metrics
+    by name) and, if given, ``machine``. Numbers that are not finite are written as null.
 
     Args:
-        path: the raport file, None to write nothing.
-        machine: what the figures are measured on, for benchmarks.
-        sinks: where the metrics go too.
+        path: the raport file; None to write nothing.
+        machine: the machine that a benchmark runs on.
+        sinks: further receivers of the metrics.
 
     Raises:
         UserError: the file can't be written.
@@ -62,13 +62,14 @@ class Recorder:
 class Stopwatch:
     """Splits the time of a loop into waiting for data and computing.
 
-    ``data_time`` and ``compute_time`` are seconds a batch on average; ``total_ips`` and ``compute_ips`` are images a
-    second of all processes together, with and without the wait for data. ``compute_latency`` is the average of the
-    batches' compute times in seconds, and ``compute_latency_at50``, ``_at95``, ``_at99``, ``_at100`` are their quantiles.
+    - ``data_time``, ``compute_time``: average seconds per batch.
+    - ``total_ips``, ``compute_ips``: images per second of all processes, with and without the wait for data.
+    - ``compute_latency``: average compute time of the batches, in seconds.
+    - ``compute_latency_at50``, ``_at95``, ``_at99``, ``_at100``: quantiles of the compute times.
 
     Args:
-        processes: how many of them compute beside this one, itself included.
-        warmup: batches at the start that do not count.
+        processes: number of processes that compute at the same time.
+        warmup: batches at the start that are not counted.
     """
 
     def __init__(self, processes: int = 1, warmup: int = 0) -> None:
@@ -98,14 +99,14 @@ class Stopwatch:
         self._mark = now
 
     def device_done(self) -> None:
-        """What was queued for the device is done: the time since the last batch is that batch's too."""
+        """The device has finished its queue. The time since the last batch is added to that batch."""
         now = time.perf_counter()
         if self._compute:
             self._compute[-1] += now - self._mark
         self._mark = now
 
     def metrics(self, prefix: str) -> dict[str, float]:
-        """Speeds and times under ``<prefix>.``; empty before the first batch that counts."""
+        """Speeds and times under ``<prefix>.``; empty before the first counted batch."""
         if not self._compute:
             return {}
         data, compute = math.fsum(self._data), math.fsum(self._compute)
@@ -118,7 +119,7 @@ class Stopwatch:
         }
 
     def latencies(self, prefix: str) -> dict[str, float]:
-        """Average and quantiles of the compute times; true only where every batch's end is waited for."""
+        """Average and quantiles of the compute times. They are right only if the caller waited for every batch's end."""
         if not self._compute:
             return {}
         times = torch.tensor(self._compute, dtype=torch.float64)
@@ -130,11 +131,11 @@ class Stopwatch:
 
 
 class LossMeter:
-    """The mean loss over an epoch, summed on the device, and the first batch whose loss was no number.
+    """The mean loss over an epoch, summed on the device, and the first batch whose loss was not finite.
 
     Args:
-        device: where the losses are.
-        sums: of an interrupted epoch, to go on from (``sums``).
+        device: the losses' device.
+        sums: the property ``sums`` of an interrupted epoch, to continue from.
     """
 
     def __init__(self, device: torch.device, sums: Tensor | None = None) -> None:
@@ -142,30 +143,30 @@ class LossMeter:
         self._first_bad = torch.full((), -1, dtype=torch.int64, device=device)
 
     def add(self, loss: Tensor, images: int, batch: int) -> None:
-        """Count the mean loss of ``images`` images, of batch number ``batch``; one that is not finite only as such."""
+        """Add the mean loss of ``images`` images in batch number ``batch``. Non-finite losses are left out of the mean."""
         finite = torch.isfinite(loss)
         counted = torch.where(finite, loss.double(), 0.0)
         self._sums += torch.stack([counted * images, finite * float(images)])
         self._first_bad = torch.where((self._first_bad < 0) & ~finite, batch, self._first_bad)
 
     def first_bad_batch(self) -> int | None:
-        """The first batch whose loss was not finite, None without one; waits for the device."""
+        """The first batch whose loss was not finite, or None. Waits for the device."""
         batch = int(self._first_bad)
         return None if batch < 0 else batch
 
     def mean(self, world: World = ALONE) -> float:
-        """The mean loss an image, of all processes; NaN before the first."""
+        """The mean loss per image over all processes; NaN before the first image."""
         total, images = world.sum(self._sums).tolist()
         return total / images if images else math.nan
 
     @property
     def sums(self) -> Tensor:
-        """Sum of the losses and number of the images, for a checkpoint."""
+        """Sum of the losses and number of images, of shape (2,), for a checkpoint."""
         return self._sums
 
 
 def describe(metrics: dict[str, float]) -> str:
-    """Metrics on one line for people."""
+    """The most important metrics on one line."""
     shown = {
         name: value
         for name, value in metrics.items()

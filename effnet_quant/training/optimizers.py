@@ -1,4 +1,4 @@
-"""Optimizers with NVIDIA's parameter groups."""
+"""SGD and RMSprop with NVIDIA's parameter groups, and their state in checkpoints."""
 
 from __future__ import annotations
 
@@ -11,20 +11,23 @@ from effnet_quant.errors import UserError
 from effnet_quant.training.config import TrainConfig
 
 _RANGES = ("_quantizer._amax", "_quantizer._amin")
-_KERNELS = ("fused", "foreach")  # what a parameter group calls them
+_KERNELS = ("fused", "foreach")  # keys of a parameter group
 
 
 def learned_ranges(model: nn.Module) -> list[nn.Parameter]:
-    """The ranges of quantizers that training changes, as specs such as w8a8-lsq have them."""
+    """The quantizer ranges that training changes, as in the preset w8a8-lsq."""
     return [parameter for name, parameter in model.named_parameters() if name.endswith(_RANGES)]
 
 
 def build_optimizer(model: nn.Module, config: TrainConfig) -> torch.optim.Optimizer:
-    """SGD or RMSprop over two groups: BatchNorm's parameters, which do not decay unless asked for, and all others; as in
-    NVIDIA's scripts, SGD has one group of all where they do. Learned ranges of quantizers, where there are any, are a group
-    of their own, which never decays.
+    """Build SGD or RMSprop with NVIDIA's parameter groups.
 
-    SGD updates all parameters in one kernel ("fused"), RMSprop, for which there is none, in few ("foreach")."""
+    BatchNorm's parameters are one group and all others the second. BatchNorm's group decays only with
+    ``bn_weight_decay``; SGD then puts all parameters into one group. Learned ranges of quantizers are a further group,
+    which never decays.
+
+    SGD uses one fused kernel for all parameters. RMSprop has no fused kernel and uses ``foreach``.
+    """
     normalisation = {
         id(parameter)
         for module in model.modules()
@@ -43,7 +46,7 @@ def build_optimizer(model: nn.Module, config: TrainConfig) -> torch.optim.Optimi
     if ranges:
         groups.append({"params": [p for p in parameters if id(p) in ranges], "weight_decay": 0.0})
     if config.optimizer == "sgd":
-        # the kernel takes no parameter whose gradient comes later than others', as that of a range that is switched on does
+        # the fused kernel fails if some parameters get their first gradient later, as ranges do that are switched on later
         fused = not ranges
         return torch.optim.SGD(
             groups,
@@ -61,10 +64,10 @@ def build_optimizer(model: nn.Module, config: TrainConfig) -> torch.optim.Optimi
 def load_optimizer_state(
     optimizer: torch.optim.Optimizer, scaler: torch.amp.GradScaler, checkpoint: dict[str, Any], source: str
 ) -> None:
-    """Take up the state of optimizer and loss scale from a checkpoint, where it has them.
+    """Load the states of optimizer and loss scale from a checkpoint, if it has them.
 
     Raises:
-        UserError: the optimizer's state is another optimizer's or another model's.
+        UserError: the optimizer's state belongs to another optimizer or model.
     """
     kernels = [{name: group[name] for name in _KERNELS if name in group} for group in optimizer.param_groups]
     try:
@@ -78,11 +81,11 @@ def load_optimizer_state(
                     if isinstance(value, Tensor) and value.dim() > 0:
                         state[name] = _laid_out_as(parameter, value, name)
             for group, own in zip(optimizer.param_groups, kernels, strict=True):
-                group.update(own)  # how a step is computed is this run's choice
+                group.update(own)  # the kernel is this run's choice
         if checkpoint.get("scaler") and scaler.is_enabled():
             growth_interval = scaler.get_growth_interval()
             scaler.load_state_dict(checkpoint["scaler"])
-            scaler.set_growth_interval(growth_interval)  # whether the scale grows, too
+            scaler.set_growth_interval(growth_interval)  # so is whether the scale grows
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise UserError(
             f"the optimizer state in {source} does not fit: {error}; resume with the --optimizer it was made with."
@@ -90,7 +93,7 @@ def load_optimizer_state(
 
 
 def _laid_out_as(parameter: Tensor, value: Tensor, name: str) -> Tensor:
-    """``value`` in the memory layout of its parameter, which a fused kernel takes for granted."""
+    """``value`` in the memory layout of its parameter, which fused kernels assume."""
     if value.shape != parameter.shape:
         raise ValueError(f"{name} of shape {tuple(value.shape)} for a parameter of {tuple(parameter.shape)}")
     return value if value.stride() == parameter.stride() else torch.empty_like(parameter).copy_(value)

@@ -1,4 +1,4 @@
-"""Mixed precision: which type autocast computes in, and how the loss is scaled."""
+"""Mixed precision: autocast's type and the scale of the loss."""
 
 from __future__ import annotations
 
@@ -14,13 +14,13 @@ _NEVER = 10**9
 
 @dataclass(frozen=True)
 class Precision:
-    """How a run computes.
+    """The arithmetic of a run.
 
     Attributes:
-        device: where.
-        dtype: what autocast computes in, None for plain float32.
-        scaler: of the loss; it does nothing unless ``dtype`` is float16, the only type whose gradients underflow. A step
-            that overflows is skipped and halves the scale.
+        device: where to compute.
+        dtype: autocast's type; None for plain float32.
+        scaler: scales the loss if ``dtype`` is float16, the only type whose gradients underflow; otherwise does nothing. A
+            step that overflows is skipped and halves the scale.
     """
 
     device: torch.device
@@ -35,14 +35,14 @@ class Precision:
 def choose_precision(
     device: torch.device, *, amp: bool, amp_dtype: str | None, loss_scale: float, dynamic: bool
 ) -> Precision:
-    """The precision that flags ask for.
+    """Choose a run's precision from its settings.
 
     Args:
         device: where to compute.
-        amp: mixed precision.
-        amp_dtype: "fp16" or "bf16"; None is float16 on a GPU and bfloat16 on the CPU, which has no fast float16.
-        loss_scale: of float16, at the start.
-        dynamic: whether the scale grows after 100 steps without overflow.
+        amp: whether to use mixed precision.
+        amp_dtype: "fp16" or "bf16"; None for float16 on a GPU and bfloat16 on the CPU, which has no fast float16.
+        loss_scale: the initial loss scale of float16.
+        dynamic: whether the scale doubles after 100 steps without overflow.
     """
     dtype = None
     if amp:

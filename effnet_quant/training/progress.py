@@ -1,4 +1,4 @@
-"""Progress of long work: a bar with an ETA on a terminal, plain lines elsewhere."""
+"""Shows the progress of long work: a bar on a terminal, plain lines elsewhere, both with the remaining time."""
 
 from __future__ import annotations
 
@@ -13,13 +13,13 @@ T = TypeVar("T")
 
 
 def progress(items: Iterable[T], total: int, title: str, every: int) -> Iterator[T]:
-    """Pass ``items`` through, showing how many of ``total`` are done and how long the rest will take.
+    """Yield ``items``, and show how many of ``total`` are done and how long the rest will take.
 
     Args:
-        items: what to iterate over.
-        total: how many items there are.
-        title: what is being done.
-        every: items between two lines where standard error is no terminal.
+        items: the items.
+        total: number of items.
+        title: name of the work.
+        every: items between two lines if standard error is not a terminal.
     """
     if sys.stderr.isatty():
         yield from tqdm(items, total=total, desc=title, dynamic_ncols=True, leave=False)

@@ -1,4 +1,4 @@
-"""Where a training stands: the part of a checkpoint that is neither weights nor optimizer."""
+"""The position of a training and its random states, as checkpoints hold them."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from effnet_quant.errors import UserError
 from effnet_quant.training.config import TrainConfig
 from effnet_quant.training.distributed import World
 
-# what decides which images a batch of an epoch holds, and which batches make a step
+# flag -> setting that decides which images form a batch, or which batches form a step
 _CUTTING = {"-b": "batch_size", "--optimizer-batch-size": "optimizer_batch_size", "--seed": "seed"}
 
 
@@ -21,11 +21,11 @@ class Position:
     """How far a training has come.
 
     Attributes:
-        epoch: that is under way or comes next, counted from 0.
-        batch: of the epoch; not 0 only within it.
-        step: of the optimizer, since the training began.
-        best_score: the best of the task's scores, as ``Score.ranked`` gives it; -inf before the first validation.
-        epochs_since_best: validations since then.
+        epoch: the current or next epoch, counted from 0.
+        batch: the next batch within the epoch; 0 between epochs.
+        step: optimizer steps since training began.
+        best_score: the best score so far, as ``Score.ranked`` gives it; -inf before the first validation.
+        epochs_since_best: validations since the best one.
     """
 
     epoch: int = 0
@@ -36,10 +36,10 @@ class Position:
 
     @staticmethod
     def of(checkpoint: dict[str, Any], source: str) -> Position:
-        """The position in a checkpoint of ours or of NVIDIA's scripts, which stand between epochs.
+        """Read the position from a checkpoint of ours or of NVIDIA's scripts; theirs are always between epochs.
 
         Raises:
-            UserError: one of its entries is no number; the sentence names ``source``.
+            UserError: one of its entries is no number. The sentence names ``source``.
         """
         best = checkpoint.get("best_prec1")
         try:
@@ -54,7 +54,7 @@ class Position:
             raise UserError(f"{source} does not say where its training stood ({error}); get it again.") from error
 
     def entries(self) -> dict[str, Any]:
-        """What ``of`` reads, under NVIDIA's names where it has any."""
+        """The checkpoint entries that ``of`` reads, under NVIDIA's names where they exist."""
         return {
             "epoch": self.epoch,
             "batch": self.batch,
@@ -64,17 +64,17 @@ class Position:
         }
 
     def note_score(self, score: float) -> bool:
-        """Take a validation into account, more being better; whether it is the best so far."""
+        """Note a validation's score, where higher is better; returns whether it is the best so far."""
         is_best = score > self.best_score
         self.best_score = max(self.best_score, score)
         self.epochs_since_best = 0 if is_best else self.epochs_since_best + 1
         return is_best
 
     def check_agreement(self, world: World) -> None:
-        """See whether all processes stand here; all of them call it.
+        """Check that all processes have the same position. All of them call this.
 
         Raises:
-            UserError: one stands elsewhere, because each reads a checkpoint of its own accord, and machines may have others.
+            UserError: one has another. Each process reads its own checkpoint, and machines may hold different ones.
         """
         mine = torch.tensor([self.epoch, self.batch, self.step])
         if not all(torch.equal(mine, other) for other in world.gather(mine)):
@@ -85,10 +85,10 @@ class Position:
 
 
 def check_same_batches(checkpoint: dict[str, Any], source: str, config: TrainConfig, processes: int) -> None:
-    """See whether a run cuts an epoch into the same batches as the one that left a checkpoint in the middle of it.
+    """Check that a run divides an epoch into the same batches as the run that wrote the checkpoint within the epoch.
 
     Raises:
-        UserError: it does not; the sentence names the flags it takes.
+        UserError: it does not. The sentence names the flags that are needed.
     """
     was, were = checkpoint.get("config") or {}, checkpoint.get("processes", 1)
     needed = [
@@ -101,7 +101,7 @@ def check_same_batches(checkpoint: dict[str, Any], source: str, config: TrainCon
 
 
 def random_states(world: World, device: torch.device) -> dict[str, Any]:
-    """The random states of every process, by rank, as a checkpoint holds them; all processes call it."""
+    """The random states of all processes, by rank, for a checkpoint. All processes call this."""
     on_gpu = device.type == "cuda"
     return {
         "rng": world.gather(torch.get_rng_state()),
@@ -110,7 +110,7 @@ def random_states(world: World, device: torch.device) -> dict[str, Any]:
 
 
 def restore_random_state(checkpoint: dict[str, Any], world: World, device: torch.device) -> None:
-    """Go on with this process' random state, if the checkpoint is of as many processes."""
+    """Restore this process's random state, if the checkpoint has as many processes."""
     states = checkpoint.get("rng")
     if isinstance(states, list) and len(states) == world.size:
         torch.set_rng_state(states[world.rank])

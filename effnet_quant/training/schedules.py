@@ -13,8 +13,8 @@ def learning_rate(
 ) -> float:
     """The learning rate of an epoch (counted from 0).
 
-    During warm-up it is base_lr * (epoch + 1) / warmup. "step" multiplies by 0.1 from epochs 30, 60 and 80 on; "linear"
-    and "cosine" go from base_lr, at the end of the warm-up, to end_lr, at ``epochs``.
+    During warm-up it is base_lr * (epoch + 1) / warmup. "step" then multiplies by 0.1 from epochs 30, 60 and 80 on.
+    "linear" and "cosine" fall from base_lr at the end of the warm-up to end_lr at ``epochs``.
     """
     if epoch < warmup:
         return base_lr * (epoch + 1) / warmup

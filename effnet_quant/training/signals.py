@@ -1,4 +1,4 @@
-"""Signals that ask a run to stop: noted when they come, acted on between two steps."""
+"""Signals that ask a run to stop. They are noted at once; the trainer reacts between two steps."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ STOPPING = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)
 
 
 class Interrupted(Exception):
-    """A signal asked the run to stop; its checkpoint is written.
+    """A signal asked the run to stop, and the checkpoint has been written.
 
     Attributes:
         signal_number: the signal.
@@ -26,13 +26,13 @@ class Interrupted(Exception):
 
 
 class SignalWatch:
-    """Notes SIGINT, SIGTERM and SIGUSR1 while a ``with`` block runs (in the main thread; elsewhere it hears nothing).
+    """Notes SIGINT, SIGTERM and SIGUSR1 in a ``with`` block of the main thread. In other threads it does nothing.
 
-    A second signal has its usual effect, which ends the process at once; but not within five seconds of the first, for then
-    it is the same request: schedulers signal every process of a job, and multiproc.py passes on what it gets.
+    A second signal has its usual effect and ends the process at once. Within five seconds of the first it is ignored as
+    the same request: schedulers signal every process of a job, and multiproc.py passes its signals on.
 
     Attributes:
-        noted: number of the first signal, 0 before any.
+        noted: number of the first signal; 0 before any.
     """
 
     def __init__(self) -> None:
@@ -41,7 +41,7 @@ class SignalWatch:
         self._previous: dict[int, Any] = {}
 
     def note(self, number: int, frame: FrameType | None = None) -> None:
-        """The handler."""
+        """The signal handler."""
         now = time.monotonic()
         if not self.noted:
             self.noted, self._since = number, now

@@ -1,4 +1,4 @@
-"""Where metrics can be sent beside the raport file: TensorBoard, Weights & Biases."""
+"""Receivers of metrics beside the raport file: TensorBoard, Weights & Biases."""
 
 from __future__ import annotations
 
@@ -9,18 +9,18 @@ from effnet_quant.errors import UserError
 
 
 class Sink(Protocol):
-    """Takes metrics."""
+    """A receiver of metrics."""
 
     def write(self, metrics: dict[str, float], epoch: int) -> None:
-        """Take the metrics of an epoch, counted from 0; a run without epochs is epoch 0."""
+        """Write the metrics of an epoch, counted from 0. A run without epochs is epoch 0."""
         ...
 
 
 class TensorBoard:
-    """Event files that TensorBoard shows.
+    """Writes event files for TensorBoard.
 
     Args:
-        folder: where to write them.
+        folder: the files' folder.
 
     Raises:
         UserError: tensorboard is not installed.
@@ -36,19 +36,19 @@ class TensorBoard:
         self._writer = SummaryWriter(str(folder))
 
     def write(self, metrics: dict[str, float], epoch: int) -> None:
-        """Add each metric under its name, with its part before the dot as the group."""
+        """Write each metric under its name. The part before the dot is its group."""
         for name, value in metrics.items():
             self._writer.add_scalar(name.replace(".", "/", 1), value, epoch)
         self._writer.flush()
 
 
 class WandB:
-    """A run of Weights & Biases, offline where WANDB_MODE says so.
+    """Logs to a run of Weights & Biases; offline if WANDB_MODE is "offline".
 
     Args:
-        project: its name there.
-        folder: for the run's local files.
-        config: what the run was asked for, shown beside it.
+        project: name of the project.
+        folder: folder of the run's local files.
+        config: the run's settings, which W&B shows.
 
     Raises:
         UserError: wandb is not installed or the run can't be started.
@@ -68,6 +68,8 @@ class WandB:
         self._run.define_metric("*", step_metric="epoch")
 
     def write(self, metrics: dict[str, float], epoch: int) -> None:
-        """Log the metrics beside their epoch. W&B's own steps only go up: it would drop an epoch that comes again, as the
-        first does after a calibration."""
+        """Log the metrics with their epoch as a metric of its own.
+
+        W&B's own steps must rise. It would drop an epoch that comes twice, such as the first after a calibration.
+        """
         self._run.log({**metrics, "epoch": epoch})

@@ -1,4 +1,4 @@
-"""The loop: train, validate, remember, resume."""
+"""The training loop: train, validate, save, resume."""
 
 from __future__ import annotations
 
@@ -42,22 +42,22 @@ from effnet_quant.training.signals import Interrupted, SignalWatch
 class Trainer:
     """Trains and evaluates one model, alone or as one process of a job.
 
-    On a CPU the process keeps freed memory from then on (``keep_freed_memory``).
+    On a CPU, the process keeps freed memory from then on (``keep_freed_memory``).
 
     Args:
         model: the network; moved to the device.
         config: hyperparameters and run control.
-        card: what checkpoints say of the model; its ``input`` says how uint8 images become the model's input.
+        card: the model's card, which checkpoints store. Its ``input`` says how to normalise uint8 images.
         device: where to compute.
         workspace: folder of the checkpoints.
-        recorder: where metrics go.
+        recorder: receives the metrics.
         world: the processes that train together.
-        task: what the network is for; None for what the card says.
+        task: the network's task; None for the card's.
 
     Attributes:
-        task: with the options that the configuration gives it.
-        loss: what training minimises; the task's until another is put there.
-        callbacks: told when training reaches certain points, in this order; empty at first.
+        task: the task, with the options of the configuration.
+        loss: what training minimises; at first the task's loss.
+        callbacks: called in this order when training reaches certain points; empty at first.
     """
 
     def __init__(
@@ -99,33 +99,33 @@ class Trainer:
         self._batches_per_step = config.batches_per_step(world.size)
         self._average: WeightAverage | None = None
         self._position = Position()
-        self._effective_steps: int | Tensor = 0  # the scaler skips those that overflow
+        self._effective_steps: int | Tensor = 0  # without the steps that overflowed, which the scaler skips
         self.optimizer.register_step_post_hook(self._count_step)
-        self._loss_sums: Tensor | None = None  # of the epoch that a resumed run starts in
+        self._loss_sums: Tensor | None = None  # of the epoch in which a resumed run starts
         self._signals = SignalWatch()
         if config.compile:
             self.model.compile()
 
     @property
     def models(self) -> list[nn.Module]:
-        """The trained network and, once training has begun with an average (``use_ema``), the averaged one."""
+        """The trained network and, once training with ``use_ema`` has begun, the averaged one."""
         return [self.model] if self._average is None else [self.model, self._average.model]
 
     @explained_deaths()
     def fit(self, train: Loader, val: Loader) -> None:
-        """Train to the end of the configured epochs, validating and writing checkpoints after each.
+        """Train to the end of the configured epochs. Validate and write a checkpoint after each.
 
-        SIGINT, SIGTERM and SIGUSR1 end the run after the current step with a checkpoint from which it resumes there.
+        SIGINT, SIGTERM and SIGUSR1 end the run after the current step, with a checkpoint to resume from.
 
         Raises:
             Interrupted: a signal arrived.
-            UserError: an image can't be read, a checkpoint can't be written, or the loss is not finite.
+            UserError: too many images can't be read, a checkpoint can't be written, or the loss is not finite.
         """
         config, position, score = self.config, self._position, self.task.score
         position.check_agreement(self._world)
         if 0 < config.epochs <= position.epoch:
             print(f"nothing left to train: {position.epoch} of {config.epochs} epochs are done", flush=True)
-        if position.step == 0:  # NVIDIA's checkpoints don't count steps, on which the weight of an average depends
+        if position.step == 0:  # NVIDIA's checkpoints hold no step, which the moving average needs
             position.step = position.epoch * math.ceil(self._batches_of(train) / self._batches_per_step)
         last = config.epochs
         if config.run_epochs >= 0:
@@ -150,7 +150,7 @@ class Trainer:
             print(f"stopped early: {position.epochs_since_best} epochs without a better {score.title}", flush=True)
 
     def validate(self, loader: Loader, title: str = "evaluate") -> dict[str, float]:
-        """``evaluate`` under ``val.``, and of the averaged weights under ``val_ema.`` where there are any."""
+        """Evaluate the model under ``val.`` and the averaged weights, if there are any, under ``val_ema.``."""
         metrics = self.evaluate(loader, "val", title)
         if self._average is not None:
             metrics |= self.evaluate(loader, "val_ema", f"{title} of the averaged weights", self._average.model)
@@ -161,9 +161,9 @@ class Trainer:
     def evaluate(
         self, loader: Loader, prefix: str = "val", title: str = "evaluate", model: nn.Module | None = None
     ) -> dict[str, float]:
-        """The task's metrics and speeds under ``<prefix>.``, in eval mode, each image of the job's loaders counted once.
+        """Evaluate in eval mode; returns the task's metrics and the speeds under ``<prefix>.``.
 
-        ``model`` is another one than the trainer's own.
+        Each image of all processes' loaders counts once. ``model`` is evaluated in place of the trainer's own.
         """
         model = (self.model if model is None else model).eval()
         metric = self.task.metric(self.device)
@@ -181,20 +181,20 @@ class Trainer:
             stopwatch.batch_done(len(images))
             self._stop_if_signalled()
         self._wait_for_device(stopwatch)
-        for _ in range(most - done):  # other processes have more batches, and ask for signals after each
+        for _ in range(most - done):  # a collective call: processes with more batches call it after each
             self._stop_if_signalled()
         metric.merge(self._world)
         results = {f"{prefix}.{name}": value for name, value in metric.results().items()}
         return results | self._speeds(stopwatch, prefix)
 
     def load(self, checkpoint: dict[str, Any], source: str) -> bool:
-        """Take up the weights of a checkpoint and, with ``use_ema``, the averaged ones, whatever trained them.
+        """Load the weights of a checkpoint and, with ``use_ema``, the averaged weights. Nothing else is loaded.
 
         Returns:
-            Whether every quantizer of the model has a range now (True for a float model).
+            Whether every quantizer of the model now has a range (True for a float model).
 
         Raises:
-            UserError: they do not fit the model.
+            UserError: the weights do not fit the model.
         """
         has_ranges = load_weights(self.model, Weights(checkpoint["state_dict"], source=source))
         self._average = self._new_average()
@@ -203,13 +203,13 @@ class Trainer:
         return has_ranges
 
     def resume(self, checkpoint: dict[str, Any], source: str) -> bool:
-        """Take up model, optimizer, position and random state from a checkpoint (``load_checkpoint``'s).
+        """Load weights, optimizer, position and random state from a checkpoint (of ``load_checkpoint``).
 
         Returns:
-            Whether every quantizer of the model has a range now (True for a float model).
+            Whether every quantizer of the model now has a range (True for a float model).
 
         Raises:
-            UserError: it does not fit the model or the configuration.
+            UserError: the checkpoint does not fit the model or the configuration.
         """
         position = Position.of(checkpoint, source)
         if position.batch > 0:
@@ -223,14 +223,14 @@ class Trainer:
         return has_ranges
 
     def save(self, *, is_best: bool = False) -> None:
-        """Write the checkpoint of this moment, unless checkpoints are off; all processes of a job call it."""
+        """Write a checkpoint now, unless checkpoints are off. All processes of a job call this."""
         if not self.config.save_checkpoints:
             return
         states = random_states(self._world, self.device)
         loss_sums = None if self._loss_sums is None else self._world.sum(self._loss_sums).cpu()
         if self._world.is_main:
             self._write_checkpoint(states, loss_sums, is_best=is_best)
-        self._world.wait()  # or a process that ends would have the others ended while process 0 still writes
+        self._world.wait()  # if another process ended now, torchrun would end process 0 while it writes
 
     def note_signal(self, number: int) -> None:
         """Stop after this step, as if the signal ``number`` had arrived."""
@@ -267,19 +267,19 @@ class Trainer:
         if self.config.use_ema is None:
             return None
         average = WeightAverage(self.model, self.config.use_ema)
-        if self.config.compile:  # a copy of a compiled network is none
+        if self.config.compile:  # copies of a compiled network are not compiled
             average.model.compile()
         return average
 
     def _network(self) -> nn.Module:
-        """The model as training calls it: gradients averaged over the processes, buffers those of process 0."""
+        """The model for training: gradients are averaged over the processes, and buffers are those of process 0."""
         if self._world.size == 1:
             return self.model
         return DistributedDataParallel(
             self.model,
             device_ids=[self.device] if self.device.type == "cuda" else None,
             gradient_as_bucket_view=True,
-            find_unused_parameters=bool(learned_ranges(self.model)),  # of quantizers that are not switched on yet
+            find_unused_parameters=bool(learned_ranges(self.model)),  # unused while their quantizers are off
         )
 
     def _train_epoch(self, network: nn.Module, loader: Loader) -> dict[str, float]:
@@ -312,7 +312,7 @@ class Trainer:
         for images, targets in progress(batches, total - first, title, config.print_freq):
             stopwatch.data_ready()
             before = position.batch % self._batches_per_step
-            # at the end of an epoch the optimizer's batch may hold fewer batches
+            # the last step of an epoch may have fewer batches
             accumulated = min(self._batches_per_step, total - (position.batch - before))
             complete = before + 1 == accumulated
             self._forward_backward(network, images, targets, accumulated, complete, meter, watch)
@@ -358,18 +358,19 @@ class Trainer:
         inputs, targets = self.task.mixed(
             self._inputs(images), self._targets(targets), self._card.num_classes or -1, seed
         )
-        # gradients travel once for each step of the optimizer
+        # processes exchange gradients once per optimizer step
         local = not complete and isinstance(network, DistributedDataParallel)
         with network.no_sync() if local else nullcontext():  # type: ignore[operator]
             with self._precision.autocast():
                 outputs = network(inputs)
                 loss = self.loss(in_float32(outputs), targets, inputs)
             meter.add(loss.detach(), len(images), self._position.batch)
-            # a GPU is asked now and then only, or it would have to be waited for
+            # asking a GPU means waiting for it, so it is asked rarely
             if self.device.type == "cpu" or self._position.batch % self.config.print_freq == 0:
                 watch.check()
             if self._position.batch % self._batches_per_step == 0:
-                # not right after the step: a CPU's forward pass then reuses their memory, and pays for it anew here (6 %)
+                # if they were freed right after the step, a CPU's forward pass would take their memory, and the backward
+                # pass would pay for new memory (6 %)
                 self.optimizer.zero_grad(set_to_none=True)
             self._scaler.scale(loss / accumulated).backward()
 
@@ -383,7 +384,7 @@ class Trainer:
             callback.on_step_end(self._position.step)
 
     def _locate_divergence(self, loader: Loader, batch: int) -> str | None:
-        """The part of the network that a callback blames for a batch's loss, which is not finite."""
+        """The part of the network that a callback names as the origin of a batch's non-finite loss."""
         if not self.callbacks:
             return None
         images, _ = next(loader.epoch(self._position.epoch, batch))
@@ -391,7 +392,7 @@ class Trainer:
         return next((place for callback in self.callbacks if (place := callback.on_divergence(inputs))), None)
 
     def _count_step(self, *arguments: object) -> None:
-        # a fused optimizer is called for every step, and told on the device which to skip
+        # the scaler calls a fused optimizer for skipped steps too, with found_inf set on the device
         overflowed = getattr(self.optimizer, "found_inf", None)
         self._effective_steps = self._effective_steps + (1 if overflowed is None else 1 - overflowed)
 
@@ -400,7 +401,7 @@ class Trainer:
         return normalize(images, self._input_spec).contiguous(memory_format=self._memory_format)
 
     def _targets(self, targets: Targets) -> Targets:
-        """On the trainer's device, but for what is no tensor, such as text."""
+        """Move all tensors to the trainer's device; leave other values, such as text."""
 
         def moved(target: Any) -> Any:
             return target.to(self.device, non_blocking=True) if isinstance(target, Tensor) else target
@@ -411,7 +412,7 @@ class Trainer:
         return len(loader) if self.config.prof < 0 else min(self.config.prof, len(loader))
 
     def _stopwatch(self, batches: int) -> Stopwatch:
-        """Under --prof the first tenth of the batches is warm-up."""
+        """A new stopwatch. With --prof the first tenth of the batches is warm-up."""
         warmup = max(1, batches // 10) if self.config.prof > 0 and batches > 1 else 0
         return Stopwatch(self._world.size, warmup)
 
@@ -420,12 +421,12 @@ class Trainer:
         return stopwatch.metrics(prefix) | (stopwatch.latencies(prefix) if waited_for else {})
 
     def _synchronize(self) -> None:
-        """Let the stopwatch see the device's time; only where the user asked for a profile."""
+        """With --prof, wait for the GPU, so that the stopwatch measures its time."""
         if self.device.type == "cuda" and self.config.prof > 0:
             torch.cuda.synchronize()
 
     def _wait_for_device(self, stopwatch: Stopwatch) -> None:
-        """At the end of a loop: what a GPU still has to do belongs to its last batch."""
+        """At the end of a loop, wait for the GPU and count the time as the last batch's."""
         if self.device.type == "cuda":
             torch.cuda.synchronize()
             stopwatch.device_done()
