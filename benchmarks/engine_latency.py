@@ -47,6 +47,7 @@ from effnet_quant.checks.latency import interleaved_seconds, rounds_for
 from effnet_quant.cli.latency import describe_engines_machine, machine_line
 from effnet_quant.engines.cpu import cpu_has_bf16, cpu_has_exact_int8
 from effnet_quant.engines.openvino import OpenvinoRunner, shared_core
+from effnet_quant.engines.signature import ArrayInput, ArrayOutput, Signature
 from effnet_quant.models.activations import replace_silu
 
 try:
@@ -250,7 +251,11 @@ def _onnxruntime(path: Path, threads: int) -> Run:
 
 
 def _openvino(model: openvino.Model, threads: int) -> Run:
-    return OpenvinoRunner(shared_core(), model, {"INFERENCE_NUM_THREADS": threads})
+    shape = tuple(size.get_length() if size.is_static else None for size in list(model.input(0).partial_shape)[1:])
+    taken = ArrayInput(model.input(0).any_name, "float32", shape)
+    signature = Signature((taken,), (ArrayOutput(model.output(0).any_name, "float32"),))
+    runner = OpenvinoRunner(shared_core(), model, signature, {"INFERENCE_NUM_THREADS": threads})
+    return lambda images: runner([images])[0]
 
 
 if __name__ == "__main__":
