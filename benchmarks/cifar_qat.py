@@ -21,8 +21,9 @@ from torch.nn import functional as F
 from effnet_quant import calibrate, create_model, quantize
 from effnet_quant.data.transforms import normalize
 from effnet_quant.models.registry import get_entry
-from effnet_quant.quantization.qat import Distillation, float_teacher, learned_ranges, reestimate_batch_norm
+from effnet_quant.quantization.qat import Distillation, float_teacher, reestimate_batch_norm
 from effnet_quant.quantization.spec import resolve_spec
+from effnet_quant.training.optimizers import learned_ranges
 
 
 def augmented(images: Tensor, generator: torch.Generator) -> Tensor:
@@ -60,7 +61,7 @@ def main() -> None:
     calibrate(model, train[chosen].split(64), "mse")
     print(f"calibrated: top-1 {top1():.2f} %", flush=True)
     distillation = Distillation(float_teacher(model), temperature=2.0, weight=0.5)
-    ranges = list(learned_ranges(model))
+    ranges = learned_ranges(model)
     others = [parameter for parameter in model.parameters() if not any(parameter is entry for entry in ranges)]
     groups = [{"params": others, "weight_decay": 1e-4}, {"params": ranges, "weight_decay": 0.0}]
     optimizer = torch.optim.SGD(groups, lr=arguments.lr, momentum=0.9, nesterov=True)

@@ -251,11 +251,11 @@ def _onnxruntime(path: Path, threads: int) -> Run:
 
 
 def _openvino(model: openvino.Model, threads: int) -> Run:
-    channels, height, width = (size.get_length() for size in list(model.input(0).partial_shape)[1:])
-    image = ArrayInput("input", "float32", (channels, height, width))
-    result = ArrayOutput(model.output(0).get_any_name(), "float32")
-    run = OpenvinoRunner(shared_core(), model, Signature((image,), (result,)), {"INFERENCE_NUM_THREADS": threads})
-    return lambda images: run([images])
+    shape = tuple(size.get_length() if size.is_static else None for size in list(model.input(0).partial_shape)[1:])
+    taken = ArrayInput(model.input(0).any_name, "float32", shape)
+    signature = Signature((taken,), (ArrayOutput(model.output(0).any_name, "float32"),))
+    runner = OpenvinoRunner(shared_core(), model, signature, {"INFERENCE_NUM_THREADS": threads})
+    return lambda images: runner([images])[0]
 
 
 if __name__ == "__main__":

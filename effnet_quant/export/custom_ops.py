@@ -1,4 +1,4 @@
-"""The operations of a traced graph that ATen has no name for. Each can be executed, so that a graph can be run anywhere."""
+"""Custom operations of a traced graph, for which ATen has none. Each is executable, so a traced graph can be run."""
 
 from __future__ import annotations
 
@@ -13,11 +13,11 @@ from effnet_quant.quantization.operation_kinds import Kind
 
 @torch.library.custom_op("effnet_quant::quantize", mutates_args=())
 def quantize(x: Tensor, scale: Tensor, zero_point: int, low: int, high: int) -> Tensor:
-    """A quantized value: ``x`` rounded to the nearest multiple of ``scale``, as real numbers again.
+    """Fake quantization: ``x`` rounded to the nearest multiple of ``scale`` and clamped to the grid.
 
     Args:
         x: any shape.
-        scale: the step, of a shape that broadcasts to that of ``x``.
+        scale: the distance of two grid points; its shape broadcasts to that of ``x``.
         zero_point: the integer that stands for 0.0.
         low: the smallest integer.
         high: the largest integer.
@@ -32,10 +32,10 @@ def _(x: Tensor, scale: Tensor, zero_point: int, low: int, high: int) -> Tensor:
 
 @torch.library.custom_op("effnet_quant::quantized_hard_sigmoid", mutates_args=())
 def quantized_hard_sigmoid(x: Tensor, scale: Tensor) -> Tensor:
-    """clamp((x + 3) / 6, 0, 1) rounded to multiples of ``scale`` from 0 to 255 of them, found by a sum that saturates.
+    """A quantized hard sigmoid: clamp((x + 3) / 6, 0, 1) rounded to ``scale`` times an integer from 0 to 255.
 
-    The integers are those of x + 3 on a grid of step 6 * scale. They end where the clamp does, because ``scale`` is at most
-    1/255.
+    The integers are those of x + 3 quantized with the scale 6 * ``scale``. ``scale`` must be at most 1/255, so that
+    saturation replaces the clamp.
     """
     return torch.clamp(torch.round((x + 3) / (6 * scale)), 0, 255) * scale
 
@@ -47,8 +47,10 @@ def _(x: Tensor, scale: Tensor) -> Tensor:
 
 @torch.library.custom_op("effnet_quant::conv_same", mutates_args=())
 def conv_same(x: Tensor, weight: Tensor, bias: Tensor | None, stride: list[int], groups: int) -> Tensor:
-    """2-D convolution with TensorFlow's "SAME" padding for images of any size: one zero more at the end where the number
-    of zeros is odd."""
+    """2-D convolution with TensorFlow's "SAME" padding, for images of any size.
+
+    If the number of zeros is odd, the end gets one more than the begin.
+    """
     pads: list[int] = []
     for size, length, step in zip(x.shape[-2:], weight.shape[-2:], stride, strict=True):
         missing = 0 if length == 1 else (size - 1) // step * step + length - size

@@ -1,4 +1,4 @@
-"""Writes ONNX nodes: names, constants, and the QuantizeLinear / DequantizeLinear pairs of a target."""
+"""GraphWriter: collects ONNX nodes and constants, and writes QuantizeLinear / DequantizeLinear pairs for a target."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ _HALF_MAX = float(np.finfo(np.float16).max)
 class GraphWriter:
     """An ONNX graph under construction for one target.
 
-    Value names are module paths, so that a node of the engine can be found in the model.
+    Values are named after module paths, so that an engine's node can be found in the model.
 
     Args:
         target: the runtime's rules.
@@ -37,8 +37,9 @@ class GraphWriter:
         self._names: set[str] = set()
 
     def constant(self, name: str, value: NDArray[Any], *, half: bool | None = None) -> str:
-        """Add an initializer; the name is made unique. Float numbers become float16 if ``half`` (default: where the graph
-        computes in float16).
+        """Add an initializer and return its name, made unique.
+
+        Float32 numbers become float16 if ``half`` is true. By default they do if the graph computes in float16.
 
         Raises:
             UserError: a number is too large for float16.
@@ -52,7 +53,7 @@ class GraphWriter:
         return name
 
     def element_type(self, dtype: torch.dtype) -> int:
-        """ONNX's number for a type of values inside the graph, where floating-point numbers have one type.
+        """ONNX's number for ``dtype``. All floating-point types become the graph's own: float32 or float16.
 
         Raises:
             UserError: ONNX has no such type.
@@ -65,7 +66,7 @@ class GraphWriter:
         return int(TensorProto.DataType.Value(name))
 
     def reserve(self, names: list[str]) -> None:
-        """Keep the names of the file's inputs and outputs from being given to anything else."""
+        """Reserve the names of the file's inputs and outputs."""
         self._names.update(names)
 
     def node(self, op_type: str, inputs: list[str], path: str, **attributes: Any) -> str:
@@ -73,7 +74,7 @@ class GraphWriter:
         return self.node_with_outputs(op_type, inputs, path, 1, **attributes)[0]
 
     def rename(self, value: str, name: str) -> str:
-        """Give a value another name, made unique; returns that."""
+        """Rename a value and return the new name, made unique."""
         name = self._unique(name)
         for node in self.nodes:
             node.output[:] = [name if output == value else output for output in node.output]
@@ -96,8 +97,10 @@ class GraphWriter:
         return self.node(op_type, names, path, keepdims=int(keepdims))
 
     def quantized(self, x: str, scale: float, zero_point: int, low: int, high: int, path: str) -> str:
-        """QuantizeLinear and DequantizeLinear behind ``x``, and a Clip of integers between them where the grid ends before
-        the target's integers do."""
+        """Append QuantizeLinear and DequantizeLinear behind ``x`` and return the name of the result.
+
+        If the grid ``low`` … ``high`` is smaller than the target's integer type, a Clip of integers stands between them.
+        """
         dtype = np.dtype(self.target.activation_dtype)
         limits = np.iinfo(dtype)
         parameters = [
@@ -112,7 +115,7 @@ class GraphWriter:
         return self.node("DequantizeLinear", [integers, *parameters], path)
 
     def quantized_hard_sigmoid(self, x: str, scale: float, path: str) -> str:
-        """x + 3 as uint8 in steps of 6 * scale, which DequantizeLinear reads in steps of ``scale``."""
+        """Append a quantized hard sigmoid: x + 3 quantized to uint8 with 6 * ``scale``, dequantized with ``scale``."""
         three = self.dequantized(np.array(1, np.uint8), np.array(3, np.float32), 0, f"{path}.offset", 0)
         total = self.node("Add", [x, three], path)
         zero_point = self.constant(f"{path}.zero_point", np.array(0, np.uint8))
@@ -124,7 +127,7 @@ class GraphWriter:
     def dequantized(
         self, integers: NDArray[Any], scale: NDArray[np.float32], zero_point: int, path: str, axis: int
     ) -> str:
-        """DequantizeLinear of stored integers; ``scale`` has one entry for each index of ``axis``, or is one number."""
+        """Append DequantizeLinear of stored integers. ``scale`` has one entry per index of ``axis``, or is one number."""
         inputs = [
             self.constant(path, integers),
             self.constant(f"{path}_scale", scale),
@@ -133,7 +136,7 @@ class GraphWriter:
         return self.node("DequantizeLinear", inputs, path, **({"axis": axis} if scale.ndim else {}))
 
     def rounded(self, weight: NDArray[np.float32], scale: NDArray[np.float32], path: str, axis: int) -> str:
-        """Float weights behind QuantizeLinear and DequantizeLinear with a scale for each index of ``axis``."""
+        """Append float weights with QuantizeLinear and DequantizeLinear; ``scale`` has one entry per index of ``axis``."""
         parameters = [
             self.constant(f"{path}_scale", scale),
             self.constant(f"{path}_zero_point", np.zeros(scale.shape, np.int8)),
@@ -145,12 +148,12 @@ class GraphWriter:
     def model(
         self, inputs: list[onnx.ValueInfoProto], outputs: list[onnx.ValueInfoProto], values: list[str]
     ) -> onnx.ModelProto:
-        """The finished model from the described inputs to the described outputs, which are called ``values`` so far."""
+        """Return the finished model. ``values`` are the current names of the outputs; they get the names of ``outputs``."""
         produced = {name for node in self.nodes for name in node.output}
         public: dict[str, str] = {}
         for value, output in zip(values, outputs, strict=True):
             shown = value
-            if value in public or value not in produced:  # what is given out twice, or is an input or a constant
+            if value in public or value not in produced:  # a value returned twice, an input or a constant
                 shown = self.node("Identity", [value], "")
             public[shown] = output.name
         self._sort_nodes(list(public))
@@ -168,7 +171,7 @@ class GraphWriter:
         return helper.make_model(graph, opset_imports=opsets, ir_version=helper.find_min_ir_version_for(opsets))
 
     def _sort_nodes(self, values: list[str]) -> None:
-        """Put every node behind those it needs, and drop what ``values`` do not need."""
+        """Sort the nodes topologically; drop nodes and constants that ``values`` do not need."""
         producers = {name: node for node in self.nodes for name in node.output}
         done: dict[str, onnx.NodeProto] = {}
         needed: set[str] = set()

@@ -1,4 +1,4 @@
-"""How images enter a graph: normalised float numbers, or the pixels themselves."""
+"""The input of a graph of images: normalised float numbers, or uint8 pixels that the graph normalises."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ def image_input(channels: int, image_size: int, options: ExportOptions) -> onnx.
 
 
 def write_input(writer: GraphWriter, name: str, options: ExportOptions) -> str:
-    """Write what stands between the input and the first layer; returns the name of the normalised images (N, C, H, W)."""
+    """Write normalisation and casts, as ``options`` ask; returns the name of the normalised images (N, C, H, W)."""
     if options.normalisation is not None:
         deviation = 255 * np.array(options.normalisation.std)
         shift = -255 * np.array(options.normalisation.mean) / deviation
@@ -42,7 +42,7 @@ def write_input(writer: GraphWriter, name: str, options: ExportOptions) -> str:
 
 
 def describe(image: onnx.ValueInfoProto, output: onnx.ValueInfoProto, options: ExportOptions) -> dict[str, Any]:
-    """What a file's metadata says of its input and its first output."""
+    """The metadata of a file's input and its first output: name, type, layout."""
     dtype = "float32" if options.normalisation is None else "uint8"
     return {
         "input": {"name": image.name, "type": dtype, "layout": "NCHW"},

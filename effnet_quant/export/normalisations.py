@@ -1,4 +1,4 @@
-"""Normalisations, except the BatchNorm that a convolution takes in."""
+"""LayerNorm, GroupNorm, RMSNorm, and BatchNorm that is not folded into a convolution."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from effnet_quant.export.operation import Operation, rank
 
 
 def layer_norm(op: Operation) -> str:
-    """Over the last dimensions."""
+    """LayerNorm over the last dimensions."""
     inputs = [op.x, op.tensor(op["weight"]) if op["weight"] is not None else op.tensor(1.0)]
     if op["bias"] is not None:
         inputs.append(op.tensor(op["bias"]))
@@ -16,7 +16,7 @@ def layer_norm(op: Operation) -> str:
 
 
 def group_norm(op: Operation) -> str:
-    """Each group becomes one channel of an InstanceNormalization; weight and bias are per channel and come after it."""
+    """GroupNorm as InstanceNormalization: each group becomes one channel. Weight and bias per channel follow."""
     groups, dims = op["num_groups"], rank(op.node.args[0])
     channels, *inner = op.sizes(op.node, *range(1, dims))
     ones = op.writer.constant(f"{op.path}.ones", np.ones(groups, np.float32))
@@ -32,7 +32,7 @@ def group_norm(op: Operation) -> str:
 
 
 def batch_norm(op: Operation) -> str:
-    """A BatchNorm in eval mode that no convolution could take in."""
+    """A BatchNorm in eval mode that is not folded into a convolution."""
     if op["training"]:
         raise op.refuse("in training mode can't be exported; call eval() on the model")
     inputs = [op.tensor(op[name]) for name in ("weight", "bias", "running_mean", "running_var")]
@@ -40,7 +40,7 @@ def batch_norm(op: Operation) -> str:
 
 
 def rms_norm(op: Operation) -> str:
-    """x / sqrt(mean(x^2) + eps) over the last dimensions, times the weights."""
+    """RMSNorm: x / sqrt(mean(x^2) + eps) over the last dimensions, times the weights."""
     axes = list(range(-len(op["normalized_shape"]), 0))
     squares = op.writer.reduce("ReduceMean", op.emit("Mul", op.x, op.x), axes, op.path, keepdims=True)
     eps = float(np.finfo(np.float32).eps) if op["eps"] is None else op["eps"]

@@ -47,26 +47,27 @@ def export_onnx(
     metadata: dict[str, Any] | None = None,
     options: ExportOptions = PLAIN,
 ) -> None:
-    """Write ``model`` as ONNX, for any batch; ``options`` give other forms.
+    """Write ``model`` as an ONNX file that takes any batch size.
 
-    ``inputs`` holds an example of each argument: tensors of any shape and type, the batch first where there is one.
-    Inputs have the names of the arguments. Results are tensors, or tuples, lists or dicts of them; outputs have the dict's
-    keys as names, or are called "output_0" and so on. ``image_size`` is the short form for one square image: "input"
-    (batch, C, image_size, image_size) float32, C what the model takes; its result is called "logits" if it is 2-D.
+    Give either ``image_size`` or ``inputs``. ``image_size`` is for models of one batch of square images. The file's input
+    is then "input", float32 (batch, C, image_size, image_size). A 2-D result is called "logits".
 
-    BatchNorm is folded into the convolutions. A quantized model gets int8 weights and QDQ nodes where ``target`` wants
-    them; its ranges serve every target. For ONNX Runtime, outputs of convolutions are quantized too, so that they run as
-    integer kernels: as the simulation does where calibration has been, else over the range that the next quantizer can
-    tell apart (see passes/needed_ranges.py).
+    ``inputs`` is for all other models. It holds an example tensor of each argument, the batch first if there is one. The
+    file's inputs have the names of the arguments. The model may return tensors, or tuples, lists or dicts of tensors.
+    Outputs are named after a dict's keys, else "output_0", "output_1" and so on.
+
+    BatchNorm is folded into the convolutions. A quantized model gets int8 weights, and QDQ nodes where ``target`` wants
+    them. The same ranges serve every target. For ONNX Runtime, outputs of convolutions are quantized too, so that integer
+    kernels run. Calibrated ranges of outputs are used as the simulation uses them. Missing ones are computed by
+    passes/needed_ranges.py.
 
     Args:
         model: a float or calibrated quantized model; left untouched.
         path: the file to write; replaced only when the new one is complete.
         image_size: height and width of the images, in pixels.
-        inputs: an example of each argument, in place of ``image_size``. Their values do not matter.
-        target: "onnxruntime", "openvino" or "tensorrt", or rules of one that were changed (``Target.leaving_in_float``).
-        card: what the file says of its model; the target and what it leaves in float are added. None for what ``metadata``
-            says of it.
+        inputs: an example tensor of each argument. Their values do not matter.
+        target: "onnxruntime", "openvino" or "tensorrt", or changed rules of one (``Target.leaving_in_float``).
+        card: describes the model. ``target`` and the operations left in float are added. None makes a card of ``metadata``.
         metadata: further JSON values to store in the file; ``Engine.metadata`` has them.
         options: the form of the file.
 
@@ -87,7 +88,7 @@ def build_onnx(
     metadata: dict[str, Any] | None = None,
     options: ExportOptions = PLAIN,
 ) -> onnx.ModelProto:
-    """The model that ``export_onnx`` writes, checked by ``onnx.checker``."""
+    """Return the ONNX model that ``export_onnx`` writes, checked by ``onnx.checker``."""
     rules = get_target(target)
     quantized = any(True for _ in quantizers(model))
     if options.fp16 and quantized and rules.quantized_outputs:
@@ -138,7 +139,7 @@ def _write(
     quantized: bool,
     known: tuple[str, ...],
 ) -> onnx.ModelProto:
-    """The ONNX model of a graph that the passes are done with; ``known`` are the names that its task gives outputs."""
+    """Write a graph after its passes as an ONNX model. ``known``: the names that the task gives outputs."""
     names = output_names(traced, known)
     if clash := {value.name for value in inputs} & set(names):
         raise UserError(f"{', '.join(sorted(clash))} is an input and an output; rename the key of the result.")

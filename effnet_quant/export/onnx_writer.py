@@ -1,4 +1,4 @@
-"""OnnxWriter: writes a traced graph, as the passes left it, node by node."""
+"""OnnxWriter: writes a traced graph as ONNX, node by node, after the passes."""
 
 from __future__ import annotations
 
@@ -39,14 +39,14 @@ class OnnxWriter:
         self.parts: dict[fx.Node, list[str]] = {}  # of operations with several results
 
     def run(self, inputs: list[str]) -> list[str]:
-        """Write every node; gives the names of the outputs.
+        """Write every node; returns the names of the outputs.
 
         Args:
-            inputs: the names of the model's inputs, as its first layers take them.
+            inputs: for each input of the model, the name of the value that the first layers take.
         """
         self.names = dict(zip(self.traced.inputs, inputs, strict=True))
         for node in self.traced.operations():
-            if not isinstance(node.meta.get("val"), _SIZES):  # sizes are known when the graph is written
+            if not isinstance(node.meta.get("val"), _SIZES):  # ATen computes sizes; the file holds them as numbers
                 self._write(node)
         return [self._tensor(node) for node in self.traced.outputs]
 
@@ -75,11 +75,11 @@ class OnnxWriter:
                 self.names[node] = written
         else:
             raise UserError(f"{path or 'the model'}: the operation {node.target} can't be exported to ONNX yet.")
-        if "quantizer" in node.meta:  # the value has the name under which tools look for quantized values
+        if "quantizer" in node.meta:  # layer comparison finds quantized values by this name
             self.names[node] = self.writer.rename(self.names[node], f"{node.meta['quantizer']}/DequantizeLinear")
 
     def _tensor(self, value: Any, like: fx.Node | None = None) -> str:
-        """The name of a value; numbers become constants, of the type of ``like`` (default: float32)."""
+        """The ONNX name of a value. A Python number becomes a constant of the type of ``like`` (default: float32)."""
         if not isinstance(value, fx.Node):
             integers = like is not None and not like.meta["val"].is_floating_point()
             return self.writer.constant("number", np.array(value, np.int64 if integers else np.float32))
@@ -118,7 +118,7 @@ class OnnxWriter:
 
     def _linear(self, node: fx.Node, path: str) -> str:
         x, matrix = self._tensor(node.args[0]), len(shape_of(node)) == 2
-        # MatMul takes (in, out): the numbers themselves, because a runtime that finds a Transpose computes in float
+        # MatMul takes (in, out). The constant itself is transposed: behind a Transpose node, runtimes compute in float
         names = [x, *self._parameters(node, path, transposed=not matrix)]
         if matrix:
             return self.writer.node("Gemm", names, path, transB=1)
@@ -126,7 +126,7 @@ class OnnxWriter:
         return self.writer.node("Add", [product, names[2]], path) if len(names) > 2 else product
 
     def _parameters(self, node: fx.Node, path: str, *, transposed: bool = False) -> list[str]:
-        """Write a layer's weights and bias; gives their names."""
+        """Write a layer's weights and bias; returns their names."""
         if self.traced.weights(node) is None:
             raise UserError(
                 f"{path or 'the model'}: a convolution whose weights are computed from the image "
@@ -144,7 +144,7 @@ class OnnxWriter:
         return self.writer.constant(path, np.ascontiguousarray(value.T) if transposed else value)
 
     def _stored(self, node: fx.Node, path: str, *, transposed: bool = False, as_floats: bool = False) -> str:
-        """A quantized constant: its integers, with one step for each index of its first dimension."""
+        """Write a quantized constant as integers, with one scale for each index of its first dimension."""
         grid, value = self.traced.grid(node), self.traced.constants[node.args[0]].float()  # type: ignore[index]
         scale = grid.scale if not value.ndim else grid.scale.flatten().expand(len(value)).contiguous()
         steps = scale.double().reshape((-1,) + (1,) * (value.ndim - 1)) if value.ndim else scale.double()
@@ -161,7 +161,7 @@ def _oriented(value: torch.Tensor, transposed: bool) -> np.ndarray:
 
 
 def _integer_type(low: int, high: int) -> torch.dtype:
-    """The smallest type that holds a grid: int8 where that and uint8 do."""
+    """The first of int8, uint8 and int32 that holds the grid."""
     for dtype in (torch.int8, torch.uint8):
         if torch.iinfo(dtype).min <= low and high <= torch.iinfo(dtype).max:
             return dtype

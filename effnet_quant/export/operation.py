@@ -1,4 +1,4 @@
-"""Operation: one traced operation on its way to ONNX."""
+"""Operation: a traced operation with what is needed to write it as ONNX."""
 
 from __future__ import annotations
 
@@ -16,13 +16,12 @@ from effnet_quant.export.traced_graph import argument, shape_of
 
 @dataclass
 class Operation:
-    """One traced operation on its way to ONNX.
+    """A traced operation with what is needed to write it as ONNX.
 
     Attributes:
         writer: the graph under construction.
         node: the traced node.
-        tensor: the ONNX name of a traced value; a Python number becomes a constant, of the type of the value
-            ``like``.
+        tensor: returns the ONNX name of a traced value. A Python number becomes a constant of the type of ``like``.
         path: dotted name of the module it belongs to.
     """
 
@@ -49,7 +48,7 @@ class Operation:
         return self.writer.node(op_type, list(inputs), self.path, **attributes)
 
     def sizes(self, value: Any, *axes: int) -> list[int]:
-        """Sizes of a traced value along ``axes`` (default: all) that the graph will hold as numbers.
+        """Sizes of a traced value along ``axes`` (default: all), which must be fixed numbers.
 
         Raises:
             UserError: one of them varies with the images.
@@ -61,7 +60,7 @@ class Operation:
         return [int(size) for size in chosen]
 
     def refuse(self, why: str) -> UserError:
-        """The error for an operation in a form that ONNX has no words for."""
+        """The error for an operation that can't be written; ``why`` completes the sentence after its name."""
         return UserError(f"{self.path or 'the model'}: {self.node.target} {why}.")
 
 

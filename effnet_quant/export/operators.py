@@ -1,4 +1,4 @@
-"""The ATen operations that the exporter knows, and the ONNX nodes that each becomes."""
+"""OPERATIONS: the ATen operations that the exporter supports, and the ONNX nodes of each."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ def _silu(op: Operation) -> str:
 
 
 def _gelu(op: Operation) -> str:
-    """x * (1 + erf(x / sqrt 2)) / 2, in the order in which runtimes recognise it; tanh where the model asks for it."""
+    """GELU: x * (1 + erf(x / sqrt 2)) / 2, in the order of nodes that runtimes fuse; with tanh if the model asks for it."""
 
     def number(value: float) -> str:
         return op.tensor(value)
@@ -90,7 +90,7 @@ def _pool(op_type: str) -> Emit:
 
 
 def _adaptive_average_pool(op: Operation) -> str:
-    """Equal windows are an AveragePool; unequal ones are a product with a constant matrix for each dimension."""
+    """Adaptive pooling. Equal windows are an AveragePool, unequal ones a product with a constant matrix per dimension."""
     x = op.x
     if pair(op["output_size"]) == [1, 1]:
         return op.emit("GlobalAveragePool", x)
@@ -186,7 +186,7 @@ def _attention(op: Operation) -> str:
 
 
 def _cast(op: Operation) -> str:
-    """Networks turn float32 into float32, to be sure of it. What is floating-point has one type in a file."""
+    """A Cast, left out between floating-point types: a file has only one of these."""
     own, wanted = op.node.args[0].meta["val"].dtype, op.node.meta["val"].dtype  # type: ignore[union-attr]
     if own == wanted or (own.is_floating_point and wanted.is_floating_point):
         return op.x

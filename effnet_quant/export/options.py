@@ -1,4 +1,4 @@
-"""ExportOptions: in which form a model is written."""
+"""ExportOptions: the form of an ONNX file."""
 
 from __future__ import annotations
 
@@ -7,23 +7,23 @@ from dataclasses import dataclass
 from effnet_quant.card import InputSpec
 from effnet_quant.errors import UserError
 
-# 17 brought LayerNormalization; up to 21 every form that the exporter writes has been run.
+# LayerNormalization needs 17. Every form that the exporter writes has been run up to 21.
 OPSETS = range(17, 22)
-# from here on QuantizeLinear and DequantizeLinear take and give float16
+# the first opset whose QuantizeLinear and DequantizeLinear support float16
 HALF_QDQ_OPSET = 19
 
 
 @dataclass(frozen=True)
 class ExportOptions:
-    """The form of an ONNX file; what the network computes is the model's affair and the target's.
+    """The form of an ONNX file.
 
     Attributes:
         opset: version of ONNX's operators, 17 to 21; None for the lowest that the other choices need.
         dynamic_size: height and width of the images stay open, as the batch does.
-        fp16: what is not integer is computed in float16; input and logits stay float32, with Casts behind and before them.
-        normalisation: the graph takes the pixels, uint8 (N, C, H, W), and normalises them itself (in float32) with these
-            mean and std; None for normalised float32 images.
-        float_weights: weights are stored as float32 with a QuantizeLinear behind them, instead of as int8.
+        fp16: everything that is not integer is computed in float16. Inputs and outputs stay float32 and are cast.
+        normalisation: the graph takes uint8 pixels (N, C, H, W) and normalises them in float32 with this mean and std. None
+            for normalised float32 images.
+        float_weights: quantized weights are stored as float32 with a QuantizeLinear behind them, instead of as int8.
 
     Raises:
         UserError: an opset that is not supported.
@@ -43,7 +43,7 @@ class ExportOptions:
         """The opset to write.
 
         Raises:
-            UserError: the chosen one has no words for a quantized network in float16.
+            UserError: the chosen opset does not support quantized networks in float16.
         """
         lowest = HALF_QDQ_OPSET if self.fp16 and quantized else OPSETS[0]
         if self.opset is not None and self.opset < lowest:

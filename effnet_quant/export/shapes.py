@@ -17,7 +17,7 @@ aten = torch.ops.aten
 
 
 def pad(op: Operation) -> str:
-    """Constant, reflected or replicated values around a tensor."""
+    """Pad with constant, reflected or replicated values."""
     amounts = list(op["pad"])
     mode = op["mode"] if op.node.target is aten.pad.default else "constant"
     modes = {"constant": "constant", "reflect": "reflect", "replicate": "edge"}
@@ -36,7 +36,7 @@ def pad(op: Operation) -> str:
 
 
 def reshape(op: Operation) -> str:
-    """Only the dimension with the batch is symbolic, so the traced result says every other size."""
+    """Reshape. Only the batch is open, so the traced result has all other sizes as numbers."""
     sizes = [size if isinstance(size, int) else -1 for size in shape_of(op.node)]
     if sizes.count(-1) > 1:
         raise op.refuse("to a shape with two unknown sizes can't be exported")
@@ -44,20 +44,23 @@ def reshape(op: Operation) -> str:
 
 
 def flatten(op: Operation) -> str:
-    """From the second dimension on, as before a classifier, it is ONNX's Flatten."""
+    """ONNX's Flatten if it starts at the second dimension, as before a classifier; else Reshape."""
     if op.node.args[1:] in ((1,), (1, -1)):
         return op.emit("Flatten", op.x, axis=1)
     return reshape(op)
 
 
 def unsqueeze(op: Operation) -> str:
-    """A dimension of size 1 more."""
+    """Insert a dimension of size 1."""
     return op.emit("Unsqueeze", op.x, op.integers("axes", [op["dim"]]))
 
 
 def expand(op: Operation) -> str:
-    """Repeat along dimensions of size 1. ONNX's Expand keeps a size where 1 is asked for, so the batch is 1 here, unless it
-    is what is repeated."""
+    """Repeat along dimensions of size 1.
+
+    ONNX's Expand keeps a dimension where the wanted size is 1. So an open batch is written as 1, unless the batch itself is
+    repeated.
+    """
     own, wanted = shape_of(op.node.args[0]), shape_of(op.node)
     given = [*([1] * (len(wanted) - len(own))), *own]
     if any(isinstance(new, torch.SymInt) and old == 1 for old, new in zip(given, wanted, strict=True)):
@@ -69,7 +72,7 @@ def expand(op: Operation) -> str:
 
 
 def _sizes(op: Operation) -> str:
-    """The sizes that ``expand`` asks for, the batch read off the tensor that it comes from."""
+    """The sizes that ``expand`` asks for. Open sizes are read from the tensor that they come from."""
     if op.node.target is aten.expand_as.default:
         return op.emit("Shape", op.tensor(op["other"]))
     parts = [_size(op, *entry) for entry in zip(op["size"], shape_of(op.node), strict=True)]
@@ -77,7 +80,7 @@ def _sizes(op: Operation) -> str:
 
 
 def _size(op: Operation, asked: object, size: int | torch.SymInt) -> str:
-    """One size that an operation asks for, as a constant or read off the tensor that it comes from."""
+    """One size that an operation asks for: a constant, or read from the tensor that it comes from."""
     if isinstance(size, int):
         return op.integers("size", [size])
     if isinstance(asked, fx.Node) and asked.target is aten.sym_size.int:
@@ -103,7 +106,7 @@ def _as_large(op: Operation, size: torch.SymInt) -> Iterator[tuple[str, int]]:
 
 
 def repeat(op: Operation) -> str:
-    """Copies side by side along every dimension."""
+    """Repeat the tensor along every dimension."""
     times = list(op["repeats"])
     if not all(isinstance(count, int) for count in times):
         raise op.refuse("by a computed number can't be exported")
@@ -113,13 +116,13 @@ def repeat(op: Operation) -> str:
 
 
 def permute(op: Operation) -> str:
-    """The dimensions in another order."""
+    """Permute dimensions."""
     dims = rank(op.node.args[0])
     return op.emit("Transpose", op.x, perm=[dim % dims for dim in op["dims"]])
 
 
 def transpose(op: Operation) -> str:
-    """Two dimensions exchanged."""
+    """Swap two dimensions."""
     dims = rank(op.node.args[0])
     order = list(range(dims))
     first, second = op["dim0"] % dims, op["dim1"] % dims
@@ -133,20 +136,20 @@ def transpose_matrix(op: Operation) -> str:
 
 
 def concat(op: Operation) -> str:
-    """Tensors one after another along a dimension."""
+    """Concatenate along an existing dimension."""
     names = [op.tensor(value) for value in op["tensors"]]
     return names[0] if len(names) == 1 else op.emit("Concat", *names, axis=op["dim"])
 
 
 def stack(op: Operation) -> str:
-    """Tensors side by side along a new dimension."""
+    """Stack along a new dimension."""
     axis = op["dim"] % rank(op.node)
     parts = [op.emit("Unsqueeze", op.tensor(value), op.integers("axes", [axis])) for value in op["tensors"]]
     return op.emit("Concat", *parts, axis=axis)
 
 
 def slice_(op: Operation) -> str:
-    """Part of a dimension, at positions that are numbers."""
+    """Slice one dimension between fixed positions."""
     axis, length = op["dim"], shape_of(op.node.args[0])[op["dim"]]
     start, stop, step = op["start"] or 0, op["end"], op["step"]
     if start == 0 and step == 1 and (stop is None or (not isinstance(stop, fx.Node) and _covers(stop, length))):
@@ -163,7 +166,7 @@ def _covers(stop: int, length: int | torch.SymInt) -> bool:
 
 
 def split(op: Operation) -> list[str]:
-    """chunk and split: one Split node; the parts are taken by ``getitem``."""
+    """chunk and split: one Split node, whose outputs ``getitem`` takes."""
     parts = [value.shape for value in op.node.meta["val"]]
     axis = op["dim"] % rank(op.node.args[0])
     op.sizes(op.node.args[0], axis)
@@ -172,13 +175,13 @@ def split(op: Operation) -> list[str]:
 
 
 def unbind(op: Operation) -> list[str]:
-    """Every index of a dimension as a tensor of its own."""
+    """Split a dimension into tensors without it."""
     axis = op["dim"] % rank(op.node.args[0])
     return [_gather(op, index, axis) for index in range(len(op.node.meta["val"]))]
 
 
 def select(op: Operation) -> str:
-    """One index of a dimension, which goes."""
+    """Take one index of a dimension and remove the dimension."""
     return _gather(op, op["index"], op["dim"])
 
 
@@ -187,7 +190,7 @@ def _gather(op: Operation, index: int, axis: int) -> str:
 
 
 def index(op: Operation) -> str:
-    """A list of positions in one dimension, which are numbers of the model."""
+    """Gather constant positions of one dimension."""
     chosen = [(axis, positions) for axis, positions in enumerate(op["indices"]) if positions is not None]
     if len(chosen) != 1 or rank(chosen[0][1]) != 1 or chosen[0][1].meta["val"].dtype == torch.bool:
         raise op.refuse("by anything but positions in one dimension can't be exported")
@@ -196,7 +199,7 @@ def index(op: Operation) -> str:
 
 
 def roll(op: Operation) -> str:
-    """Shift along dimensions, what leaves at the end comes back at the beginning."""
+    """Roll values along dimensions, around the end."""
     x = op.x
     for shift, axis in zip(op["shifts"], op["dims"], strict=True):
         (length,) = op.sizes(op.node, axis)

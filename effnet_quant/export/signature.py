@@ -1,4 +1,4 @@
-"""What a file says of its inputs and outputs: names, types, shapes, and how the model returns its results."""
+"""The signature of a file: names, types and shapes of inputs and outputs, and the structure of the return value."""
 
 from __future__ import annotations
 
@@ -38,8 +38,10 @@ def input_names(model: nn.Module, count: int) -> list[str]:
 
 
 def output_names(traced: TracedGraph, known: tuple[str, ...]) -> list[str]:
-    """The names of the outputs: the one ``known`` name for a single 2-D result, the keys of a dict, else "output_0",
-    "output_1" and so on.
+    """The names of the outputs.
+
+    A single 2-D result has the one ``known`` name, if there is one. Entries of a dict have their keys as names. All others are
+    "output_0", "output_1" and so on.
 
     Raises:
         UserError: the model returns something else than tensors, tuples, lists and dicts with strings as keys.
@@ -58,7 +60,7 @@ def output_names(traced: TracedGraph, known: tuple[str, ...]) -> list[str]:
 
 
 def _leaves(structure: Any, path: tuple[int | str, ...]) -> Iterator[tuple[int, tuple[int | str, ...]]]:
-    """Positions of the outputs, with the keys and indices that lead to each."""
+    """Each output's position, with the keys and indices that lead to it."""
     if isinstance(structure, int):
         yield structure, path
     elif isinstance(structure, dict) and all(isinstance(key, str) for key in structure):

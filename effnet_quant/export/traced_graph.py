@@ -19,10 +19,10 @@ LAYERS = (aten.linear.default,)  # with convolutions, the operations that have w
 
 @dataclass(frozen=True)
 class Grid:
-    """The integers of a quantized value.
+    """The grid of a quantized value: real number = (integer - zero_point) * scale, with low <= integer <= high.
 
     Attributes:
-        scale: the step; of shape (), or for weights one entry per output channel.
+        scale: of shape (), or for weights one entry per output channel.
         zero_point: the integer that stands for 0.0.
         low: the smallest integer.
         high: the largest integer.
@@ -34,7 +34,7 @@ class Grid:
     high: int
 
     def same_as(self, other: Grid) -> bool:
-        """Whether both hold the same numbers."""
+        """Whether scale, zero point and bounds are equal."""
         integers = (self.zero_point, self.low, self.high) == (other.zero_point, other.low, other.high)
         return integers and torch.equal(self.scale, other.scale)
 
@@ -43,11 +43,11 @@ class TracedGraph:
     """The operations of a model in eval mode, in order, and its parameters as constants.
 
     Args:
-        graph: placeholders are the model's inputs and its parameters and buffers; every ``call_function`` node has an ATen
-            overload, an operation of custom_ops.py or ``operator.getitem`` as its target; the output node lists tensors.
+        graph: placeholders are the model's inputs, parameters and buffers. The target of each ``call_function`` node is an
+            ATen overload, an operation of custom_ops.py or ``operator.getitem``. The output node lists tensors.
         inputs: the placeholders of the model's inputs, in order.
-        constants: the value of every node that depends on no input, as far as that is known.
-        structure: what the model returns, with the position of a tensor in ``outputs`` in each tensor's place.
+        constants: values of nodes that depend on no input.
+        structure: the model's return value, with each tensor replaced by its position in ``outputs``.
     """
 
     def __init__(
@@ -64,13 +64,13 @@ class TracedGraph:
         return list(self.graph.output_node().args[0])  # type: ignore[arg-type]
 
     def operations(self) -> Iterator[fx.Node]:
-        """The nodes that compute something of the inputs, in order; the graph may be changed on the way."""
+        """The operations that depend on the inputs, in order. The graph may be changed during the iteration."""
         for node in list(self.graph.nodes):
             if node.op == "call_function" and node not in self.constants:
                 yield node
 
     def constant(self, name: str, value: Tensor) -> fx.Node:
-        """Add a parameter."""
+        """Add a constant as a placeholder; returns its node."""
         with self.graph.inserting_before(next(iter(self.graph.nodes))):
             node = self.graph.placeholder("p_" + name.replace(".", "_"))
         node.meta["val"] = value
@@ -85,7 +85,7 @@ class TracedGraph:
             target: the operation.
             args: its arguments.
             like: a node whose result has the same shape and dtype.
-            path: the name that a file shows.
+            path: names the node in the file.
         """
         with self.graph.inserting_after(place):
             node = self.graph.call_function(target, args)
@@ -93,13 +93,13 @@ class TracedGraph:
         return node
 
     def quantize(self, x: fx.Node, grid: Grid, path: str) -> fx.Node:
-        """A quantize node for the value ``x``, right behind it. A constant's may not come before the placeholders."""
+        """Add a quantize node behind ``x``; behind all placeholders if ``x`` is one of them."""
         scale = self.constant(f"{path}.scale", grid.scale)
         place = x if x.op != "placeholder" else [node for node in self.graph.nodes if node.op == "placeholder"][-1]
         return self.insert_after(place, QUANTIZE, (x, scale, grid.zero_point, grid.low, grid.high), x, path)
 
     def is_quantized(self, value: Any) -> bool:
-        """Whether a value (a node, a number or nothing) is a quantize node of a value that depends on the inputs."""
+        """Whether ``value`` is a quantize node of a value that depends on the inputs. Numbers and None are not."""
         return isinstance(value, fx.Node) and value.target is QUANTIZE and value.args[0] not in self.constants
 
     def grid(self, node: fx.Node) -> Grid:
@@ -120,7 +120,7 @@ class TracedGraph:
         return None if weight is None or grid is None else (weight, grid)
 
     def weights(self, layer: fx.Node) -> tuple[Tensor, Grid | None] | None:
-        """The weights of a layer, and their grid where they are quantized; None if the inputs decide on them."""
+        """The weights of a layer, and their grid or None. None if the weights are computed from the inputs."""
         weight = layer.args[1]
         assert isinstance(weight, fx.Node)
         grid = None
@@ -130,13 +130,13 @@ class TracedGraph:
         return None if weight not in self.constants else (self.constants[weight].float(), grid)
 
     def set_weights(self, layer: fx.Node, weight: Tensor, grid: Grid | None) -> None:
-        """Give a layer other weights; those of other layers stay."""
+        """Replace the weights of one layer. Layers that shared the old weights keep them."""
         path = f"{module_path(layer)}.weight"
         node = self.constant(path, weight)
         set_argument(layer, "weight", node if grid is None else self.quantize(node, grid, path))
 
     def run(self, *inputs: Tensor) -> list[Tensor]:
-        """Compute the model's results, as the graph is now."""
+        """Run the graph in its present state; returns the values of ``outputs``."""
         values = dict(zip(self.inputs, inputs, strict=True))
         placeholders = [node for node in self.graph.nodes if node.op == "placeholder"]
         given = [values[node] if node in values else self.constants[node] for node in placeholders]
@@ -150,7 +150,7 @@ def _node(value: Any) -> fx.Node:
 
 
 def kind_of(node: fx.Node) -> Kind:
-    """What a node's operation does with values; ``Kind(0)`` where no table knows it."""
+    """The kind of a node's operation; ``Kind(0)`` if no table lists it."""
     return CUSTOM_KINDS.get(node.target) or operation_kinds.kind_of(node.target)
 
 
@@ -160,7 +160,7 @@ def is_layer(node: fx.Node) -> bool:
 
 
 def module_path(node: fx.Node) -> str:
-    """Dotted name of the module that a node comes from, e.g. "stem.conv"; of nodes that passes add, their own."""
+    """Dotted name of the module that a node comes from, e.g. "stem.conv". Nodes added by passes have names of their own."""
     if "path" in node.meta:
         return str(node.meta["path"])
     stack = node.meta.get("nn_module_stack") or {}

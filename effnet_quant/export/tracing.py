@@ -1,4 +1,4 @@
-"""From a model to a flat graph of ATen operations in which every quantizer is one node."""
+"""Traces a model to a TracedGraph: a flat graph of ATen operations in which each quantizer is one node."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ from effnet_quant.quantization.quantized_layers import QuantGate
 from effnet_quant.quantization.quantizer import TensorQuantizer
 from effnet_quant.quantization.targets import Target
 
-BATCH = 2  # of the inputs while a model is traced: torch.export takes a size of 1 for one that never varies
+BATCH = 2  # of the traced inputs, because torch.export fixes sizes of 1
 
 
 class _MarkedQuantizer(nn.Module):
@@ -41,8 +41,10 @@ class _MarkedQuantizer(nn.Module):
 
 
 class _MarkedSameConv(nn.Module):
-    """Stands in for timm's Conv2dSame. What that computes of the image's size, torch.export can't trace in sensible time if
-    the size is open."""
+    """Stands in for timm's Conv2dSame while the model is traced.
+
+    Conv2dSame computes its padding from the image size. With an open size torch.export takes too long to trace that.
+    """
 
     def __init__(self, conv: nn.Conv2d) -> None:
         super().__init__()
@@ -57,8 +59,10 @@ class _MarkedSameConv(nn.Module):
 
 
 def _pads_same(module: nn.Module) -> bool:
-    """Whether it is timm's Conv2dSame or its quantized twin, in a form for which ONNX Runtime computes the padding: not
-    dilated, and stepping over no pixel that it might have to pad."""
+    """Whether ``module`` is a Conv2dSame of timm, float or quantized, whose padding ONNX Runtime can compute.
+
+    ONNX Runtime can if there is no dilation and the stride skips no pixels, or the kernel has size 1.
+    """
     if type(module).__name__ not in ("Conv2dSame", "QuantConv2dSame") or not isinstance(module, nn.Conv2d):
         return False
     steps = zip(module.kernel_size, module.stride, strict=True)
@@ -68,8 +72,9 @@ def _pads_same(module: nn.Module) -> bool:
 def trace_image(
     model: nn.Module, target: Target, image_size: int, in_channels: int = 3, *, dynamic_size: bool = False
 ) -> TracedGraph:
-    """Trace ``model``, with the quantizers that ``target`` wants, on a batch of any number of square images, with
-    ``dynamic_size`` on images of any height and width too; the model itself is left untouched.
+    """Trace ``model`` on square images, with an open batch and the quantizers of ``target``; ``model`` stays unchanged.
+
+    With ``dynamic_size`` height and width stay open too.
 
     Raises:
         UserError: the model has quantizers without ranges, can't be traced, or takes images of one size only.
@@ -95,10 +100,10 @@ def trace_image(
 
 
 def trace_inputs(model: nn.Module, target: Target, examples: tuple[Tensor, ...]) -> TracedGraph:
-    """Trace ``model``, with the quantizers that ``target`` wants, on ``examples``; the model itself is left untouched.
+    """Trace ``model`` on ``examples``, with the quantizers of ``target``; ``model`` stays unchanged.
 
-    The first dimension of the first input is the batch, and that of each input with as many entries. Where the model takes
-    no other number than that of the examples, the dimension stays fixed.
+    The batch is the first dimension of the first input, and of each other input of the same length. It stays open, unless the
+    model accepts only the examples' length.
 
     Raises:
         UserError: the model has quantizers without ranges, or can't be traced.
@@ -125,7 +130,7 @@ def trace_inputs(model: nn.Module, target: Target, examples: tuple[Tensor, ...])
 
 
 def _first_is_open(node: fx.Node) -> bool:
-    """Whether the first dimension of a traced value may vary; its symbol may have turned out to be a number."""
+    """Whether the first dimension of a traced value is open. torch.export may have bound its symbol to a number."""
     shape = node.meta["val"].shape
     return bool(shape) and isinstance(shape[0], torch.SymInt) and not shape[0].node.expr.is_number
 
@@ -136,12 +141,12 @@ def _cpu(example: Tensor) -> Tensor:
 
 
 def _rows(example: Tensor) -> Tensor:
-    """The example with at least BATCH rows."""
+    """The example, repeated along the batch if it has fewer than BATCH rows."""
     return example if len(example) >= BATCH else torch.cat([example] * BATCH)[:BATCH]
 
 
 def _marked(model: nn.Module, target: Target, *, same_convolutions: bool = False) -> nn.Module:
-    """A copy of ``model`` in which each quantizer that ``target`` wants is one operation."""
+    """A copy of ``model`` in which each quantizer of ``target`` is one ``quantize`` operation."""
     marked = simulate_target(copy.deepcopy(model), target)
     wanted = {name: quantizer for name, quantizer in quantizers(marked) if quantizer.simulated}
     missing = [name for name, quantizer in wanted.items() if not quantizer.calibrated]
@@ -154,7 +159,7 @@ def _marked(model: nn.Module, target: Target, *, same_convolutions: bool = False
     for name, module in list(marked.named_modules()):
         twin: nn.Module = nn.Identity()
         if isinstance(module, TensorQuantizer):
-            if module.role == "gate":  # the gate around it goes as a whole
+            if module.role == "gate":  # replaced together with its QuantGate
                 continue
             if module.rounds:
                 zero_points = module.zero_point.unique()
@@ -198,7 +203,7 @@ def _traced(model: nn.Module, examples: tuple[Tensor, ...], dimensions: tuple[An
 
 
 def _by_parameter(model: nn.Module, dimensions: tuple[Any, ...]) -> tuple[Any, ...]:
-    """One entry for each parameter of the model's forward: the inputs that ``*args`` takes are one."""
+    """``dimensions`` with one entry per parameter of forward, as torch.export wants them: ``*args`` is one parameter."""
     kinds = [parameter.kind for parameter in inspect.signature(model.forward).parameters.values()]
     if inspect.Parameter.VAR_POSITIONAL not in kinds:
         return dimensions
@@ -217,7 +222,7 @@ def _runs(model: nn.Module, images: Tensor) -> bool:
 
 @contextlib.contextmanager
 def _quiet() -> Iterator[None]:
-    """Keep torch.export from printing the graph of a model that it can't trace: the error says why."""
+    """Silence torch.export, which prints the graph of a model that it can't trace."""
     before = logging.root.manager.disable
     logging.disable(logging.CRITICAL)
     try:
@@ -232,7 +237,7 @@ def _first_line(error: Exception) -> str:
 
 
 def _reason(model: nn.Module, error: Exception) -> str:
-    """The innermost module whose forward was running, and the first line of the error."""
+    """Name of the innermost module whose forward was running, and the first line of the error."""
     names = {id(module): name for name, module in model.named_modules()}
     where, frame = "", error.__traceback__
     while frame is not None:
@@ -243,7 +248,7 @@ def _reason(model: nn.Module, error: Exception) -> str:
 
 
 def _is_about_sizes(error: Exception) -> bool:
-    """Whether an operation was given a tensor of a size that it can't compute with."""
+    """Whether an operation failed because of a tensor's size."""
     text = _first_line(error).lower()
     branches = "data-dependent" in text  # torch.export lists "size-like symbols" there
     return isinstance(error, RuntimeError) and not branches and any(word in text for word in ("size", "shape"))

@@ -1,7 +1,7 @@
-"""Passes: what happens to a traced graph before a writer writes it.
+"""Passes change a traced graph before a writer writes it.
 
-Each is a function in a file of its own that changes a ``TracedGraph`` in place. ``passes_for`` is the only place that says
-which run, for whom and in which order.
+Each pass is a function in its own file that changes a ``TracedGraph`` in place. ``passes_for`` lists the passes of a target in
+their order.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ Pass = Callable[[TracedGraph], None]
 
 
 def passes_for(target: Target, options: ExportOptions) -> list[Pass]:
-    """The passes for a runtime and a form of file, in order."""
+    """The passes for a target and the options of a file, in order."""
     passes: list[Pass] = [make_functional, fold_constants, remove_dead_code, join_silu, merge_padding]
     passes.append(partial(encode_activations, dtype=target.activation_dtype))
     if not options.float_weights:
@@ -41,7 +41,7 @@ def passes_for(target: Target, options: ExportOptions) -> list[Pass]:
     passes.append(fold_batch_norm)
     if (
         target.quantized_bias and not options.fp16
-    ):  # an int32 bias has steps of s_input * s_weight, which float16 has not
+    ):  # the scale of an int32 bias, s_input * s_weight, is too small for float16
         passes.append(quantize_biases)
     if options.fp16:
         passes.append(fit_scales_to_half)
@@ -58,7 +58,7 @@ def passes_for(target: Target, options: ExportOptions) -> list[Pass]:
 
 
 def run_passes(traced: TracedGraph, target: Target, options: ExportOptions) -> TracedGraph:
-    """Run the passes for a target on a graph, in place; returns the graph."""
+    """Run the passes for ``target`` on ``traced`` in place; returns ``traced``."""
     for change in passes_for(target, options):
         change(traced)
     traced.graph.lint()

@@ -1,4 +1,4 @@
-"""A BatchNorm behind a convolution becomes part of the convolution."""
+"""Folds BatchNorm into the convolution in front of it."""
 
 from __future__ import annotations
 
@@ -13,10 +13,10 @@ aten = torch.ops.aten
 
 
 def fold_batch_norm(traced: TracedGraph) -> None:
-    """Fold every BatchNorm in eval mode into the convolution whose result it alone takes.
+    """Fold each BatchNorm in eval mode into the convolution in front, if nothing else takes the convolution's result.
 
-    Weights and their steps take the same factor, so integers keep their magnitude (-128, which only saturation reaches,
-    becomes 127 where the factor is negative).
+    Weights and scales are multiplied by the same factor, so the integers stay the same. A negative factor flips their sign;
+    -128, which only saturation gives, then becomes 127.
     """
     for node in traced.operations():
         layer = _convolution(traced, node)
@@ -30,7 +30,7 @@ def fold_batch_norm(traced: TracedGraph) -> None:
 
 
 def _convolution(traced: TracedGraph, node: fx.Node) -> fx.Node | None:
-    """The convolution that takes in the BatchNorm ``node``; None if it is none, or no convolution can."""
+    """The convolution into which ``node`` can be folded; None if there is none, or ``node`` is no BatchNorm in eval mode."""
     if node.target is not aten.batch_norm.default or node.args[5]:
         return None
     layer = node.args[0]
@@ -52,7 +52,7 @@ def _fold(traced: TracedGraph, layer: fx.Node, factor: Tensor, offset: Tensor) -
     else:
         old = grid.scale.flatten().expand(len(weight)).reshape(factors.shape)
         scale = (old * factors.abs()).float()
-        gone = scale == 0  # a channel of zeros; runtimes refuse a step of 0
+        gone = scale == 0  # a channel of zeros; runtimes refuse a scale of 0
         steps = torch.clamp(weight / old, grid.low, grid.high)
         scale = torch.where(gone, old, scale)
         weight = torch.where(gone, 0, torch.clamp(steps * factors.sign(), -128, 127)).float() * scale

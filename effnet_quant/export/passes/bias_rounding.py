@@ -1,4 +1,4 @@
-"""Biases of integer layers become integers."""
+"""Quantizes the biases of integer layers to int32."""
 
 from __future__ import annotations
 
@@ -14,9 +14,9 @@ _INT32 = torch.iinfo(torch.int32)
 
 
 def quantize_biases(traced: TracedGraph) -> None:
-    """Round the bias of each layer with quantized input and weights to int32, in steps of input scale times weight scale.
+    """Quantize the bias of each layer with quantized input and weights to int32. Its scale is input scale * weight scale.
 
-    A linear layer over more than two dimensions keeps a float bias: runtimes add it behind the integer product.
+    A linear layer over more than two dimensions keeps its float bias, because runtimes add it after the integer product.
     """
     for node in traced.operations():
         bias = node.args[2] if is_layer(node) and len(node.args) > 2 else None
@@ -36,9 +36,9 @@ def quantize_biases(traced: TracedGraph) -> None:
 
 
 def _widened(weight: Tensor, grid: Grid, bias: Tensor, input_scale: Tensor) -> tuple[Tensor, Grid]:
-    """Raise the step of channels whose bias would overflow int32 in units of the accumulator.
+    """Raise the weight scale of channels whose int32 bias would exceed LARGEST_BIAS.
 
-    Such a channel has weights so small beside its bias that a coarser grid changes its output by less than one part in a
+    The weights of such a channel are tiny beside its bias. The coarser grid changes its output by less than one part in a
     million.
     """
     smallest = (bias.abs().double() / (LARGEST_BIAS * input_scale.double())).float()
@@ -49,7 +49,7 @@ def _widened(weight: Tensor, grid: Grid, bias: Tensor, input_scale: Tensor) -> t
 
 
 def coarser(weight: Tensor, grid: Grid, scale: Tensor) -> tuple[Tensor, Grid]:
-    """Weights on a grid with the steps ``scale`` (out,): those of channels whose step grows are rounded anew."""
+    """Weights on the grid with ``scale`` (out,). Channels whose scale grows are rounded again."""
     shape = (-1,) + (1,) * (weight.ndim - 1)
     old, new = grid.scale.flatten().expand(len(weight)).reshape(shape), scale.reshape(shape)
     weight = torch.where(new > old, torch.round(weight / old * (old / new)) * new, weight)

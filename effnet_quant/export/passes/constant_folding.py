@@ -1,4 +1,4 @@
-"""What depends on no input is computed once."""
+"""Computes operations on constants once."""
 
 from __future__ import annotations
 
@@ -9,8 +9,10 @@ from effnet_quant.export.traced_graph import TracedGraph, is_layer
 
 
 def fold_constants(traced: TracedGraph) -> None:
-    """Note the value of every operation on constants alone, except the quantized weights of layers, which files store as
-    integers."""
+    """Compute every operation whose operands are all constants, and store its value in ``traced.constants``.
+
+    Quantized weights of layers are left alone: files store them as integers.
+    """
     for node in traced.operations():
         if node.target is QUANTIZE and all(is_layer(user) and user.args[1] is node for user in node.users):
             continue

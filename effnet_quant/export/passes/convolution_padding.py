@@ -1,4 +1,4 @@
-"""Zeros around a convolution's input become the convolution's own padding."""
+"""Merges Pad operations and "same" padding into the convolution's own padding."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ _PADS = (aten.pad.default, aten.constant_pad_nd.default)
 
 
 def merge_padding(traced: TracedGraph) -> None:
-    """Let a convolution put the zeros there itself: those of a Pad in front of it, and those that "same" asks for."""
+    """Replace a Pad of zeros in front of a convolution, and the padding "same", by explicit padding of the convolution."""
     for node in traced.operations():
         if node.target not in _CONVOLUTIONS:
             continue
@@ -39,7 +39,7 @@ def merge_padding(traced: TracedGraph) -> None:
 
 
 def _own_padding(node: fx.Node, padding: Any, dilation: list[int]) -> tuple[list[int], list[int]]:
-    """Zeros at the begin and the end of each dimension that the convolution adds."""
+    """The convolution's own padding: zeros at the begin and at the end of each dimension."""
     dims = len(dilation)
     if padding not in ("same", "valid"):
         return per_dimension(padding, dims), per_dimension(padding, dims)
@@ -50,7 +50,7 @@ def _own_padding(node: fx.Node, padding: Any, dilation: list[int]) -> tuple[list
 
 
 def _zeros(source: fx.Node, dims: int) -> tuple[list[int], list[int]] | None:
-    """Zeros at the begin and the end of each dimension that a Pad adds; None if it is no such Pad."""
+    """The padding of ``source``: zeros at the begin and at the end of each dimension. None if it is no Pad of zeros."""
     if source.target not in _PADS:
         return None
     amounts = list(argument(source, "pad"))
@@ -62,6 +62,6 @@ def _zeros(source: fx.Node, dims: int) -> tuple[list[int], list[int]] | None:
 
 
 def per_dimension(value: Any, dims: int) -> list[int]:
-    """One number for each of ``dims`` dimensions, from one number or a list."""
+    """Expand one number, or a list, to one number for each of ``dims`` dimensions."""
     values = [value] if isinstance(value, int) else list(value)
     return (values * dims)[:dims]

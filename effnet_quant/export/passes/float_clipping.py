@@ -1,4 +1,4 @@
-"""Grids with fewer integers than the type has, for runtimes that do not clip integers."""
+"""Replaces clipping of integers by clipping of floats, for runtimes that can't clip integers."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ aten = torch.ops.aten
 
 
 def clip_before_rounding(traced: TracedGraph, dtype: str) -> None:
-    """Clip the real numbers in front of a quantize node whose grid ends before ``dtype`` does, and widen the grid."""
+    """Where a grid has fewer integers than ``dtype``, clip the floats in front of the quantize node and widen the grid."""
     limits = torch.iinfo(getattr(torch, dtype))
     for node in traced.operations():
         if node.target is not QUANTIZE or node.args[0] in traced.constants:

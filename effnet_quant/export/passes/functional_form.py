@@ -1,4 +1,4 @@
-"""Operations that write into their input become those that do not; operations that do nothing go."""
+"""Replaces in-place operations by functional ones and removes identities."""
 
 from __future__ import annotations
 
@@ -14,7 +14,10 @@ aten = torch.ops.aten
 
 
 def make_functional(traced: TracedGraph) -> None:
-    """Put ``relu`` in the place of ``relu_`` and so on; who reads the changed tensor later gets the result."""
+    """Replace ``relu_`` by ``relu`` and so on. Later users of the changed tensor take the result instead.
+
+    Operations without effect in eval mode (Kind.IDENTITY) are removed.
+    """
     place = {node: index for index, node in enumerate(traced.graph.nodes)}
     for node in traced.operations():
         if Kind.IDENTITY in kind_of(node):
@@ -33,7 +36,7 @@ def make_functional(traced: TracedGraph) -> None:
 
 
 def _functional(node: fx.Node) -> Any:
-    """The overload without the underscore, for an overload that has one."""
+    """The functional overload of an in-place operation; None for other operations."""
     if not isinstance(node.target, torch._ops.OpOverload) or node.target.namespace != "aten":
         return None
     name, overload = node.target._schema.name.removeprefix("aten::"), node.target._overloadname

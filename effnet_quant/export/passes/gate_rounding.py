@@ -1,4 +1,4 @@
-"""Gates of SiLU and hard-swish as integers, as QuantGate simulates them."""
+"""Quantizes the gates of SiLU and hard-swish, as QuantGate simulates them."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ _GATES: dict[Any, Any] = {aten.silu.default: aten.sigmoid.default, aten.hardswis
 
 
 def join_silu(traced: TracedGraph) -> None:
-    """Make one SiLU of x * sigmoid(x) where the sigmoid serves nothing else, as models write it out."""
+    """Replace x * sigmoid(x) by SiLU, if nothing else takes the sigmoid."""
     for node in traced.operations():
         if node.target is not aten.mul.Tensor:
             continue
@@ -30,9 +30,9 @@ def join_silu(traced: TracedGraph) -> None:
 
 
 def round_gates(traced: TracedGraph) -> None:
-    """Make a product with a quantized gate of each SiLU and hard-swish whose input is quantized.
+    """Write each SiLU and hard-swish with a quantized input as a product of the input and a quantized gate.
 
-    SiLU's gate is a sigmoid: of 256 integers, a table of 256 integers. Hard-swish's is a hard sigmoid.
+    The gate of SiLU is a sigmoid, in integers a table of 256 entries. The gate of hard-swish is a hard sigmoid.
     """
     for node in traced.operations():
         x = node.args[0] if node.target in _GATES else None

@@ -1,4 +1,4 @@
-"""Steps of weights that float16 holds."""
+"""Adjusts weight scales that float16 can't hold precisely."""
 
 from __future__ import annotations
 
@@ -7,12 +7,12 @@ import torch
 from effnet_quant.export.passes.bias_rounding import coarser
 from effnet_quant.export.traced_graph import TracedGraph
 
-# Below this a float16 has fewer than its 11 bits.
+# Below this number a float16 has fewer than 11 significant bits.
 SMALLEST_NORMAL_HALF = 2.0**-14
 
 
 def fit_scales_to_half(traced: TracedGraph) -> None:
-    """Round the steps of weights that float16 holds with fewer bits up, so that no weight leaves the grid."""
+    """Round weight scales below the smallest normal float16 up to a float16, so that no weight saturates."""
     for node in traced.operations():
         found = traced.quantized_weights(node)
         if found is None:

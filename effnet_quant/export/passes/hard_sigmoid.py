@@ -1,4 +1,4 @@
-"""Hard sigmoid as an addition of integers that saturates, for runtimes that have no hard sigmoid of integers."""
+"""Writes hard sigmoids as saturating additions of integers, for runtimes without an integer hard sigmoid."""
 
 from __future__ import annotations
 
@@ -12,8 +12,11 @@ aten = torch.ops.aten
 
 
 def saturate_hard_sigmoids(traced: TracedGraph) -> None:
-    """Make one node of a hard sigmoid between quantized values and the rounding behind it, where the grid starts at zero and
-    ends at one or before."""
+    """Join a hard sigmoid of a quantized value and the quantize node behind it into one QUANTIZED_HARD_SIGMOID node.
+
+    The output grid must be 0 … 255 with zero point 0 and a scale of at most 1/255. x + 3 then saturates at 0 and at 6 just as
+    the hard sigmoid does.
+    """
     for node in traced.operations():
         source = node.args[0] if traced.is_quantized(node) else None
         if not isinstance(source, torch.fx.Node) or source.target is not aten.hardsigmoid.default:

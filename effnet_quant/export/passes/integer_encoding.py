@@ -1,4 +1,4 @@
-"""Quantized values take the integers of the target's type."""
+"""Moves quantized values to the target's integer type."""
 
 from __future__ import annotations
 
@@ -10,12 +10,11 @@ from effnet_quant.export.traced_graph import Grid, TracedGraph, module_path
 
 
 def encode_activations(traced: TracedGraph, dtype: str) -> None:
-    """Move the integers of every quantized activation into ``dtype``, "int8" or "uint8"; the numbers that they stand for
-    stay.
+    """Shift the grid of every quantized activation into ``dtype``, "int8" or "uint8". The real numbers stay the same.
 
     Raises:
-        UserError: a grid has more integers than 8 bits hold, or the target takes no zero point and one is needed; weights
-            do not fit int8.
+        UserError: a grid has more than 256 integers, needs a zero point that the target does not take, or weights do not
+            fit int8.
     """
     for node in traced.operations():
         if node.target is not QUANTIZE:
@@ -32,7 +31,7 @@ def encode_activations(traced: TracedGraph, dtype: str) -> None:
 
 
 def _zero_point(low: int, high: int, dtype: str, path: str) -> int:
-    """The integer that stands for 0.0 where the grid ``low`` … ``high`` around zero is stored as ``dtype``."""
+    """The zero point with which ``dtype`` stores the grid ``low`` … ``high``, whose zero point is 0."""
     smallest = torch.iinfo(getattr(torch, dtype)).min
     if high - low > 255:
         raise UserError(f"{path}: activations on the grid {low} … {high} can't be exported; 8 bits or fewer can.")

@@ -1,4 +1,4 @@
-"""Rounding moves in front of max pooling, for runtimes that pool integers where they get some."""
+"""Moves quantize nodes from behind max pooling to its input, for runtimes that pool integers."""
 
 from __future__ import annotations
 
@@ -11,10 +11,10 @@ aten = torch.ops.aten
 
 
 def pool_integers(traced: TracedGraph) -> None:
-    """Quantize in front of max pooling instead of behind it, where nothing else takes the pooled values; exact.
+    """Quantize the input of max pooling instead of its output, if nothing else takes the output. Results stay the same.
 
-    The convolution in front then writes integers. The pooled value keeps the name of the quantized one
-    (``meta["quantizer"]``), because that is what it is.
+    The convolution in front then writes integers. The pooled value keeps the quantizer's name (``meta["quantizer"]``), so that
+    layer comparison finds it.
     """
     for node in traced.operations():
         pool = node.args[0] if traced.is_quantized(node) else None

@@ -1,11 +1,12 @@
-"""Which values of a tensor matter to what follows it: ranges for the outputs of integer convolutions.
+"""Computes ranges for the outputs of integer convolutions from the quantizers that follow.
 
-ONNX Runtime's integer convolution writes 8-bit integers, so it needs a range for its output, where NVIDIA's placement has
-none: there the activation comes first, then the quantizer. What follows tells a range. A quantizer saturates, and a
-sigmoid, SiLU, hard-swish or addition in between can be inverted: outside of the interval found here, every value leads to
-the same integer at the next quantizer as the interval's nearer end. Quantizing over that interval clips nothing that could
-be told apart, for any weights and any data. It is what serves weights that were calibrated elsewhere, without ranges for
-these outputs; ours bring them (see TensorQuantizer).
+ONNX Runtime's integer convolution writes 8-bit integers, so its output needs a range. NVIDIA's placement has none there: the
+quantizer comes after the activation. Weights that were calibrated elsewhere therefore lack this range. Weights calibrated here
+have it (see TensorQuantizer).
+
+The next quantizer saturates at both ends of its range. A sigmoid, SiLU, hard-swish or addition between can be inverted. This
+gives an interval for the convolution's output. Each value outside leads to the same integer as the nearer end of the interval.
+So clipping to the interval loses nothing, for any weights and any data.
 """
 
 from __future__ import annotations
@@ -30,7 +31,7 @@ HARD_SWISH_MINIMUM_AT = -1.5
 
 
 class Needed(NamedTuple):
-    """What matters of a value: a closed interval, and the finest step that a quantizer behind it tells apart."""
+    """The range of a value that later quantizers need: a closed interval, and the smallest scale of these quantizers."""
 
     low: float
     high: float
@@ -38,8 +39,10 @@ class Needed(NamedTuple):
 
 
 def quantize_layer_outputs(traced: TracedGraph) -> None:
-    """Quantize the result of each integer convolution that something else than one quantize node takes, over the range that
-    matters; it stays a float convolution where everything does."""
+    """Quantize the output of each integer convolution that no single quantize node takes, over the needed range.
+
+    Without a needed range (all values matter) the convolution stays in float.
+    """
     for node in traced.operations():
         if Kind.CONVOLVES not in kind_of(node) or not traced.is_quantized(node.args[0]):
             continue
@@ -59,7 +62,7 @@ def quantize_layer_outputs(traced: TracedGraph) -> None:
 
 
 def needed_of(traced: TracedGraph, value: fx.Node) -> Needed | None:
-    """What matters of ``value``; None if everything does, or nothing is known."""
+    """The range of ``value`` that its users need; None if they need all values, or it is unknown."""
     found: Needed | None = None
     for node in value.users:
         needed = _through(traced, node, value)
@@ -93,7 +96,7 @@ def _through(traced: TracedGraph, node: fx.Node, value: fx.Node) -> Needed | Non
 
 
 def _reach(grid: Grid) -> Needed:
-    """The grid, and half a step around it, from where rounding still reaches it."""
+    """The range of a grid, with half a step at both ends: rounding maps values there onto the grid."""
     step = float(grid.scale)
     return Needed((grid.low - grid.zero_point - 0.5) * step, (grid.high - grid.zero_point + 0.5) * step, step)
 
@@ -103,10 +106,9 @@ def _hull(a: Needed, b: Needed) -> Needed:
 
 
 def _through_sigmoid(needed: Needed | None) -> Needed | None:
-    """What matters of x when ``needed`` of sigmoid(x) does.
+    """The needed range of x if ``needed`` is that of sigmoid(x).
 
-    Where the grid goes beyond 0 and 1, the sigmoid itself bounds x: within half a step of its limits it is as good as
-    there.
+    A sigmoid never reaches 0 and 1. Where the grid reaches them, half a step from the limit is near enough.
     """
     if needed is None:
         return None
@@ -120,7 +122,7 @@ def _through_sigmoid(needed: Needed | None) -> Needed | None:
 
 
 def _through_hard_sigmoid(needed: Needed | None) -> Needed | None:
-    """What matters of x when ``needed`` of clamp(x / 6 + 1 / 2, 0, 1) does."""
+    """The needed range of x if ``needed`` is that of clamp(x / 6 + 1 / 2, 0, 1)."""
     if needed is None:
         return None
     low, high = (6 * min(max(end, 0.0), 1.0) - 3 for end in (needed.low, needed.high))
@@ -128,10 +130,9 @@ def _through_hard_sigmoid(needed: Needed | None) -> Needed | None:
 
 
 def _through_swish(needed: Needed | None, swish: Callable[[float], float], minimum_at: float) -> Needed | None:
-    """What matters of x when ``needed`` of swish(x) does.
+    """The needed range of x if ``needed`` is that of swish(x), where ``minimum_at`` is the x of its minimum.
 
-    To the left of its minimum it climbs back to zero: there all values whose swish is above minus half a step round to the
-    same integer, zero.
+    To the left of its minimum swish rises back to zero. Values there with swish(x) above minus half a step round to zero.
     """
     if needed is None:
         return None
@@ -143,7 +144,7 @@ def _through_swish(needed: Needed | None, swish: Callable[[float], float], minim
 
 
 def _almost_half(step: float) -> float:
-    """Half a step, to the near side of the tie."""
+    """Slightly less than half a step, to stay clear of the tie."""
     return step / 2 * (1 - 1e-6)
 
 
@@ -156,7 +157,7 @@ def _hard_swish(x: float) -> float:
 
 
 def _bisect(function: Callable[[float], float], level: float, low: float, high: float) -> float:
-    """Where a function that rises from ``low`` to ``high`` reaches ``level``."""
+    """The x between ``low`` and ``high`` at which a rising function reaches ``level``."""
     for _ in range(100):
         middle = (low + high) / 2
         low, high = (middle, high) if function(middle) < level else (low, middle)

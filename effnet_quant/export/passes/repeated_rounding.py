@@ -1,4 +1,4 @@
-"""One value that is quantized twice on the same grid is quantized once."""
+"""Merges quantize nodes with the same input and the same grid."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from effnet_quant.export.traced_graph import TracedGraph
 
 
 def merge_equal_quantizers(traced: TracedGraph) -> None:
-    """Keep the first of equal quantize nodes of one value."""
+    """Keep only the first of several equal quantize nodes of one value."""
     kept: dict[fx.Node, list[fx.Node]] = defaultdict(list)
     for node in traced.operations():
         if node.target is not QUANTIZE or node.args[0] in traced.constants:

@@ -1,7 +1,7 @@
-"""Rounding moves in front of operations that commute with it, for runtimes that want integers right behind a convolution.
+"""Moves quantize nodes in front of operations that commute with rounding, so that convolutions write integers.
 
-Relu and the like keep the order of values, and rounding does too: to round first and clip the integers gives the very same
-integers, and the convolution writes them itself. Max pooling and changes of shape only move values.
+Clipping (ReLU, ReLU6, clamp) and rounding are monotonic. Rounding first and clipping the integers gives the same integers. Max
+pooling and reshaping only move values.
 """
 
 from __future__ import annotations
@@ -28,9 +28,10 @@ _BOUNDS: dict[Any, tuple[Any, Any]] = {
 
 
 def round_before_activations(traced: TracedGraph, dtype: str) -> None:
-    """Quantize in front of what clips (the grid then ends where it clips), and in front of what moves values, too.
+    """Move quantize nodes in front of operations that clip, and add one in front of operations that move values.
 
-    Behind an operation that moves values a quantize node stays: runtimes take integers only between two.
+    An operation that clips disappears: the grid gets its bounds. Behind an operation that moves values the quantize node
+    stays, because runtimes compute on integers only between two quantize nodes.
     """
     limits = torch.iinfo(getattr(torch, dtype))
     pending = [node for node in traced.operations() if traced.is_quantized(node)]
@@ -50,7 +51,7 @@ def round_before_activations(traced: TracedGraph, dtype: str) -> None:
 
 
 def _clip_integers(traced: TracedGraph, clip: fx.Node, quantize: fx.Node) -> None:
-    """Let the grid of ``quantize`` end where ``clip`` does, and remove ``clip``."""
+    """Give the grid of ``quantize`` the bounds of ``clip``, and remove ``clip``."""
     grid = traced.grid(quantize)
     low, high = (
         int(min(max(_integer(bound, grid), grid.low), grid.high)) for bound in (_bound(clip, 0), _bound(clip, 1))
@@ -61,19 +62,19 @@ def _clip_integers(traced: TracedGraph, clip: fx.Node, quantize: fx.Node) -> Non
 
 
 def _bound(clip: fx.Node, end: int) -> float:
-    """Where ``clip`` ends: 0 for below, 1 for above; infinite if it does not."""
+    """The lower (``end`` 0) or upper (``end`` 1) bound of ``clip``; infinite if it has none."""
     bound = _BOUNDS[clip.target][end]
     value = argument(clip, bound) if isinstance(bound, str) else bound
     return (-math.inf, math.inf)[end] if value is None else float(value)
 
 
 def _integer(bound: float, grid: Grid) -> float:
-    """The integer that a number becomes, without saturation."""
+    """The integer to which ``bound`` is quantized, without saturation; infinite bounds stay infinite."""
     return bound if math.isinf(bound) else int(torch.round(torch.tensor(bound) / grid.scale)) + grid.zero_point
 
 
 def _quantize_input(traced: TracedGraph, node: fx.Node, grid: Grid) -> fx.Node | None:
-    """Quantize what ``node`` takes; returns the new node, None if there was one."""
+    """Quantize the input of ``node``. Returns the new quantize node, or None if an equal one could be used."""
     source = node.args[0]
     assert isinstance(source, fx.Node)
     for user in source.users:

@@ -1,4 +1,4 @@
-"""Quantized weights become multiples of their step, which a file stores as integers."""
+"""Rounds quantized weights to multiples of their scale, which a file stores as integers."""
 
 from __future__ import annotations
 
