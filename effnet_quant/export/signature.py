@@ -40,8 +40,8 @@ def input_names(model: nn.Module, count: int) -> list[str]:
 def output_names(traced: TracedGraph, known: tuple[str, ...]) -> list[str]:
     """The names of the outputs.
 
-    A single 2-D result has the one ``known`` name, if there is one. Entries of a dict have their keys as names. All others are
-    "output_0", "output_1" and so on.
+    A single 2-D result has the one ``known`` name, if there is one. Entries of a dict have their keys as names. All
+    others are "output_0", "output_1" and so on.
 
     Raises:
         UserError: the model returns something else than tensors, tuples, lists and dicts with strings as keys.

@@ -102,8 +102,8 @@ def trace_image(
 def trace_inputs(model: nn.Module, target: Target, examples: tuple[Tensor, ...]) -> TracedGraph:
     """Trace ``model`` on ``examples``, with the quantizers of ``target``; ``model`` stays unchanged.
 
-    The batch is the first dimension of the first input, and of each other input of the same length. It stays open, unless the
-    model accepts only the examples' length.
+    The batch is the first dimension of the first input, and of each other input of the same length. It stays open,
+    unless the model accepts only the examples' length.
 
     Raises:
         UserError: the model has quantizers without ranges, or can't be traced.
