@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import re
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -105,3 +106,10 @@ def test_imports_are_found_wherever_they_stand(tmp_path: Path) -> None:
 def test_arrows_point_down(room: str, others: set[str], not_others: set[str]) -> None:
     assert others <= allowed(room)
     assert not not_others & allowed(room)
+
+
+def test_the_architecture_names_every_file_and_no_other() -> None:
+    page = (PACKAGE.parent / "docs" / "architecture.md").read_text(encoding="utf-8")
+    tree = page[page.index("effnet_quant/\n") : page.index("tests/                   mirrors")]
+    named = set(re.findall(r"\w+\.py", tree)) - {"__init__.py"}
+    assert named == {path.name for path in FILES if path.name != "__init__.py" and path.parent.name != "passes"}

@@ -96,7 +96,7 @@ def _classifier(parsed: argparse.Namespace) -> tuple[Predict, ModelCard, InputSp
     """A function from uint8 images (N, 3, H, W) to outputs, the model's card, and the input spec of its images."""
     import torch
 
-    from effnet_quant.cli.inference import load_model
+    from effnet_quant.cli.model_flags import load_model
     from effnet_quant.data.transforms import normalize
     from effnet_quant.jobs.inference import run_engine
 

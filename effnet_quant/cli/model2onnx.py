@@ -59,7 +59,7 @@ def job(arguments: Sequence[str]) -> int:
     )
     add_verify_arguments(parser)
     parsed = parser.parse(arguments)
-    from effnet_quant.cli.inference import load_model
+    from effnet_quant.cli.model_flags import load_model
     from effnet_quant.engines.engine import load_engine
     from effnet_quant.export.onnx import export_onnx
 

@@ -81,7 +81,7 @@ def _lint(path: str) -> bool:
 
 
 def _verify(parsed: argparse.Namespace) -> bool:
-    from effnet_quant.cli.inference import load_model
+    from effnet_quant.cli.model_flags import load_model
 
     engine = chosen_engine(parsed.engine, parsed)
     if not parsed.arch:

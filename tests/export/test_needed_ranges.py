@@ -1,4 +1,4 @@
-"""NeededRanges's claim: quantizing over the needed interval clips nothing that the next quantizer tells apart."""
+"""Needed ranges: quantizing over them clips nothing that the next quantizer tells apart."""
 
 import numpy as np
 import pytest
