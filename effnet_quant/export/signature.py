@@ -42,8 +42,8 @@ def input_names(model: nn.Module, count: int) -> list[str]:
 def output_names(traced: TracedGraph, *, image: bool) -> list[str]:
     """The names of the outputs.
 
-    The single 2-D result of a model of images (``image``) is "logits". Entries of a dict have their keys as names. All others
-    are "output_0", "output_1" and so on.
+    The single 2-D result of a model of images (``image``) is "logits". Entries of a dict have their keys as names. All
+    others are "output_0", "output_1" and so on.
 
     Raises:
         UserError: the model returns something else than tensors, tuples, lists and dicts with strings as keys.

@@ -73,8 +73,8 @@ def _pads_same(module: nn.Module) -> bool:
 def image_channels(model: nn.Module, image_size: int) -> int:
     """Channels of the images that a model takes.
 
-    They are the input channels of the first convolution if the model runs with them, else 3. Some models transform the images
-    before that convolution, e.g. by a cosine transform.
+    They are the input channels of the first convolution if the model runs with them, else 3. Some models transform the
+    images before that convolution, e.g. by a cosine transform.
     """
     first = next((module.in_channels for module in model.modules() if isinstance(module, nn.Conv2d)), 3)
     if first == 3:
@@ -122,8 +122,8 @@ def trace_image(
 def trace_inputs(model: nn.Module, target: Target, examples: tuple[Tensor, ...]) -> TracedGraph:
     """Trace ``model`` on ``examples``, with the quantizers of ``target``; ``model`` stays unchanged.
 
-    The batch is the first dimension of the first input, and of each other input of the same length. It stays open, unless the
-    model accepts only the examples' length.
+    The batch is the first dimension of the first input, and of each other input of the same length. It stays open, unless
+    the model accepts only the examples' length.
 
     Raises:
         UserError: the model has quantizers without ranges, or can't be traced.

@@ -1,7 +1,7 @@
 """Passes change a traced graph before a writer writes it.
 
-Each pass is a function in its own file that changes a ``TracedGraph`` in place. ``passes_for`` lists the passes of a target in
-their order.
+Each pass is a function in its own file that changes a ``TracedGraph`` in place. ``passes_for`` lists the passes of a target
+in their order.
 """
 
 from __future__ import annotations

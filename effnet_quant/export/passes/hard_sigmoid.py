@@ -14,8 +14,8 @@ aten = torch.ops.aten
 def saturate_hard_sigmoids(traced: TracedGraph) -> None:
     """Join a hard sigmoid of a quantized value and the quantize node behind it into one QUANTIZED_HARD_SIGMOID node.
 
-    The output grid must be 0 … 255 with zero point 0 and a scale of at most 1/255. x + 3 then saturates at 0 and at 6 just as
-    the hard sigmoid does.
+    The output grid must be 0 … 255 with zero point 0 and a scale of at most 1/255. x + 3 then saturates at 0 and at 6 just
+    as the hard sigmoid does.
     """
     for node in traced.operations():
         source = node.args[0] if traced.is_quantized(node) else None

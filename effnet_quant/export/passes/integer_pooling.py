@@ -13,8 +13,8 @@ aten = torch.ops.aten
 def pool_integers(traced: TracedGraph) -> None:
     """Quantize the input of max pooling instead of its output, if nothing else takes the output. Results stay the same.
 
-    The convolution in front then writes integers. The pooled value keeps the quantizer's name (``meta["quantizer"]``), so that
-    layer comparison finds it.
+    The convolution in front then writes integers. The pooled value keeps the quantizer's name (``meta["quantizer"]``), so
+    that layer comparison finds it.
     """
     for node in traced.operations():
         pool = node.args[0] if traced.is_quantized(node) else None

@@ -1,12 +1,12 @@
 """Computes ranges for the outputs of integer convolutions from the quantizers that follow.
 
 ONNX Runtime's integer convolution writes 8-bit integers, so its output needs a range. NVIDIA's placement has none there: the
-quantizer comes after the activation. Weights that were calibrated elsewhere therefore lack this range. Weights calibrated here
-have it (see TensorQuantizer).
+quantizer comes after the activation. Weights that were calibrated elsewhere therefore lack this range. Weights calibrated
+here have it (see TensorQuantizer).
 
 The next quantizer saturates at both ends of its range. A sigmoid, SiLU, hard-swish or addition between can be inverted. This
-gives an interval for the convolution's output. Each value outside leads to the same integer as the nearer end of the interval.
-So clipping to the interval loses nothing, for any weights and any data.
+gives an interval for the convolution's output. Each value outside leads to the same integer as the nearer end of the
+interval. So clipping to the interval loses nothing, for any weights and any data.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ class Needed(NamedTuple):
 
 
 def quantize_layer_outputs(traced: TracedGraph) -> None:
-    """Quantize the output of each integer convolution that no single quantize node takes, over the needed range.
+    """Quantize the output of each integer convolution over the needed range, unless a quantize node is its only user.
 
     Without a needed range (all values matter) the convolution stays in float.
     """

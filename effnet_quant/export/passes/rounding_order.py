@@ -1,7 +1,7 @@
 """Moves quantize nodes in front of operations that commute with rounding, so that convolutions write integers.
 
-Clipping (ReLU, ReLU6, clamp) and rounding are monotonic. Rounding first and clipping the integers gives the same integers. Max
-pooling and reshaping only move values.
+Clipping (ReLU, ReLU6, clamp) and rounding are monotonic. Rounding first and clipping the integers gives the same integers.
+Max pooling and reshaping only move values.
 """
 
 from __future__ import annotations
