@@ -25,7 +25,8 @@ class Comparison:
         engine, simulation: the figures of the task's metric.
         score: the figure that counts.
         agreement: share of the examples, in percent, on which both agree, as the task defines it.
-        relative_error: ||engine - simulation|| / ||simulation|| over all numbers of the outputs; NaN if all are zero.
+        relative_error: ||engine - simulation|| / ||simulation|| over all numbers of the outputs; NaN if all are zero or
+            there are none.
         mean_error, worst_error: mean and largest absolute difference of two numbers.
         worst_image: position of the example with the largest difference.
     """
