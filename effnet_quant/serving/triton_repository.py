@@ -109,7 +109,7 @@ def model_config(name: str, signature: Signature, card: ModelCard, serving: Serv
     if serving.backend == "tensorrt" and smallest > 1 and largest != smallest:
         raise UserError("the plan takes no single images; build it with --min-batch 1 to serve it.")
     # Triton can't batch requests for a file with a fixed batch: the batch is a dimension of its inputs. The same goes for
-    # every file for OpenVINO. Otherwise Triton's backend would compile for the largest batch and refuse all smaller requests.
+    # every file for OpenVINO. Otherwise Triton's backend would compile for the largest batch and refuse smaller requests.
     batch = [largest or -1] if serving.backend == "openvino" or largest == smallest else []
     if batch and not (serving.max_batch is None and serving.queue_delay_us is None):
         joins = "OpenVINO in Triton" if serving.backend == "openvino" else "a file with a fixed batch"
