@@ -1,7 +1,7 @@
 """Claim: calibration costs little more than inference, in time and in memory.
 
-Calibrates efficientnet-b0 by every kind of observer and runs the float network over the same batches, eager, in one
-interleaved run. Prints images a second, the ratio to inference, and the peak of memory beyond what is there before.
+Calibrates efficientnet-b0 with one calibrator of each kind and runs the float network on the same batches, eager, in turns.
+Prints images a second, the ratio to inference, and the peak of memory beyond the model and the images.
 
     python benchmarks/calibration.py --batch-size 32 --image-size 224
 """

@@ -3,8 +3,9 @@
 Seven networks with trained weights: a published CIFAR-10 ResNet-20, EfficientNet-Lite0 with its ImageNet weights,
 EfficientNet-B0 on scikit-learn's digits, and four small networks of timm on CIFAR-10. Weights that are not published are
 trained here, a few minutes each, and kept in runs/calibration_default/. Every method calibrates every network on training
-images (seed 0) with the preset w8a8. Prints, on held-out images, how often the prediction is the float network's, top-1,
-and the logits' signal to quantization noise ratio (SQNR) as markdown, then each method's mean and worst over the networks.
+images (seed 0) with the preset w8a8. Prints three figures on held-out images as markdown: the agreement with the float
+network's predictions, top-1, and the logits' signal to quantization noise ratio (SQNR). Then follow each method's mean and
+worst.
 
     python benchmarks/calibration_default.py ../shared/data
     python benchmarks/calibration_default.py ../shared/data --train-only --networks timm:tinynet_e
@@ -85,7 +86,7 @@ NETWORKS = (MODEL, LITE0, *RECIPES)
 
 @dataclass(frozen=True)
 class Experiment:
-    """A trained float network, normalised images to calibrate and to test it with, and the labels of the latter."""
+    """A trained float network, normalised images for calibration and for the test, and the labels of the test images."""
 
     activation: str
     build: Callable[[], nn.Module]
@@ -96,7 +97,7 @@ class Experiment:
 
 @dataclass(frozen=True)
 class Result:
-    """Of one method: shares in percent, SQNR in dB; ``lost`` are points of top-1 below the float network."""
+    """Results of one method: agreement and top-1 in percent, SQNR in dB. ``lost``: points of top-1 below float."""
 
     agreement: float
     top1: float
@@ -127,7 +128,7 @@ def main() -> None:
 
 
 def measured(of: Experiment, name: str, target: str) -> dict[str, Result]:
-    """The results of a network by method; prints them."""
+    """Measure every method on a network; prints and returns the results by method."""
     truth = logits_of(of.build(), of.images)
     top1 = 100 * float((truth.argmax(1) == of.labels).double().mean())
     print(f"\n{name}, {of.activation}, {target}, {len(of.images)} images: float top-1 {top1:.2f} %\n")

@@ -1,10 +1,11 @@
 """Claim: on CIFAR-10, post-training quantization to 8 bits keeps a ResNet-20's accuracy within 0.2 points.
 
-Every calibration method with every preset, on published weights and real images: 512 training images to calibrate with
-(seed 0), all 10,000 test images to measure on. Prints top-1, how often the prediction is the float network's, and the
-logits' signal to quantization noise ratio, of the simulation of each target. At the end the same of what today's tools make
-of the same network with the same images: ONNX Runtime's, as an engine with exact kernels, and nvidia-modelopt's simulation
-(where it is installed: pip install nvidia-modelopt requests).
+Runs every calibration method with every preset, on published weights and real images: 512 training images for calibration
+(seed 0), all 10,000 test images for the measurement. For the simulation of each target it prints top-1, the agreement with
+the float network's predictions, and the logits' signal to quantization noise ratio. At the end it prints the same figures
+for other
+tools, with the same network and images: ONNX Runtime's tool, as an engine with exact kernels, and nvidia-modelopt's
+simulation (if installed: pip install nvidia-modelopt requests).
 
     python benchmarks/cifar_calibration.py ../shared/data
     python benchmarks/cifar_calibration.py ../shared/data --targets --presets w8a8      the tools alone
@@ -54,13 +55,13 @@ def read_images(archive: Path, split: str, chosen: Iterable[int] | None = None) 
 
 @torch.no_grad()
 def logits_of(model: nn.Module, images: Tensor) -> Tensor:
-    """Of normalised images, in eval mode."""
+    """The model's logits for normalised images, in eval mode."""
     model.eval()
     return torch.cat([model(batch) for batch in images.split(500)])
 
 
 def decibels(signal: Tensor, noisy: Tensor) -> float:
-    """Signal to noise ratio."""
+    """Signal to noise ratio in dB."""
     return float(10 * torch.log10(signal.double().square().sum() / (noisy - signal).double().square().sum()))
 
 

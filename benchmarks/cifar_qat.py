@@ -1,7 +1,8 @@
-"""Claim: a few epochs of quantization-aware training give a 4-bit ResNet-20 its float accuracy back, to within 2 points.
+"""Claim: a few epochs of quantization-aware training bring a 4-bit ResNet-20 within 2 points of its float accuracy.
 
-Learned ranges (LSQ), 4-bit weights and activations, the first convolution and the classifier in 8 bits, the float network
-as teacher; published weights, CIFAR-10's training images with flips and shifts, all 10,000 test images.
+Weights and activations have 4 bits and learned ranges (LSQ); the first convolution and the classifier have 8 bits. The float
+network is the teacher. It starts from published weights, trains on CIFAR-10's training images with flips and shifts, and is
+measured on all 10,000 test images.
 
     python benchmarks/cifar_qat.py ../shared/data --epochs 3
 """
@@ -27,7 +28,7 @@ from effnet_quant.training.optimizers import learned_ranges
 
 
 def augmented(images: Tensor, generator: torch.Generator) -> Tensor:
-    """Each image flipped or not, the batch shifted by up to 4 pixels."""
+    """Flip each image or not, at random, and shift the whole batch by up to 4 pixels."""
     flips = torch.rand(len(images), generator=generator) < 0.5
     images = torch.where(flips[:, None, None, None], images.flip(3), images)
     x, y = torch.randint(0, 9, (2,), generator=generator).tolist()

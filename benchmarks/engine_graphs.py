@@ -1,8 +1,8 @@
-"""Claim: in ONNX Runtime our INT8 graphs run on integers from the images to the logits, as those of its own tool do.
+"""Claim: ONNX Runtime runs our INT8 graphs on integers from the images to the logits, like the graphs of its own tool.
 
-Both start from the same float weights (random) and calibration images (noise), as in engine_latency.py. ONNX Runtime
-optimizes each; the table counts the nodes that are left, by operator and by whether their input is integers. Every
-DequantizeLinear and QuantizeLinear is a pass over memory more than the float network has.
+Both graphs come from the same float weights (random) and calibration images (noise), as in engine_latency.py. ONNX Runtime
+optimizes each. The table counts the remaining nodes by operator and by type of input (integer or float). Each
+DequantizeLinear and QuantizeLinear costs a pass over memory that the float network does not have.
 
     python benchmarks/engine_graphs.py
 """
@@ -57,7 +57,7 @@ def count_operators(network: str, image_size: int, folder: Path) -> dict[str, Co
 
 
 def optimized_operators(path: Path) -> Counter[tuple[str, str]]:
-    """Nodes by operator and place that are left of a file when ONNX Runtime has optimized it for this machine."""
+    """Nodes by operator and place after ONNX Runtime has optimized a file for this machine."""
     optimized = path.with_suffix(".optimized.onnx")
     options = onnxruntime.SessionOptions()
     options.optimized_model_filepath = str(optimized)

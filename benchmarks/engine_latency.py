@@ -1,20 +1,20 @@
 """Claim: our INT8 engines are faster than ONNX Runtime's FP32 engine, and than the engines of today's tools.
 
-Exports each network (random weights) once as float ONNX. From that file ONNX Runtime's and NNCF's tools make INT8 models;
-from the same weights and the same calibration images (noise) effnet-quant makes its own, one for each runtime. All run in
-turns in one process, with the same number of threads. The table gives the median of ONNX Runtime FP32 in milliseconds and
-the speed of the others over it (above 1 is faster); at the end our fastest engine, over ONNX Runtime FP32 and over the
-fastest float engine of its own runtime (FP32 or bfloat16).
+Exports each network (random weights) once as float ONNX. ONNX Runtime's tool and NNCF make INT8 models of that file. From
+the same weights and calibration images (noise) effnet-quant makes INT8 models of its own, one for each runtime. All run in
+turns in one process, with the same number of threads. The table has the median of ONNX Runtime FP32 in milliseconds, and the
+speed of the others over it (above 1 is faster). The last columns are our fastest engine: over ONNX Runtime FP32, and over
+the fastest float engine of its own runtime (FP32 or bfloat16).
 
     python benchmarks/engine_latency.py                             224 px, batches of 1 and 32; about 20 minutes
     python benchmarks/engine_latency.py --networks timm:resnet50    one network: 5 to 11 minutes
     python benchmarks/engine_latency.py --networks timm:efficientnet_b0 --hard-swish    ours with hard-swish for SiLU
 
-The peers run with their runtimes' default settings (on CPUs with AMX, OpenVINO then computes floats in bfloat16), ours as
-load_engine runs them; in OpenVINO all are compiled for the shape they run in. Each is loaded anew several times: one file's
-speed differs by up to a fifth with where its memory comes to lie. On CPUs without VNNI, ONNX Runtime's default kernels
-saturate and ours do not (docs/deployment.md), so compare on CPUs that have it. Where there is none, w7a8 joins ours: its
-weights have 7 bits, and the fast kernels compute it exactly. NNCF is needed for its columns: pip install nncf.
+Peers run with their runtimes' default settings (on CPUs with AMX, OpenVINO then computes floats in bfloat16). Our engines
+run as load_engine runs them. OpenVINO compiles all for the shape of the batch. Each engine is loaded several times, because
+one file's speed differs by up to a fifth from load to load. On CPUs without VNNI, ONNX Runtime's default kernels saturate
+and ours do not (docs/deployment.md), so compare on CPUs with VNNI. On others our w7a8 is measured too: its weights have 7
+bits, so the fast kernels compute exactly. NNCF's columns need NNCF: pip install nncf.
 """
 
 from __future__ import annotations
@@ -132,7 +132,7 @@ def _medians(loads: Sequence[Load], batch_size: int, image_size: int) -> list[fl
 
 
 def _engines(network: str, arguments: argparse.Namespace, folder: Path) -> dict[str, Load]:
-    """What loads every column's engine, ONNX Runtime's float one first."""
+    """For each column a function that loads its engine, ONNX Runtime's float engine first."""
     image_size, threads = arguments.image_size, arguments.threads
     model, images = model_and_images(network, image_size)
     float_path = folder / "float.onnx"
@@ -169,7 +169,7 @@ def model_and_images(network: str, image_size: int) -> tuple[torch.nn.Module, to
 
 
 def write_ours(model: torch.nn.Module, images: torch.Tensor, folder: Path, preset: str = "w8a8") -> dict[str, Path]:
-    """Quantize the model, which becomes that, and export it for each runtime; the files by target."""
+    """Quantize the model in place and export it for each runtime; returns the files by target."""
     folder.mkdir(exist_ok=True)
     quantize(model, preset)
     calibrate(model, images.split(8), method="max")

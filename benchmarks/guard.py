@@ -1,10 +1,10 @@
-"""What a refactoring must not change: the bytes of exported files, and the losses of training.
+"""Guards a refactoring: the bytes of exported files and the losses of training must not change.
 
     python benchmarks/guard.py --write before.json      on the commit before
     python benchmarks/guard.py --check before.json      after the change, on the same machine
 
 Ten networks with fixed weights (seed 0) are calibrated on seed-0 noise and exported for every target, float and quantized.
-Each row has the sha256 of the file and of its graph, without the metadata. Then main.py and quant_main.py run 20 steps on
+There is one sha256 of each file, and one of its graph without the metadata. Then main.py and quant_main.py run 20 steps on
 the digits; each loss is a row. ``--check`` prints the rows that differ and ends with status 1 if there are any.
 
 The figures depend on the processor and on torch's version, so they are compared, not committed.

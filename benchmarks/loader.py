@@ -1,11 +1,11 @@
-"""Images a second of the loaders, in turns, on full-size JPEGs: ours against the usual ones.
+"""Measures loaders on full-size JPEGs, ours against the usual ones, in images a second.
 
     python benchmarks/loader.py                      # ../shared/data/imagenet-samples.tar
     python benchmarks/loader.py --images FOLDER      # <class>/<image>.jpg
 
-Each line is one loader with the training transform to 224 pixels: the median of the rounds in images a second, and the
-median of its ratio to ours within a round (below 1: slower than ours). A round runs every loader once, one after another,
-so what else the machine does falls on all of them. The CPU time an image costs depends least on that.
+Each line is one loader with the training transform to 224 pixels. It has the median of images a second, and the median ratio
+to ours within a round (below 1: slower than ours). Each round runs every loader once, so that other load on the machine
+slows all alike. The CPU time of an image depends least on other load.
 """
 
 from __future__ import annotations
@@ -43,7 +43,7 @@ Run = Callable[[], Iterable]
 
 
 class _DecodedByTorchvision(torch.utils.data.Dataset):
-    """decode_jpeg and v2 transforms on uint8: what a careful user writes by hand."""
+    """decode_jpeg and v2 transforms on uint8, as a careful user would write them."""
 
     def __init__(self, source: FolderSource, indices: torch.Tensor) -> None:
         self._source, self._indices = source, indices
@@ -210,7 +210,7 @@ def _epoch_starts(classes: list[str], workers: int, count: int = 1_300_000, epoc
 
 
 def _cpu_seconds() -> float:
-    """CPU time of this process and its workers: what a loader costs, also on a machine that others use."""
+    """CPU time of this process and its workers: the cost of a loader, even on a shared machine."""
     ticks = 0
     for process in multiprocessing.active_children():
         fields = Path(f"/proc/{process.pid}/stat").read_text(encoding="ascii").rpartition(")")[2].split()

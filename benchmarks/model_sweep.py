@@ -1,12 +1,12 @@
-"""Quantizes networks of timm and torchvision, runs them in ONNX Runtime, and writes what came out to docs/models.md.
+"""Quantizes networks of timm and torchvision, runs them in ONNX Runtime, and writes the results to docs/models.md.
 
     python benchmarks/model_sweep.py                      all of NETWORKS, rewrites docs/models.md
     python benchmarks/model_sweep.py timm:resnet50 …      only these, prints the table
 
-The weights are random (as the library initialises them; scales that start at 0, behind which nothing would be seen, are
-drawn from 0.1 … 0.3) and the images noise: this is about mechanics, not accuracy. For each network the float model is
-quantized, calibrated on 2 batches of 16 images, exported, and run on the 32 images. tests/export/test_sweep.py checks the
-rows.
+The weights are random, as the library initialises them, and the images are noise, so the results say nothing of accuracy.
+Scales that start at 0 are drawn from 0.1 … 0.3, because they would hide all errors in their branch. For each network the
+float model is quantized, calibrated on 2 batches of 16 images, exported, and run on the 32 images.
+tests/export/test_sweep.py checks the rows.
 """
 
 from __future__ import annotations
@@ -72,7 +72,7 @@ WHY_FLOAT = {
 
 @dataclass
 class Row:
-    """What one network showed; sizes in MB of the ONNX files, errors as relative L2 of the logits."""
+    """Results of one network: sizes of the ONNX files in MB, errors as relative L2 of the logits."""
 
     name: str
     parameters: int

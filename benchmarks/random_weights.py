@@ -7,8 +7,11 @@ from torch import nn
 
 
 def wake(model: nn.Module) -> nn.Module:
-    """Draw per-channel scales that are (nearly) 0, as networks start the last one of a residual branch, from 0.1 … 0.3, in
-    place: with them the branch adds nothing, so that nothing in it is tested, and runtimes run other kernels."""
+    """Draw per-channel scales that are (nearly) 0 from 0.1 … 0.3, in place.
+
+    Networks start the last scale of a residual branch at 0. Such a branch adds nothing, so errors in it stay hidden, and
+    runtimes run other kernels.
+    """
     generator = torch.Generator().manual_seed(2)
     for name, parameter in model.named_parameters():
         if parameter.ndim <= 1 and not name.endswith("bias") and bool((parameter.detach().abs() < 1e-3).all()):
@@ -17,8 +20,10 @@ def wake(model: nn.Module) -> nn.Module:
 
 
 def with_statistics(model: nn.Module) -> nn.Module:
-    """Give every BatchNorm numbers to fold, in place: mean, variance, factor and offset drawn; small factors at the end of
-    residual branches, as networks are often started."""
+    """Draw mean, variance, factor and offset of every BatchNorm, in place.
+
+    Factors at the end of residual branches are small, as in many initialisations.
+    """
     generator = torch.Generator().manual_seed(2)
     for path, module in model.named_modules():
         if isinstance(module, nn.BatchNorm2d):

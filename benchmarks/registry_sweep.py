@@ -3,8 +3,8 @@
     python benchmarks/registry_sweep.py                         all of ``list_models()``
     python benchmarks/registry_sweep.py efficientnet-quant-b7 … only these
 
-Prints the table of docs/models.md. Weights and BatchNorm's statistics are random, the images are noise: this is about
-mechanics, not accuracy. tests/export/test_registered.py checks the rows.
+Prints the table of docs/models.md. Weights and BatchNorm's statistics are random, the images are noise, so the
+results say nothing of accuracy. tests/export/test_registered.py checks the rows.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ IMAGES = 16
 
 @dataclass
 class Quantized:
-    """What the quantized form of a network showed; errors as in ``Row``."""
+    """Results of the quantized network; units as in ``Row``."""
 
     export_seconds: dict[str, float]
     """CPU time, by target."""
@@ -51,7 +51,7 @@ class Quantized:
 
 @dataclass
 class Row:
-    """What one network showed; sizes in MB of the ONNX files, errors as relative L2 of the logits."""
+    """Results of one network: sizes of the ONNX files in MB, errors as relative L2 of the logits."""
 
     name: str
     image_size: int

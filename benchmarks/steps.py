@@ -1,4 +1,4 @@
-"""Steps that several benchmarks time: one batch through a network, forward alone or with what training adds."""
+"""Steps that several benchmarks time: inference or training with one batch."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ def random_batch(batch_size: int, image_size: int, device: torch.device) -> tupl
 
 
 def training_step(model: nn.Module, images: Tensor, labels: Tensor) -> Step:
-    """Forward, cross entropy, backward and a step of SGD, waited for."""
+    """Forward, cross entropy, backward and a step of SGD; waits for the device."""
     optimizer = torch.optim.SGD(model.parameters(), lr=1e-3, momentum=0.9)
 
     def step() -> None:
@@ -32,7 +32,7 @@ def training_step(model: nn.Module, images: Tensor, labels: Tensor) -> Step:
 
 
 def inference_step(model: nn.Module, images: Tensor) -> Step:
-    """Forward without gradients, waited for."""
+    """Forward without gradients; waits for the device."""
 
     def step() -> None:
         with torch.no_grad():
@@ -43,6 +43,6 @@ def inference_step(model: nn.Module, images: Tensor) -> Step:
 
 
 def wait(device: torch.device) -> None:
-    """Until the device has done what it was given."""
+    """Wait until the device has finished."""
     if device.type == "cuda":
         torch.cuda.synchronize()

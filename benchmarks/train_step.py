@@ -9,8 +9,8 @@ Trains efficientnet-b0 with SGD on images in memory, in turns, each side in a pr
     timm          what timm's train.py does in a step: its optimizer, its scheduler's update, its meter of the loss
     torchvision   what torchvision's reference does: top-1 and top-5 of every batch, three numbers fetched
 
-Only the trainer begins with uint8 images; the others get them normalised. All networks are in channels_last. With --compile
-all of them run compiled too. Prints the median of each side and of its ratios to the trainer.
+The trainer takes uint8 images and normalises them; the others get normalised images. All networks are in channels_last. With
+--compile all of them run compiled too. Prints the median of each side and of its ratios to the trainer.
 
     python benchmarks/train_step.py --batch-size 32 --image-size 128 --compile
 """
@@ -49,7 +49,7 @@ Batches = list[tuple[Tensor, Tensor]]
 
 
 class Memory:
-    """A loader of batches that are there already."""
+    """A loader of batches that are in memory."""
 
     def __init__(self, batches: Batches) -> None:
         self._batches = batches
@@ -103,7 +103,7 @@ def main() -> None:
 
 
 def _serve(main: Connection, name: str, compiled: bool, arguments: argparse.Namespace) -> None:
-    """In a process of its own: run one side whenever told to, and answer with the seconds."""
+    """Run in a process of its own: on each message, run one side and answer with its seconds."""
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     torch.manual_seed(0)
     size = arguments.image_size

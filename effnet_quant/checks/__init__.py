@@ -1,1 +1,1 @@
-"""Is the engine true to its simulation, and is it fast: verify, layer by layer, lint, latency, tuning."""
+"""Checks of engines: agreement with the simulation (verify, layer_comparison), lint, latency, tuning."""

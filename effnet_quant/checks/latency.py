@@ -1,4 +1,4 @@
-"""How long a batch takes."""
+"""Measures how long functions and engines take for a batch."""
 
 from __future__ import annotations
 
@@ -24,11 +24,11 @@ FEWEST_ROUNDS = 3
 def interleaved_seconds(
     runs: Sequence[Callable[[], Any]], rounds: int = ROUNDS, runs_a_turn: int = RUNS_A_TURN
 ) -> list[list[float]]:
-    """Wall-clock seconds of every timed run of each function, ``rounds * runs_a_turn`` of them.
+    """Wall-clock seconds of each timed run, ``rounds * runs_a_turn`` for each function.
 
-    The functions take turns, so that what else the machine does hits all of them alike, in another order each round. A turn
-    starts with a pause, in which threads of the function before stop spinning (ONNX Runtime's took up to a fifth of the
-    next one's speed, on two cores), and with a run that is not timed: caches hold the other's data.
+    The functions take turns, in another order each round, so that other load on the machine slows all alike. Each turn
+    starts with a pause, in which threads of the previous function stop spinning. Without it, ONNX Runtime's took up to a
+    fifth of the next function's speed on two cores. Then follows one untimed run, which fills the caches.
     """
     times: list[list[float]] = [[] for _ in runs]
     order, shuffled = list(range(len(runs))), random.Random(0)
@@ -45,18 +45,18 @@ def interleaved_seconds(
 
 
 def median_seconds(runs: Sequence[Callable[[], Any]], rounds: int = ROUNDS) -> list[float]:
-    """Median of ``interleaved_seconds`` of each function. Two within a few percent of each other want more ``rounds``."""
+    """Median of ``interleaved_seconds`` of each function. To tell differences of a few percent, raise ``rounds``."""
     return [statistics.median(own_times) for own_times in interleaved_seconds(runs, rounds)]
 
 
 @dataclass(frozen=True)
 class Latency:
-    """How long batches of one size took, in seconds; the figures are those of ``--mode benchmark_inference``.
+    """Times of batches of one size, in seconds; the same figures as ``--mode benchmark_inference``.
 
     Attributes:
         batch_size: images a batch.
-        runs: how many were timed.
-        average, p50, p95, p99: mean and quantiles (the nearest run's time).
+        runs: number of timed runs.
+        average, p50, p95, p99: mean, and quantiles without interpolation.
     """
 
     batch_size: int
@@ -68,7 +68,7 @@ class Latency:
 
     @staticmethod
     def of(batch_size: int, seconds: Sequence[float]) -> Latency:
-        """The figures of single runs' times."""
+        """Compute the figures from the seconds of single runs."""
         p50, p95, p99 = np.quantile(seconds, (0.50, 0.95, 0.99), method="nearest").tolist()
         return Latency(batch_size, len(seconds), statistics.fmean(seconds), p50, p95, p99)
 
@@ -81,14 +81,13 @@ class Latency:
 def measure_engines(
     engines: Sequence[Engine], batch_sizes: Sequence[int], seconds: float, image_size: int | None = None
 ) -> Iterator[list[Latency]]:
-    """For each batch size the latencies of the engines, in their order, measured in turns.
+    """Yield, for each batch size, the latencies of all engines in their order, measured in turns.
 
-    The inputs are noise. Each engine is warmed up and runs for about ``seconds`` at each batch size, at least three
-    rounds however long they take. What it compiled for the sizes before is let go first, so that each size runs as if it
-    were the only one.
+    The inputs are noise. At each batch size each engine is warmed up and then runs for about ``seconds``, at least three
+    rounds. Engines first drop what they compiled for earlier batch sizes, so that the sizes do not affect each other.
 
     Raises:
-        UserError: an engine takes images of any size, and nothing says which.
+        UserError: an engine has open sizes, and neither its metadata nor ``image_size`` names one.
     """
     for batch_size in batch_sizes:
         for engine in engines:
@@ -105,9 +104,9 @@ def measure_engines(
 
 
 def rounds_for(seconds: float, run_seconds: float) -> tuple[int, int]:
-    """``rounds`` and ``runs_a_turn`` of ``interleaved_seconds`` so that a function takes about ``seconds``.
+    """Choose ``rounds`` and ``runs_a_turn`` of ``interleaved_seconds`` so that each function takes about ``seconds``.
 
-    ``run_seconds`` is what one run of it takes.
+    ``run_seconds`` is the time of one run.
     """
     turn = (1 + RUNS_A_TURN) * run_seconds
     if FEWEST_ROUNDS * turn <= seconds:

@@ -1,4 +1,4 @@
-"""Where do engine and simulation part? The inputs of every quantized layer, side by side."""
+"""Compares engine and simulation at every quantizer, to find the first layer that departs."""
 
 from __future__ import annotations
 
@@ -25,20 +25,20 @@ from effnet_quant.quantization.placement.insertion import quantizers
 from effnet_quant.quantization.qat import float_teacher
 
 _MARK = re.compile(r"(.+)/DequantizeLinear(?:_(\d+))?")
-# A ratio this high is float rounding; below it, a layer counts as departing from the simulation.
+# Below this ratio a layer departs from the simulation; float rounding alone stays above it.
 FAITHFUL_DB = 30.0
 
 
 @dataclass(frozen=True)
 class LayerRow:
-    """One quantized value; ratios are signal-to-quantization-noise in decibels, inf if equal.
+    """One quantized value. Ratios are signal to quantization noise in decibels, inf if equal.
 
     Attributes:
-        name: the quantizer, with the number of its use where several values share its range; at last the outputs.
-        by_itself: how near the engine is to a simulation that gets the engine's values behind all earlier quantizers, so
-            that differences of earlier layers, which a network may amplify, are left out.
-        engine_to_simulation: how near the engine is to the simulation.
-        simulation_to_float: how near the simulation is to the float network.
+        name: the quantizer, with the number of the use if several values share its range; or an output.
+        by_itself: engine against a simulation that gets the engine's values behind all earlier quantizers. Differences of
+            earlier layers, which a network may amplify, are thus left out.
+        engine_to_simulation: engine against simulation.
+        simulation_to_float: simulation against the float network.
     """
 
     name: str
@@ -51,17 +51,19 @@ class LayerRow:
 def compare_layers(
     engine: Engine, simulation: nn.Module, inputs: Tensor | Sequence[Tensor], pixels: Tensor | None = None
 ) -> list[LayerRow]:
-    """The values behind every activation quantizer that the engine's file has, in the file's order, and the outputs.
+    """Compare the values behind every activation quantizer of the engine's file, in the file's order, and the outputs.
 
-    ``inputs`` is one batch of the model's arguments; images are (N, C, H, W), normalised. ``pixels`` is the same images as
-    uint8, for a file that normalises them itself.
+    The engine's runtime computes these values as further outputs of the file, in the engine's precision. It can't fuse
+    operations across such an output, so an error of a fusion may stay hidden.
 
-    The engine's runtime computes the file with these values as further outputs, in the engine's precision. It can't fuse
-    operations across a value that it has to show, so a fault of such a fusion may hide. The simulation must be the one the
-    file was exported from, in eval mode on the CPU.
+    Args:
+        engine: of ONNX Runtime or OpenVINO.
+        simulation: the model that the file was exported from, in eval mode on the CPU.
+        inputs: one batch of the model's arguments; images are (N, C, H, W), normalised.
+        pixels: the same images as uint8, for a file that normalises them itself.
 
     Raises:
-        UserError: the runtime can't show values in between, or the file has none of this model.
+        UserError: the runtime can't show intermediate values, or the file has no quantizer of this model.
     """
     path = engine.path
     if not shows_layers(engine):
@@ -90,7 +92,7 @@ def compare_layers(
     in_float = _behind_quantizers(float_teacher(simulation), arguments, outputs)
     seen = {name: [values[output] for _, output in sorted(uses[name])] for name in uses}
     seen |= {name: [values[name]] for name in outputs}
-    # a value that two quantizers with one range round is written once in the file: which use is which, it does not say
+    # the file has a value once that two quantizers with one range round; uses then can't be matched, so they are left out
     seen = {name: own for name, own in seen.items() if len(own) == len(simulated[name])}
     for name, own in seen.items():
         if [value.shape for value in own] != [value.shape for value in simulated[name]]:
@@ -109,7 +111,7 @@ def compare_layers(
 
 
 def shows_layers(engine: Engine) -> bool:
-    """Whether the engine's runtime can be asked for values in between."""
+    """Whether the engine's runtime can show intermediate values."""
     return engine.backend in ("onnxruntime", "openvino")
 
 
@@ -138,7 +140,7 @@ def _in_openvino(
 
 
 def format_layers(rows: list[LayerRow]) -> str:
-    """The table as text; ends with the first layer that departs from the simulation, if one does."""
+    """The table as text. The last line names the first layer that departs from the simulation, if any."""
     lines = [f"{'values behind':<50} {'engine/simulation':>18} {'of this layer':>14} {'simulation/float':>17}"]
     lines += [
         f"{row.name:<50} {row.engine_to_simulation:15.1f} dB {row.by_itself:11.1f} dB {row.simulation_to_float:14.1f} dB"
@@ -158,7 +160,10 @@ def _behind_quantizers(
     outputs: Sequence[str],
     given: Mapping[str, list[Tensor]] | None = None,
 ) -> dict[str, list[Tensor]]:
-    """What comes out of every quantizer, use by use, and the outputs; the model goes on with the ``given`` values."""
+    """Run the model; return the output of every use of each quantizer, and the outputs.
+
+    Where ``given`` has values for a quantizer, the model continues with them instead of its own.
+    """
     seen: dict[str, list[Tensor]] = defaultdict(list)
 
     def hook(name: str, output: Tensor) -> Tensor:

@@ -1,8 +1,10 @@
-"""Static checks of a QDQ graph against the placement rules that TensorRT documents for explicit quantization.
+"""Checks a QDQ graph against TensorRT's documented placement rules for explicit quantization, without TensorRT.
 
-TensorRT's libraries are not needed: the rules are about the graph. Source: TensorRT documentation, "Working with Quantized
-Types", explicit quantization: symmetric int8 with zero point 0, weights per output channel, activations per tensor, Q/DQ
-around the inputs of quantizable layers and nothing between a convolution and what is fused with it.
+Source: TensorRT documentation, "Working with Quantized Types", explicit quantization. Values are symmetric int8 with zero
+point
+0. Weights have a scale per output channel, activations one per tensor. Inputs of quantizable layers have Q/DQ. Nothing
+   stands
+between a convolution and the operations fused with it.
 """
 
 from __future__ import annotations
@@ -19,7 +21,7 @@ _FUSED = ("Relu", "Clip", "Sigmoid", "HardSigmoid", "HardSwish", "LeakyRelu", "T
 
 
 def lint_tensorrt(model: onnx.ModelProto) -> list[str]:
-    """What TensorRT would not accept or not fuse, one sentence each; empty where all is as it should be."""
+    """One sentence for each thing that TensorRT would reject or not fuse; empty if the graph follows all rules."""
     return _Linter(model).findings()
 
 
@@ -92,8 +94,10 @@ class _Linter:
         return found
 
     def _output_axis(self, node: onnx.NodeProto) -> int:
-        """The axis of a layer's weights that is its output channels: the last of a MatMul's matrix, the second of a
-        transposed convolution's (with groups too), the first of the others'."""
+        """The axis of output channels in a layer's weights.
+
+        It is the second axis for MatMul and for transposed convolutions (with groups too), else the first.
+        """
         users = self._consumers.get(node.output[0], [])
         while users and users[0].op_type == "DequantizeLinear":
             users = self._consumers.get(users[0].output[0], [])
@@ -111,7 +115,7 @@ class _Linter:
         return []
 
     def _between_layer_and_activation(self, node: onnx.NodeProto) -> list[str]:
-        """A convolution, and the addition behind it, take the activation in."""
+        """A convolution, or the addition behind it, fuses with the activation that follows."""
         producer = self._producers.get(node.input[0])
         if producer is None or not (producer.op_type in _LAYERS or self._fuses_with_a_layer(producer)):
             return []
@@ -133,8 +137,10 @@ class _Linter:
         return []
 
     def _addition(self, node: onnx.NodeProto) -> list[str]:
-        """A residual addition fuses with the convolution of one operand where the other operand is quantized, and the
-        convolution's own output is not."""
+        """A residual addition fuses with the convolution that computes one operand.
+
+        For that the other operand must be quantized, and the convolution's output must not be.
+        """
         operands = [self._producers.get(name) for name in node.input[:2]]
         if any(operand is None for operand in operands):
             return []
@@ -151,7 +157,7 @@ class _Linter:
         return []
 
     def _concatenation(self, node: onnx.NodeProto) -> list[str]:
-        """Integers are joined as they are, so they must be of one grid."""
+        """Integers are concatenated unchanged, so all inputs need the same scale."""
         pairs = [self._producers[name] for name in node.input if self._dequantized(name)]
         scales = [self._constants[pair.input[1]] for pair in pairs if pair.input[1] in self._constants]
         if any(not np.array_equal(scale, scales[0]) for scale in scales[1:]):
@@ -159,7 +165,7 @@ class _Linter:
         return []
 
     def _fuses_with_a_layer(self, node: onnx.NodeProto) -> bool:
-        """Whether this is a residual addition that a convolution takes in."""
+        """Whether this is a residual addition that fuses with a convolution."""
         producers = [self._producers.get(name) for name in node.input]
         return node.op_type == "Add" and any(layer is not None and self._is_integer_layer(layer) for layer in producers)
 

@@ -1,4 +1,4 @@
-"""Measures placements on this machine: which operations of a quantized network pay for being integers?"""
+"""Measures on this machine which operations of a quantized network are faster in float."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from effnet_quant.errors import UserError
 from effnet_quant.quantization.quantizer import TensorQuantizer
 from effnet_quant.quantization.targets import OPERATIONS, Target
 
-# A placement must be this much faster before it counts: differences below are the machine's.
+# A placement counts as faster below this share of the time; smaller differences are noise of the machine.
 PAYS = 0.97
 SCREENING_ROUNDS, FINAL_ROUNDS = 2, 4
 
@@ -27,11 +27,11 @@ class Tuning:
     """What was measured.
 
     Attributes:
-        seconds: median time of a batch, by candidate, in the order measured; the final run's where there are two.
-        chosen: the name of the fastest candidate that has integers.
-        target: its rules.
-        precision: what it computes in where the file says float.
-        float_seconds: of the network in float, in the final run, in the precision in which that is fastest.
+        seconds: median time of a batch by candidate, in the order measured. Finalists have the time of the final run.
+        chosen: the fastest candidate with integers; the target's own placement unless another is at least 3 % faster.
+        target: the rules of ``chosen``.
+        precision: of the operations that ``chosen`` leaves in float.
+        float_seconds: of the network in float, in its fastest precision, in the final run.
     """
 
     seconds: dict[str, float]
@@ -48,7 +48,7 @@ class Tuning:
 
 @dataclass(frozen=True)
 class _Candidate:
-    """Operations of the target that are left in float, and the precision of what is."""
+    """Operations of the target that are left in float, and the precision in which they run."""
 
     left: tuple[str, ...]
     precision: str
@@ -61,19 +61,20 @@ def tune(
     say: Callable[[str], None],
     precisions: Sequence[str] = ("fp32",),
 ) -> Tuning:
-    """Measure the target's own placement and all in float, in every precision; in the precision that suits the first, the
-    same with one kind of operation in float; then leave in float what paid, alone and together, and measure these once
-    more.
+    """Find the fastest placement.
 
-    Each candidate is timed in turns with the target's own placement, so that no more than the finalists are in memory at a
-    time.
+    1. Measure the target's own placement, and the whole network in float, in every precision.
+    2. In the best precision of the target's own placement, measure it with one kind of operation in float.
+    3. Measure the finalists again: float, the best of step 2, and all of step 2 together that were at least 3 % faster.
+
+    Each candidate is timed in turns with the target's own placement. So only the finalists are in memory at the same time.
 
     Args:
         model: the calibrated quantized network.
-        rules: the target's.
-        compile_for: makes an engine for changed rules and a precision, and gives what runs it on one batch.
-        say: gets progress, one line at a time.
-        precisions: in which the runtime can compute what is float, on this machine; its usual one first.
+        rules: of the target.
+        compile_for: compiles an engine for given rules and a precision; returns a function that runs one batch.
+        say: takes progress messages, one line each.
+        precisions: of the runtime for floating-point operations on this machine, its default first.
 
     Raises:
         UserError: the model is not quantized.
@@ -82,7 +83,7 @@ def tune(
     if not present:
         raise UserError("a float network has nothing to tune; give quantized weights.")
     everything = tuple(rules.quantized)
-    # without convolutions in integers hardly anything is: that is the float network
+    # without integer convolutions hardly any integers are left, which is the float network
     singles = [name for name in OPERATIONS if name in present - {"conv"}]
     candidates: dict[str, _Candidate] = {}
     seconds: dict[str, float] = {}
@@ -145,7 +146,7 @@ def _named(name: str, precision: str, precisions: Sequence[str]) -> str:
 
 
 def operations_of(model: nn.Module) -> set[str]:
-    """The targets' OPERATIONS that a quantized model has."""
+    """The kinds of operations, of OPERATIONS, that have quantizers in the model."""
     return {module.operation for module in model.modules() if isinstance(module, TensorQuantizer)}
 
 

@@ -1,4 +1,4 @@
-"""Does the engine do what the simulation said? Both on the same examples."""
+"""Compares an engine with its simulation on the same examples."""
 
 from __future__ import annotations
 
@@ -23,10 +23,11 @@ class Comparison:
     Attributes:
         images: how many examples were compared; images, for most tasks.
         engine, simulation: the figures of the task's metric.
-        score: which of these figures counts.
-        agreement: share of the examples, in percent, on which both agree; what that means is the task's.
-        relative_error: ||engine - simulation|| / ||simulation|| over all numbers of the outputs; NaN if there are none.
-        mean_error, worst_error: mean and largest absolute difference of such a number.
+        score: the figure that counts.
+        agreement: share of the examples, in percent, on which both agree, as the task defines it.
+        relative_error: ||engine - simulation|| / ||simulation|| over all numbers of the outputs; NaN if all are zero or
+            there are none.
+        mean_error, worst_error: mean and largest absolute difference of two numbers.
         worst_image: position of the example with the largest difference.
     """
 
@@ -42,12 +43,12 @@ class Comparison:
 
     @property
     def engine_score(self) -> float:
-        """What the engine reaches, in the score's unit."""
+        """The engine's score, in the score's unit."""
         return self.engine[self.score.key]
 
     @property
     def simulation_score(self) -> float:
-        """What the simulation reaches, in the score's unit."""
+        """The simulation's score, in the score's unit."""
         return self.simulation[self.score.key]
 
 
@@ -58,13 +59,13 @@ def compare(
     batches: Iterable[tuple[Inputs, Targets]],
     task: Task = CLASSIFICATION,
 ) -> Comparison:
-    """Run both on the same batches.
+    """Run engine and simulation on the same batches.
 
     Args:
-        engine: from NumPy arrays to outputs of the simulation's structure, with arrays in the place of tensors.
-        simulation: from tensors on the CPU to outputs there; a network is to be in eval mode and is left as it is.
-        batches: inputs, a tensor or a tuple of the arguments of both, normalised or whatever else both take; and targets,
-            as ``task`` takes them.
+        engine: takes NumPy arrays; returns the simulation's outputs with arrays in place of tensors.
+        simulation: takes and returns tensors on the CPU. A network must be in eval mode; it is not changed.
+        batches: pairs of inputs and targets. Inputs are a tensor or a tuple of the arguments of both; images are normalised.
+            Targets are those of ``task``.
         task: what the network is for.
 
     Raises:

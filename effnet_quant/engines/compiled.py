@@ -1,4 +1,4 @@
-"""What a backend is asked for, and what it gives back."""
+"""Settings and Compiled: what a backend gets and what it returns."""
 
 from __future__ import annotations
 
@@ -19,7 +19,13 @@ Runner = Callable[[Arrays], Arrays]
 
 @dataclass(frozen=True)
 class Settings:
-    """How to compile: device and precision are among the backend's own; ``threads`` None leaves it to the runtime."""
+    """How to compile a file.
+
+    Attributes:
+        device: one of the backend's DEVICES.
+        precision: one of the backend's PRECISIONS.
+        threads: of the CPU; None leaves the number to the runtime.
+    """
 
     device: str
     precision: str
@@ -33,11 +39,12 @@ class Compiled:
     Attributes:
         run: maps the signature's inputs, within their batches, to its outputs.
         signature: what it takes and gives.
-        precision: what it computes in: "fp32", "fp16" …, with "int8 + " in front where some of it is quantized.
-        card: what the file says of its model.
-        metadata: the same as plain values, and what else the file says.
-        prepare: compiles for arrays of these shapes, batch included, before they come; None if that gains nothing.
-        forget: lets go of what was compiled for the shapes that came so far; None if nothing is.
+        precision: "fp32", "fp16" …, with "int8 + " in front if the file is quantized.
+        card: describes the model.
+        metadata: the card as plain values, and the file's further metadata.
+        prepare: compiles for given input shapes, batch included, ahead of the first run; None if the runtime does not need
+        it.
+        forget: drops what was compiled for single shapes; None if the runtime compiles nothing for single shapes.
     """
 
     run: Runner
@@ -50,10 +57,10 @@ class Compiled:
 
 
 def run_in_batches(run: Runner, inputs: Arrays, smallest: int, largest: int | None) -> Arrays:
-    """Outputs for batches of any size from a runner that takes ``smallest`` to ``largest`` entries at a time.
+    """Run a batch of any size with a runner that takes ``smallest`` to ``largest`` entries at a time.
 
-    Larger batches are split, all inputs alike. What is missing to the smallest is filled with copies of the last entry,
-    whose outputs are dropped.
+    Larger batches are split, all inputs alike. Smaller ones are padded with copies of the last entry; the copies' outputs
+    are dropped.
 
     Raises:
         UserError: an output that has no batch would have to be split or joined.

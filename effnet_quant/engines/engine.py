@@ -1,4 +1,4 @@
-"""Engines: compiled models behind one interface."""
+"""Engine and load_engine: compiled models behind one interface for all runtimes."""
 
 from __future__ import annotations
 
@@ -19,10 +19,10 @@ __all__ = ["BACKENDS", "Engine", "load_engine"]
 
 
 class Engine:
-    """A compiled model; call it with the model's arguments as arrays, get what the model returns, of arrays.
+    """A compiled model. Called with the model's arguments as arrays, it returns the model's results as arrays.
 
-    Several threads may call one engine at a time: each gets the answers that it would get alone. All methods may be called
-    from any thread.
+    Several threads may call one engine at the same time. Each gets the results that it would get alone. All methods may be
+    called from any thread.
 
     Attributes:
         path: the file it was compiled from.
@@ -30,9 +30,9 @@ class Engine:
         settings: device, precision and threads.
         inputs: name, type and shape of each array that it takes.
         outputs: name, type and shape of each array in what it returns.
-        precision: what it computes in, e.g. "fp32", or "int8 + bf16".
-        card: what the file says of its model.
-        metadata: the same as plain values, and what else the exporter stored.
+        precision: the precision of its arithmetic, e.g. "fp32", or "int8 + bf16".
+        card: describes the model.
+        metadata: the card as plain values, and further values that the exporter stored.
     """
 
     def __init__(self, compiled: Compiled, path: Path, backend: str, settings: Settings) -> None:
@@ -52,19 +52,19 @@ class Engine:
 
     @property
     def input(self) -> ArrayInput:
-        """The input of a model that has one; else the first."""
+        """The first input."""
         return self.inputs[0]
 
     def __call__(self, *arrays: NDArray[Any]) -> Any:
         """What the model returns for its arguments: an array, or tuples, lists and dicts of arrays.
 
-        An image classifier takes normalised float32 images (N, C, H, W) and returns logits (N, classes), float32. One that
-        normalises by itself takes pixels, uint8 (N, C, H, W). ``inputs`` says what is taken. The batch comes first and may
-        have any size N >= 1; where a file takes a fixed or bounded one, arrays are split and filled up. What a file gives
-        in float16 comes as float32.
+        An image classifier takes normalised float32 images (N, C, H, W) and returns float32 logits (N, classes). A file
+        exported with preprocessing takes uint8 pixels (N, C, H, W). ``inputs`` lists types and shapes. The batch comes first
+        and may have any size N >= 1: if the file limits it, arrays are split or padded. float16 outputs are returned as
+        float32.
 
         Raises:
-            UserError: the arrays have another number, shape or type, or the runtime can't compute with them.
+            UserError: the number, shape or type of the arrays is wrong, or the runtime fails.
         """
         if len(arrays) != len(self.inputs):
             names = ", ".join(value.name for value in self.inputs)
@@ -101,13 +101,13 @@ class Engine:
         return np.ascontiguousarray(array)
 
     def warm_up(self, batch_size: int = 1, runs: int = 2, *, image_size: int | None = None) -> None:
-        """Run a few batches of noise, so that later ones don't pay for what a runtime puts off until then.
+        """Run a few batches of noise, because the first runs of a runtime are slow.
 
-        OpenVINO then compiles a network for this batch size, which is faster. Call it before the first arrays come: the
-        answers of another network can differ in rounding.
+        OpenVINO also compiles a faster network for this batch size. Its results can differ in rounding, so call ``warm_up``
+        before the first real arrays.
 
         Raises:
-            UserError: the file leaves a size open and neither it nor ``image_size`` names one.
+            UserError: the file leaves a size open, and neither its metadata nor ``image_size`` names one.
         """
         arrays = self.example_inputs(batch_size, image_size)
         smallest, largest = self._batches
@@ -117,18 +117,18 @@ class Engine:
             self(*arrays)
 
     def forget_shapes(self) -> None:
-        """Let go of what the runtime has compiled for the shapes that came so far.
+        """Drop what the runtime has compiled for single shapes.
 
-        OpenVINO compiles for some shapes apart, and TensorRT captures the last few. For other runtimes it does nothing.
+        OpenVINO drops its networks, TensorRT its captured graphs. Other runtimes do nothing.
         """
         if self._forget is not None:
             self._forget()
 
     def example_inputs(self, batch_size: int, image_size: int | None = None) -> tuple[NDArray[Any], ...]:
-        """Noise that the engine takes, always the same: one array for each input.
+        """Noise as input, one array for each input; the same in every call.
 
-        Sizes that the file leaves open are ``image_size``, else those that the file was made for. Integers are 0 or 1, which
-        any vocabulary has; pixels are 0 to 255.
+        Open sizes become ``image_size``, by default the image size in the file's metadata. Pixels are 0 to 255. Other
+        integers are 0 or 1, which are valid indices in any vocabulary.
 
         Raises:
             UserError: as ``warm_up``.
@@ -156,18 +156,18 @@ def load_engine(
     precision: str | None = None,
     threads: int | None = None,
 ) -> Engine:
-    """Make a model ready to run on this machine. Several threads may call one engine at a time, with every backend.
+    """Make a model ready to run on this machine. Several threads may call the engine at the same time.
 
     Args:
         path: an ONNX file written by ``export_onnx``; for "tensorrt" also a plan written by ``compile_engine``; for
             "torch" a weights file or checkpoint.
         backend: "onnxruntime", "openvino", "tensorrt", or "torch" for the model itself, float or simulated.
         device: "cpu" or "cuda"; None for the backend's usual one.
-        precision: how the backend computes what the file leaves in floating point: "fp32"; OpenVINO and torch also in
-            "bf16", torch in "fp16". Integers are the file's. TensorRT takes all precisions from the file. None is the one
-            that the file was tuned for (``model2onnx.py --tune``) if backend and machine have it, else the backend's usual.
-        threads: on the CPU, for one call; None leaves it to the runtime. Calls from several threads run beside each other,
-            but those to "torch" with ``threads`` take turns: PyTorch's number of threads is the process's.
+        precision: of operations that the file leaves in floating point: "fp32", with OpenVINO and torch also "bf16", with
+            torch also "fp16". TensorRT takes all precisions from the file. None takes the precision that the file was tuned
+            for (``model2onnx.py --tune``) if the backend and the machine support it, else the backend's first.
+        threads: CPU threads of one call; None leaves the number to the runtime. With "torch" and ``threads``, calls from
+            several threads take turns, because PyTorch has one number of threads per process.
 
     Raises:
         UserError: the file is missing, damaged or of another kind, or the backend is unknown, not installed, does not run
@@ -194,7 +194,7 @@ def load_engine(
 
 
 def usable_precisions(backend: str) -> tuple[str, ...]:
-    """In what a backend computes on this machine what a file leaves in floating point, its usual way first."""
+    """The backend's precisions for floating-point operations on this machine, its default first."""
     return tuple(name for name in get_backend(backend).PRECISIONS if name != "bf16" or cpu_has_bf16())
 
 

@@ -1,4 +1,4 @@
-"""What an ONNX file says of itself, for the runtimes that take one."""
+"""Reads ONNX files: signature, card, metadata, and facts about the graph."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from effnet_quant.engines.signature import ArrayInput, ArrayOutput, Signature
 from effnet_quant.errors import UserError
 
 _IMAGE_TYPES = ("float32", "float16", "uint8")
-# what a residual network of convolutions, ReLUs and additions consists of, and what prepares its images
+# the operators of a residual network of convolutions, ReLUs and additions; below, those that normalise its images
 _PLAIN_OPERATORS = frozenset(
     {"Conv", "Gemm", "Relu", "Clip", "MaxPool", "AveragePool", "GlobalAveragePool", "ReduceMean", "Flatten", "Reshape"}
     | {"QuantizeLinear", "DequantizeLinear"}
@@ -23,18 +23,19 @@ _SCALING_OPERATORS = frozenset({"Add", "Mul", "Cast"})
 
 @dataclass(frozen=True)
 class OnnxFile:
-    """What an ONNX file says of itself.
+    """What is known of an ONNX file.
 
     Attributes:
         signature: what it takes and gives.
-        card: what it says of its model; empty for files of other tools.
-        metadata: the same as plain values, with what ``export_onnx`` stored besides.
+        card: describes the model; empty for files of other tools.
+        metadata: the card as plain values, and further values that ``export_onnx`` stored.
         quantized: whether it has QuantizeLinear and DequantizeLinear nodes.
         half: whether it has constants in float16.
-        fits_16_bits: whether all its weights are stored as integers of 7 bits or fewer, so that two products with 8-bit
-            activations add up in 16 bits without saturation.
-        adds_integers: whether it adds integers that a ReLU gave to what convolutions give, and does nothing else element by
-            element: a quantized ResNet.
+        fits_16_bits: whether all weights are integers of 7 bits or fewer. The sum of two products with 8-bit activations
+        then
+            fits 16 bits.
+        adds_integers: whether it is a quantized ResNet: its only elementwise operations are ReLUs and additions of quantized
+            shortcuts to convolutions.
     """
 
     signature: Signature
@@ -46,13 +47,13 @@ class OnnxFile:
     adds_integers: bool
 
     def precision(self, floats: str) -> str:
-        """What an engine computes in whose runtime computes float32 as ``floats``."""
+        """The engine's precision, if its runtime computes float32 operations in ``floats``."""
         floats = "fp16" if self.half else floats
         return f"int8 + {floats}" if self.quantized else floats
 
 
 def read_onnx(path: str | Path) -> OnnxFile:
-    """Read an ONNX file: one that ``export_onnx`` wrote, or another tool's with one input of images and one output.
+    """Read an ONNX file of ``export_onnx``, or of another tool if it has one input of images and one output.
 
     Raises:
         UserError: the file is missing, damaged, or holds something else.
@@ -74,7 +75,7 @@ def read_onnx(path: str | Path) -> OnnxFile:
 
 
 def read_onnx_card(path: Path) -> ModelCard:
-    """The card of an ONNX file; an empty one of other tools' files.
+    """The card of an ONNX file; empty for files of other tools.
 
     Raises:
         UserError: the file is missing or damaged, or its card can't be used.
@@ -92,22 +93,22 @@ def _load(path: Path) -> onnx.ModelProto:
 
 
 def read_card(model: onnx.ModelProto, source: str = "the file") -> ModelCard:
-    """What a file says of its model.
+    """The card in a model's metadata; empty for models of other tools.
 
     Raises:
-        UserError: that can't be used.
+        UserError: the card can't be used.
     """
     return ModelCard.from_text(_properties(model).get(CARD_KEY, "{}"), source)
 
 
 def read_metadata(model: onnx.ModelProto) -> dict[str, Any]:
-    """What ``export_onnx`` stored in a model, as plain values; empty for models of other tools."""
+    """The metadata that ``export_onnx`` stored, card included, as plain values; empty for models of other tools."""
     properties = _properties(model)
     values: dict[str, Any] = {}
     for key in (EXTRA_KEY, CARD_KEY):
         entry = parse_json(properties.get(key, "{}"), "the file")
         values |= entry if isinstance(entry, dict) else {}
-    values.pop("version", None)  # of the card's form
+    values.pop("version", None)  # of the card's format
     return values
 
 

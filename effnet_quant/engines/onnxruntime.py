@@ -16,7 +16,7 @@ _CUDA = "CUDAExecutionProvider"
 
 
 def compile_file(path: Path, settings: Settings) -> Compiled:
-    """A session of an ONNX file.
+    """Compile an ONNX file as a session.
 
     Raises:
         UserError: ONNX Runtime is missing or has no CUDA, or the file is missing or damaged.
@@ -47,7 +47,7 @@ def compile_file(path: Path, settings: Settings) -> Compiled:
 
 
 def session_options(file: OnnxFile, settings: Settings) -> Any:
-    """The onnxruntime.SessionOptions with which a session computes what a file says."""
+    """The onnxruntime.SessionOptions for a file. They avoid kernels and optimizations that change its results."""
     import onnxruntime
 
     options = onnxruntime.SessionOptions()
@@ -55,8 +55,8 @@ def session_options(file: OnnxFile, settings: Settings) -> Any:
     if settings.threads is not None:
         options.intra_op_num_threads = settings.threads
     if cpu_flags() is None or not cpu_has_exact_int8():
-        # On CPUs without VNNI the fast uint8 x int8 kernels saturate at 16 bits. With this entry ONNX Runtime uses slower
-        # kernels that compute what the graph says. It would use them on CPUs with VNNI too, whose fast ones are exact.
+        # On CPUs without VNNI the fast uint8 x int8 kernels saturate at 16 bits. With this entry ONNX Runtime uses slower,
+        # exact kernels. It is not set on CPUs with VNNI: the fast kernels are exact there, and the entry would cost speed.
         options.add_session_config_entry("session.x64quantprecision", "1")
     if file.quantized and file.half:
         # ONNX Runtime 1.31's optimizer changes what quantized graphs in float16 compute

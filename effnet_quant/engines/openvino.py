@@ -24,7 +24,7 @@ Shapes = tuple[tuple[int, ...], ...]
 
 
 def compile_file(path: Path, settings: Settings) -> Compiled:
-    """An ONNX file, compiled for the shapes that come.
+    """Compile an ONNX file. Networks for single shapes are compiled when the shapes first come.
 
     Raises:
         UserError: OpenVINO is missing, the CPU has no bfloat16, or the file is missing or damaged.
@@ -45,14 +45,14 @@ def compile_file(path: Path, settings: Settings) -> Compiled:
 
 
 def compile_properties(file: OnnxFile, settings: Settings) -> dict[str, Any]:
-    """What OpenVINO is told for a file to compute what it says."""
-    # without this, what the plugin leaves in floating point would become bfloat16 on CPUs with AMX, unasked
+    """The OpenVINO properties for a file. They avoid kernels and precisions that change its results."""
+    # by default the plugin computes floating point in bfloat16 on CPUs with AMX
     properties: dict[str, Any] = {"INFERENCE_PRECISION_HINT": "bf16" if settings.precision == "bf16" else "f32"}
     if not (cpu_has_exact_int8() or file.fits_16_bits):
         properties["LP_TRANSFORMS_MODE"] = "NO"
     elif file.adds_integers:
-        # the compiler of elementwise operations takes the additions before the convolutions in front can: these then write
-        # floats for it to read. It has nothing else to do here, so it is switched off.
+        # By default Snippets, the compiler of elementwise operations, takes the additions. The convolutions then write
+        # floats. Without Snippets the convolutions fuse the additions. Such a network has nothing else for Snippets.
         properties["SNIPPETS_MODE"] = "DISABLE"
     if settings.threads is not None:
         properties["INFERENCE_NUM_THREADS"] = settings.threads
@@ -61,8 +61,11 @@ def compile_properties(file: OnnxFile, settings: Settings) -> dict[str, Any]:
 
 @cache
 def shared_core() -> Any:
-    """One for the process, never let go: a Core gives the main thread a stack for signal handlers, and when several come
-    and go in another order, one that has been freed; the next SIGCHLD then ends the process (OpenVINO 2026.4)."""
+    """The process's only OpenVINO Core, which is never freed.
+
+    Each Core gives the main thread a stack for signal handlers. If several Cores are freed in another order than they were
+    made, a freed stack is left in place. The next SIGCHLD then ends the process (OpenVINO 2026.4).
+    """
     import openvino
 
     return openvino.Core()
@@ -75,13 +78,12 @@ def _cores() -> int:
 class OpenvinoRunner:
     """Runs a model on NumPy arrays, for several callers at a time.
 
-    Compiled for one shape, a network runs up to a fifth faster than with an open batch (int8 kernels, mobilenetv2_100).
-    So batches of 1, 2, 4, 8 … get networks of their own, as do the shapes of ``prepare``. All others share one for any
-    shape. The two round differently. Which one an array gets follows from its shape, never from what came before: the same
-    arrays give the same answers, in any order and from any thread.
+    A network compiled for one shape runs up to a fifth faster than one with an open batch (int8 kernels, mobilenetv2_100).
+    So each batch of 1, 2, 4, 8 … has a network of its own, as has each shape given to ``prepare``. All other shapes share a
+    network with open shapes. The two kinds round differently. The shape alone decides which network runs, so the same arrays
+    give the same results, in any order and from any thread.
 
-    A compiled network runs one call at a time. When a call finds it at work, it is compiled once more, until there are
-    ``copies``.
+    A compiled network runs one call at a time. If all copies are busy, another is compiled, up to ``copies``.
     """
 
     def __init__(
@@ -108,7 +110,7 @@ class OpenvinoRunner:
             self._compile_apart(tuple(shapes))
 
     def forget(self) -> None:
-        """Let go of all networks; calls that run keep theirs."""
+        """Drop all networks. Running calls keep theirs."""
         with self._compiling:
             self._networks: dict[Shapes, _Network] = {}
             self._any_shape: _Network | None = None
@@ -134,7 +136,7 @@ class OpenvinoRunner:
 
 
 class _Network:
-    """A network, compiled up to ``copies`` times, with its infer requests: each caller gets one that no other has."""
+    """A network, compiled up to ``copies`` times. Each running call has an infer request of its own."""
 
     def __init__(self, compile_copy: Callable[[], Any], copies: int) -> None:
         self._compile_copy = compile_copy

@@ -1,4 +1,4 @@
-"""The model itself, float or simulated, behind the interface of an engine: what the other backends are compared with."""
+"""Backend "torch": runs the PyTorch model, float or simulated. The other backends are compared with it."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ _AUTOCAST = {"bf16": torch.bfloat16, "fp16": torch.float16}
 
 
 def compile_file(path: Path, settings: Settings) -> Compiled:
-    """The model of a weights file or checkpoint that says which model it is (those of this package do), in eval mode.
+    """Make the model of a weights file or checkpoint, in eval mode. Its card must name the model.
 
     Raises:
         UserError: there is no CUDA card, or the file is missing, damaged, an ONNX file or without a model's name.
@@ -51,9 +51,9 @@ def compile_file(path: Path, settings: Settings) -> Compiled:
 
 
 class _Run:
-    """Runs a model on NumPy arrays, with threads of its own if given.
+    """Runs a model on NumPy arrays, with ``threads`` threads if given.
 
-    PyTorch's number of threads is the process's, so runs that set it take turns, whichever engine they are of.
+    PyTorch has one number of threads per process. So runs that set it take turns, across all engines.
     """
 
     _setting_threads = threading.Lock()

@@ -1,4 +1,4 @@
-"""The runtimes, one module each: what they take, and how they compile a file."""
+"""BACKENDS and get_backend: the table of runtimes, one module each."""
 
 from __future__ import annotations
 
@@ -20,9 +20,9 @@ BACKENDS = tuple(_MODULES)
 def get_backend(name: str) -> ModuleType:
     """The module of a backend. It has
 
-    - ``DEVICES``: the names of the devices it can run on, its usual one first;
-    - ``PRECISIONS``: how it can compute what a file leaves in floating point, its usual way first;
-    - ``compile_file(path, settings)``: the ``Compiled`` of a file.
+    - ``DEVICES``: names of the devices that it can run on, the default first;
+    - ``PRECISIONS``: its precisions for floating-point operations, the default first;
+    - ``compile_file(path, settings)``: returns the ``Compiled`` of a file.
 
     Raises:
         UserError: there is none of this name.

@@ -1,4 +1,4 @@
-"""What a model takes and gives as arrays: its inputs, its outputs, and how its return value is made of these."""
+"""Signature: the inputs and outputs of a model as arrays, and the structure of its return value."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 # The model's return value with an output's position at each leaf: an int, or one of the keys "tuple", "list" and "dict".
 Structure = int | dict[str, Any]
 INPUT_TYPES = ("float32", "float16", "uint8", "int32", "int64", "bool")
-# Of one input at one run. A file that fixes more is damaged: 4 GiB in float32, for each call.
+# of one input in one run, 4 GiB in float32; a file with larger fixed sizes is damaged
 MOST_NUMBERS = 1 << 30
 
 
@@ -23,8 +23,8 @@ class ArrayInput:
     Attributes:
         name: of the input.
         dtype: NumPy's name of the type, one of INPUT_TYPES.
-        shape: without the batch, (C, H, W) for images; None is a size that may vary.
-        smallest_batch, largest_batch: what one run can take; largest None is any number.
+        shape: without the batch, (C, H, W) for images; None is an open size.
+        smallest_batch, largest_batch: limits of the batch in one run; largest None is no limit.
     """
 
     name: str
@@ -46,8 +46,7 @@ class ArrayOutput:
     Attributes:
         name: of the output.
         dtype: NumPy's name of the type in the file.
-        shape: without the batch; None is a size that may vary, or is not known before a run. None for the whole if nothing
-            is known.
+        shape: without the batch; None is an open or unknown size. None for the whole shape if nothing is known.
     """
 
     name: str
@@ -57,15 +56,15 @@ class ArrayOutput:
 
 @dataclass(frozen=True)
 class Signature:
-    """What a file takes and gives.
+    """Inputs, outputs and return value of a file.
 
     Attributes:
         inputs: in the order of the model's arguments.
-        outputs: in the order that ``structure`` counts.
+        outputs: in the order of the positions in ``structure``.
         structure: of the model's return value.
 
     Raises:
-        ValueError: the parts do not belong together.
+        ValueError: the parts contradict each other.
     """
 
     inputs: tuple[ArrayInput, ...]
@@ -88,12 +87,12 @@ class Signature:
 
     @property
     def smallest_batch(self) -> int:
-        """The fewest entries that one run of all inputs can take."""
+        """The smallest batch that all inputs accept in one run."""
         return max(value.smallest_batch for value in self.inputs)
 
     @property
     def largest_batch(self) -> int | None:
-        """The most entries that one run of all inputs can take; None is any number."""
+        """The largest batch that all inputs accept in one run; None is no limit."""
         return min((value.largest_batch for value in self.inputs if value.largest_batch is not None), default=None)
 
     def to_json(self) -> dict[str, Any]:
@@ -102,10 +101,10 @@ class Signature:
 
     @staticmethod
     def from_json(values: Mapping[str, Any]) -> Signature:
-        """What ``to_json`` gave.
+        """The inverse of ``to_json``.
 
         Raises:
-            ValueError, KeyError, TypeError: they are something else.
+            ValueError, KeyError, TypeError: the values are no signature.
         """
         return Signature(
             tuple(ArrayInput(**{**value, "shape": tuple(value["shape"])}) for value in values["inputs"]),

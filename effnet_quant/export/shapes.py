@@ -93,13 +93,13 @@ def _size(op: Operation, asked: object, size: int | torch.SymInt) -> str:
 
 
 def _as_large(op: Operation, size: torch.SymInt) -> Iterator[tuple[str, int]]:
-    """Values computed before, by name, and their axes of this very size, whatever the images are."""
+    """Names of earlier values that always have this size, and the axis that has it."""
     for node in op.node.graph.nodes:
         if node is op.node:
             return
         value = node.meta.get("val")
         for axis, own in enumerate(value.shape if isinstance(value, torch.Tensor) else ()):
-            # the expressions: to compare the sizes would bind them
+            # compare expressions: comparing the sizes would bind them to numbers
             if isinstance(own, torch.SymInt) and own.node.expr == size.node.expr:
                 with contextlib.suppress(UserError):  # it is not written
                     yield op.tensor(node), axis

@@ -1,1 +1,1 @@
-"""Tables and pictures of results."""
+"""Tables and plots of results."""

@@ -1,4 +1,4 @@
-"""The page that shows what calibration did to every quantizer."""
+"""A page of plots of the calibrated ranges of all quantizers."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ FORMATS = (".png", ".pdf", ".svg")
 
 
 def write_calibration_page(ranges: Sequence[dict[str, Any]], path: Path) -> None:
-    """Draw, a row for each quantizer: the range seen and the range chosen, the share clipped, and the SQNR.
+    """Draw one row for each quantizer: the range seen, the range chosen, the share of clipped values, and the SQNR.
 
     Args:
         ranges: ``RangeReport.to_json()`` of every quantizer.

@@ -1,4 +1,4 @@
-"""The variants of one network side by side: accuracy, speed, size, faithfulness."""
+"""Compares variants of one network: accuracy, speed, size, and agreement with PyTorch."""
 
 from __future__ import annotations
 
@@ -19,8 +19,8 @@ class Row:
     """One variant.
 
     Attributes:
-        variant: what it is called.
-        score: the task's score of the variant itself on the test images, in the score's unit.
+        variant: its name.
+        score: the task's score on the test images, in the score's unit. An engine has its own, not the simulation's.
         latency_ms: median milliseconds of a batch of 1.
         images_per_s: images a second at the median time of a batch of 32.
         size_bytes: of its file.
@@ -36,7 +36,7 @@ class Row:
 
 
 def write_summary(rows: Sequence[Row], path: Path, score: Score = CLASSIFICATION.score) -> None:
-    """Write the rows as a JSON list of objects; the score stands under its key, ``agreement`` only where there is one."""
+    """Write the rows as a JSON list of objects. The score has the key ``score.key``; a missing agreement is left out."""
     values = [
         {score.key if name == "score" else name: value for name, value in asdict(row).items() if value is not None}
         for row in rows

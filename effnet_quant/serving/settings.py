@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 from effnet_quant.errors import UserError
 
-# backend -> name of the file in a version's folder
+# backend: name of its file in the folder of a version
 FILE_NAMES = {"onnxruntime": "model.onnx", "openvino": "model.onnx", "tensorrt": "model.plan"}
 MAX_BATCH = 32
 QUEUE_DELAY_US = 100

@@ -38,7 +38,7 @@ _LABELS = "labels.txt"
 
 @dataclass(frozen=True)
 class _Model:
-    """What the server has to know of a file."""
+    """Facts about a file that its configuration needs."""
 
     signature: Signature
     card: ModelCard
@@ -47,7 +47,7 @@ class _Model:
 def write_model(
     path: str | Path, repository: str | Path, serving: Serving, *, name: str | None = None, version: int | None = None
 ) -> Path:
-    """Put an engine's file into a model repository; the folder of its version appears whole or not at all.
+    """Put an engine's file into a model repository. The version's folder appears complete or not at all.
 
     Args:
         path: an ONNX file, or for TensorRT a plan that ``compile_engine`` wrote.
@@ -82,7 +82,7 @@ def write_model(
     try:
         repository.mkdir(exist_ok=True)
         folder.mkdir(exist_ok=True)
-        # among the versions, where Triton passes over what is no number: a rename can't leave the file system there
+        # The temporary folder is beside the versions, so the rename stays in one file system. Triton ignores its name.
         staged = Path(tempfile.mkdtemp(dir=folder, prefix=f".{number}."))
         os.chmod(staged, 0o755)
         replace_file(staged / FILE_NAMES[serving.backend], path.read_bytes())
@@ -108,8 +108,8 @@ def model_config(name: str, signature: Signature, card: ModelCard, serving: Serv
     smallest, largest = signature.smallest_batch, signature.largest_batch
     if serving.backend == "tensorrt" and smallest > 1 and largest != smallest:
         raise UserError("the plan takes no single images; build it with --min-batch 1 to serve it.")
-    # a file with a fixed batch is no batching model to Triton: its batch is one more dimension. So it is for OpenVINO
-    # always: Triton's backend would compile for the largest batch and refuse every request that does not fill it.
+    # Triton can't batch requests for a file with a fixed batch: the batch is a dimension of its inputs. The same goes for
+    # every file for OpenVINO. Otherwise Triton's backend would compile for the largest batch and refuse smaller requests.
     batch = [largest or -1] if serving.backend == "openvino" or largest == smallest else []
     if batch and not (serving.max_batch is None and serving.queue_delay_us is None):
         joins = "OpenVINO in Triton" if serving.backend == "openvino" else "a file with a fixed batch"
@@ -161,7 +161,7 @@ def _open(shape: tuple[int | None, ...]) -> list[int]:
 
 
 def _dims(output: ArrayOutput, signature: Signature, card: ModelCard) -> list[int]:
-    """Of an output, without the batch. The only one of a file is a classifier's, whose classes the card counts."""
+    """Sizes of an output without the batch. A single output of unknown size has one entry per class of the card."""
     count = card.num_classes or (len(card.classes) if card.classes else None)
     if len(signature.outputs) == 1 and output.shape in (None, (None,)):
         return _open((count,))
@@ -187,5 +187,5 @@ def _block(field: str, lines: Any) -> Iterator[str]:
 
 
 def _text(value: str) -> str:
-    """A string of protobuf's text format; JSON's escapes are among its own."""
+    """A quoted string in protobuf's text format, which accepts JSON's escapes."""
     return json.dumps(value, ensure_ascii=False)

@@ -1,1 +1,1 @@
-"""TensorRT plans: how they are built, kept and described. Running one is the backend's."""
+"""TensorRT: plans.py builds and caches plans, backend.py runs them, library.py calls TensorRT."""

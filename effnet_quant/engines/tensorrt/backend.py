@@ -39,7 +39,7 @@ Shapes = tuple[tuple[int, ...], ...]
 
 
 def compile_file(path: Path, settings: Settings) -> Compiled:
-    """A plan, or the plan of an ONNX file, built with the usual options unless it is in the cache.
+    """Load a plan. An ONNX file is first built with the default options, unless its plan is in the cache.
 
     Raises:
         UserError: TensorRT or a card is missing, the file is damaged, or the plan is for another card or version.
@@ -65,9 +65,9 @@ def compile_file(path: Path, settings: Settings) -> Compiled:
 
 @dataclass(frozen=True)
 class _Graph:
-    """The inputs' shapes of one run: its buffers and its captured work, with what the work uses.
+    """The CUDA graph of one set of input shapes, with its buffers, context and memory.
 
-    The context is its own because a captured graph must find it as it was when it was captured.
+    Each graph has its own context, because the context must stay as it was during the capture.
     """
 
     inputs: list[torch.Tensor]
@@ -78,9 +78,9 @@ class _Graph:
 
 
 class _Run:
-    """Runs a plan on NumPy arrays; shapes that come up again are replayed as a CUDA graph.
+    """Runs a plan on NumPy arrays. Each set of input shapes is captured as a CUDA graph once and then replayed.
 
-    Graphs share buffers and memory, so the card works for one caller at a time.
+    Graphs share memory, so calls take turns.
     """
 
     def __init__(self, trt: Any, plan: LoadedPlan, signature: Signature) -> None:
@@ -93,7 +93,7 @@ class _Run:
         self.forget()
 
     def forget(self) -> None:
-        """Let go of all graphs and their memory."""
+        """Drop all graphs and their memory."""
         with self._running:
             self._graphs: OrderedDict[Shapes, _Graph] = OrderedDict()
             self._memory = torch.empty(0, dtype=torch.uint8, device="cuda")
@@ -102,7 +102,7 @@ class _Run:
         shapes = tuple([array.shape for array in arrays])
         with self._running, torch.cuda.stream(self._stream):
             graph = self._graphs.pop(shapes, None) or self._capture(shapes)
-            self._graphs[shapes] = graph  # the last used are kept
+            self._graphs[shapes] = graph  # now the most recently used
             if len(self._graphs) > GRAPHS_KEPT:
                 self._graphs.popitem(last=False)
             for buffer, array in zip(graph.inputs, arrays, strict=True):
@@ -117,8 +117,8 @@ class _Run:
                 raise UserError(
                     f"the plan takes no '{name}' of shape {shape}; build it for such batches with model2trt.py."
                 )
-        # Graphs run one after another, so they share the memory for activations. Where it is too small for this one, those
-        # that were captured with it keep it: they know its address.
+        # Graphs run one after another, so they share the memory for activations. If one needs more, it gets new memory;
+        # earlier graphs keep the old one, because they hold its address.
         needed = context.update_device_memory_size_for_shapes()
         if needed > len(self._memory):
             self._memory = torch.empty(needed, dtype=torch.uint8, device="cuda")
@@ -127,11 +127,11 @@ class _Run:
         outputs = [self._buffer(name, tuple(context.get_tensor_shape(name))) for name in self._outputs]
         for name, buffer in zip([*self._inputs, *self._outputs], [*inputs, *outputs], strict=True):
             context.set_tensor_address(name, buffer.data_ptr())
-        # once before the capture: the first run after a new shape sets up what must not be captured
+        # run once before the capture: the first run of a new shape does setup work that must not be captured
         self._enqueue(context)
         self._stream.synchronize()
         captured = torch.cuda.CUDAGraph()
-        # thread_local: what other threads do with the card meanwhile, e.g. with other engines, is none of this capture's
+        # thread_local: the capture ignores what other threads do with the card, e.g. other engines
         with torch.cuda.graph(captured, stream=self._stream, capture_error_mode="thread_local"):
             self._enqueue(context)
         return _Graph(inputs, outputs, captured, context, self._memory)
@@ -150,7 +150,7 @@ def _host_array(tensor: torch.Tensor) -> NDArray[Any]:
 
 
 def _signature_of(trt: Any, engine: Any) -> Signature:
-    """What a plan of another tool takes, by its first optimization profile, and its first output."""
+    """The signature of another tool's plan: inputs by the first optimization profile, and the first output."""
     inputs = tuple(_input_of(engine, name) for name in _names(engine, trt.TensorIOMode.INPUT))
     output = _names(engine, trt.TensorIOMode.OUTPUT)[0]
     return Signature(inputs, (ArrayOutput(output, _type(engine, output)),))

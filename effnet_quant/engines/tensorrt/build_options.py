@@ -1,4 +1,4 @@
-"""BuildOptions: what a plan is built for; the key under which it is kept."""
+"""BuildOptions and Machine: what a plan is built for; plan_key: its key in the cache."""
 
 from __future__ import annotations
 
@@ -14,16 +14,19 @@ HARDWARE_COMPATIBILITY = ("none", "ampere-plus", "same-compute-capability")
 
 @dataclass(frozen=True)
 class BuildOptions:
-    """What a plan is built for. Precision is not among it: networks are strongly typed, the ONNX file decides.
+    """What a plan is built for. The ONNX file decides on precision, because networks are strongly typed.
 
     Attributes:
-        smallest_batch, usual_batch, largest_batch: images a run; the plan takes any number from the smallest to the
-            largest and is fastest at the usual. They bind only where the ONNX file leaves the batch open.
-        image_size: height and width in pixels, where the ONNX file leaves them open; None for what it was made for.
-        workspace_mib: memory that a layer may use beside its activations; None for as much as the card has.
-        version_compatible: runs in later versions of TensorRT too (with code of the plan's own; load only what you trust).
-        hardware_compatible: "none": the card that built it; "same-compute-capability": cards of its generation;
-            "ampere-plus": Ampere and later. Compatible plans can be slower.
+        smallest_batch, largest_batch: limits of images a run. Ignored if the ONNX file has a fixed batch.
+        usual_batch: images a run for which the plan is tuned.
+        image_size: height and width in pixels, if the ONNX file leaves them open. None for the size in its metadata.
+        workspace_mib: MiB that a layer may use beside its activations; None for all of the card's memory.
+        version_compatible: later versions of TensorRT can run the plan. It then contains code that runs on the CPU; load
+        only
+            plans that you trust.
+        hardware_compatible: which cards can run the plan. "none": the same model of card; "same-compute-capability": cards
+        of
+            that compute capability; "ampere-plus": Ampere and later. Compatible plans can be slower.
 
     Raises:
         UserError: values that contradict each other.
@@ -58,7 +61,7 @@ class BuildOptions:
 
 @dataclass(frozen=True)
 class Machine:
-    """What a plan depends on beside its model: a card's name and compute capability, and TensorRT's version."""
+    """The machine that a plan is built on: the CUDA card's name and compute capability, and TensorRT's version."""
 
     card: str
     compute_capability: str
@@ -66,6 +69,6 @@ class Machine:
 
 
 def plan_key(model: bytes, machine: Machine, options: BuildOptions) -> str:
-    """SHA-256 of everything that a plan follows from."""
+    """SHA-256 of the ONNX file, the machine and the options."""
     described = json.dumps({**asdict(machine), **options.to_json()}, sort_keys=True).encode()
     return hashlib.sha256(hashlib.sha256(model).digest() + described).hexdigest()

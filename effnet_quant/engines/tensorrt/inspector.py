@@ -1,4 +1,4 @@
-"""In which precision each layer of a plan computes, read from TensorRT's engine inspector."""
+"""Reads the precision of each layer of a plan from TensorRT's engine inspector."""
 
 from __future__ import annotations
 
@@ -25,11 +25,11 @@ _TYPES = (
 
 @dataclass(frozen=True)
 class LayerPrecision:
-    """One layer of a plan, as TensorRT fused it; types are "int8", "fp16", "fp32" …, or "?" where it does not say.
+    """One fused layer of a plan. Types are "int8", "fp16", "fp32" …, or "?" if unknown.
 
     Attributes:
-        name: of the layer; joins the names of the ONNX nodes in it.
-        kind: TensorRT's name of what it is, e.g. "CaskConvolution", "Reformat".
+        name: the joined names of the ONNX nodes in it.
+        kind: TensorRT's type of layer, e.g. "CaskConvolution", "Reformat".
         inputs, outputs: types of its tensors.
         weights: type of its weights, None without any.
     """
@@ -47,12 +47,12 @@ class LayerPrecision:
 
 
 def read_layers(information: str) -> list[LayerPrecision]:
-    """The layers in what ``EngineInspector.get_engine_information`` gives as JSON, of TensorRT 10 or 11."""
+    """The layers in the JSON text of ``EngineInspector.get_engine_information``, of TensorRT 10 or 11."""
     return [_layer(entry) for entry in json.loads(information).get("Layers", [])]
 
 
 def summarize(layers: list[LayerPrecision]) -> str:
-    """How many layers of each kind compute in which type, one line a kind, the most numerous first."""
+    """Count the layers of each kind by type: one line per kind, the most frequent first."""
     kinds = Counter(layer.kind for layer in layers)
     lines = []
     for kind, _ in sorted(kinds.items(), key=lambda item: (-item[1], item[0])):

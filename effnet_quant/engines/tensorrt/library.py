@@ -1,6 +1,6 @@
-"""The only calls into TensorRT that build and describe plans; for TensorRT 10 and 11.
+"""Calls into TensorRT 10 and 11 that build, load and describe plans.
 
-Written against their Python API (docs.nvidia.com/deeplearning/tensorrt).
+Python API: docs.nvidia.com/deeplearning/tensorrt.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ def import_tensorrt() -> Any:
 
 
 def this_machine(trt: Any) -> Machine:
-    """What plans built here depend on.
+    """The card and TensorRT version of this machine.
 
     Raises:
         UserError: there is no CUDA card.
@@ -71,14 +71,14 @@ def build_plan(
     """Build the plan of an ONNX model.
 
     Args:
-        trt: the module.
+        trt: the module ``tensorrt``.
         model: the ONNX file's bytes.
-        inputs: what it takes.
-        options: what the plan is for.
-        timings: an earlier timing cache, or nothing.
+        inputs: of the ONNX file.
+        options: what the plan is built for.
+        timings: a timing cache of an earlier build, or empty.
 
     Returns:
-        The plan, and the timing cache with what was measured now.
+        The plan, and the timing cache with this build's measurements added.
 
     Raises:
         UserError: TensorRT refuses the model or can't build it.
@@ -128,10 +128,10 @@ Shape = tuple[int, ...]
 
 
 def profile_shapes(inputs: Sequence[ArrayInput], options: BuildOptions) -> dict[str, tuple[Shape, Shape, Shape]]:
-    """Shapes of the smallest, the usual and the largest batch, each (N, …), of each input that leaves a size open.
+    """Shapes (N, …) of the smallest, usual and largest batch, for each input with open sizes.
 
     Raises:
-        UserError: the file leaves more open than the batch, and the options name no size.
+        UserError: sizes other than the batch are open, and the options name none.
     """
     return {value.name: shapes for value in inputs if (shapes := _shapes_of(value, options)) is not None}
 
@@ -156,7 +156,7 @@ class LoadedPlan:
 
     Attributes:
         engine: its ICudaEngine.
-        logger: collects what TensorRT says of it in ``errors``.
+        logger: collects TensorRT's messages in ``errors``.
     """
 
     engine: Any
@@ -164,12 +164,10 @@ class LoadedPlan:
 
 
 def load_plan(trt: Any, plan: bytes, version_compatible: bool) -> LoadedPlan:
-    """Load a plan.
-
-    Only a version-compatible plan brings code that the CPU runs, and only then is that allowed.
+    """Load a plan. Code in the plan for the CPU is allowed only if it is ``version_compatible``.
 
     Raises:
-        UserError: this card or this TensorRT can't take it; the sentence is TensorRT's reason.
+        UserError: this card or this TensorRT can't load it. The message is TensorRT's own.
     """
     logger = make_logger(trt)
     runtime = _created(trt.Runtime, logger)
@@ -181,9 +179,9 @@ def load_plan(trt: Any, plan: bytes, version_compatible: bool) -> LoadedPlan:
 
 
 def create_context(trt: Any, plan: LoadedPlan) -> Any:
-    """An IExecutionContext without memory for activations; ``set_memory`` gives it some.
+    """An IExecutionContext without memory for activations; see ``set_memory``.
 
-    By itself TensorRT gives each context as much as the plan's largest batch takes.
+    By default TensorRT would reserve memory for the plan's largest batch in each context.
 
     Raises:
         UserError: TensorRT can't create it, e.g. because the card's memory is full.
@@ -200,7 +198,7 @@ def set_memory(context: Any, address: int, size: int) -> None:
 
 
 def inspect(trt: Any, plan: LoadedPlan, inputs: Sequence[ArrayInput], options: BuildOptions) -> str:
-    """What the engine inspector says of every layer, at the usual batch, as JSON text."""
+    """The engine inspector's report on every layer at the usual batch, as JSON text."""
     context = _context(plan, trt.ExecutionContextAllocationStrategy.STATIC)
     for name, (_, usual, _) in profile_shapes(inputs, options).items():
         context.set_input_shape(name, usual)
@@ -219,12 +217,12 @@ def _context(plan: LoadedPlan, strategy: Any) -> Any:
 
 
 def first_line(reasons: list[str]) -> str:
-    """Of TensorRT's messages, which come one after another from the inside out, the first."""
+    """The first line of TensorRT's messages. TensorRT reports the innermost cause first."""
     return next((line for reason in reasons for line in reason.strip().splitlines()), "it gives no reason.")
 
 
 def _created(kind: Any, logger: Any) -> Any:
-    """A Builder or Runtime; the bindings have a TypeError of their own where the library makes none."""
+    """A Builder or Runtime. The bindings raise a TypeError if the library fails to create one."""
     try:
         return kind(logger)
     except TypeError as error:

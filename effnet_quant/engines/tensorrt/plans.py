@@ -1,4 +1,4 @@
-"""compile_engine: from an ONNX file to a plan, built once for each model, card, version and options."""
+"""compile_engine: builds a plan of an ONNX file, once for each model, card, TensorRT version and options."""
 
 from __future__ import annotations
 
@@ -21,17 +21,17 @@ from effnet_quant.files import cache_folder, check_writable, create_folder, repl
 
 @dataclass(frozen=True)
 class Plan:
-    """A plan's file and what stands beside it, in ``<file>.json``.
+    """A plan's file, and its description in ``<file>.json``.
 
     Attributes:
         path: the plan itself, as TensorRT and Triton take it.
         sha256: of the plan's bytes.
-        machine: the card and the version it was built with.
+        machine: the CUDA card and the TensorRT version of the build.
         options: what it was built for.
-        signature: what it takes and gives.
-        card: the ONNX file's.
-        metadata: the ONNX file's, as plain values.
-        layers: TensorRT's report of its layers.
+        signature: inputs and outputs.
+        card: of the ONNX file.
+        metadata: of the ONNX file, as plain values.
+        layers: TensorRT's report on its layers.
     """
 
     path: Path
@@ -45,7 +45,7 @@ class Plan:
 
     @property
     def input(self) -> ArrayInput:
-        """The input of a model that has one; else the first."""
+        """The first input."""
         return self.signature.inputs[0]
 
 
@@ -56,17 +56,17 @@ def compile_engine(
     *,
     timing_cache: str | Path | None = None,
 ) -> Plan:
-    """Build a TensorRT plan from an ONNX file, strongly typed: every precision is the one written in the graph.
+    """Build a TensorRT plan from an ONNX file. It is strongly typed: the graph decides on every precision.
 
-    A plan that was built before from the same bytes, for the same card, version and options comes from the cache, the
-    folder ``$XDG_CACHE_HOME/effnet-quant/tensorrt`` (``~/.cache/…``).
+    Plans are cached in ``$XDG_CACHE_HOME/effnet-quant/tensorrt`` (``~/.cache/…``). The cache is used if file, card, TensorRT
+    version and options are the same.
 
     Args:
         onnx_path: a file that ``export_onnx`` wrote for the target "tensorrt".
-        output: where the plan goes, its description beside it as ``<output>.json``; None to leave both in the cache.
+        output: the plan's file; its description becomes ``<output>.json``. None leaves both in the cache only.
         options: what it is built for.
-        timing_cache: file of layer timings that earlier builds measured, read if it is there and written; None for one
-            in the cache, one for each card and version.
+        timing_cache: file of layer timings, read if it exists and then updated. None for a file in the cache, one for each
+            card and version.
 
     Raises:
         UserError: TensorRT or a card is missing, the ONNX file is damaged or refused, or a file can't be written.
@@ -113,7 +113,7 @@ def compile_engine(
 
 
 def with_profile(value: ArrayInput, options: BuildOptions) -> ArrayInput:
-    """What a plan takes: the sizes that the ONNX file leaves open are the options'."""
+    """The input of a plan: sizes that the ONNX file leaves open come from the options."""
     shape = tuple(options.image_size if size is None else size for size in value.shape)
     if value.largest_batch is not None:
         return replace(value, shape=shape)
@@ -121,7 +121,7 @@ def with_profile(value: ArrayInput, options: BuildOptions) -> ArrayInput:
 
 
 def write_plan(plan: Plan, content: bytes) -> None:
-    """Write description and plan, in this order: where the plan is, its description is complete."""
+    """Write the description, then the plan, so that an existing plan always has a complete description."""
     described = {
         "sha256": plan.sha256,
         "machine": asdict(plan.machine),
@@ -136,7 +136,7 @@ def write_plan(plan: Plan, content: bytes) -> None:
 
 
 def find_plan(path: Path) -> Plan | None:
-    """The plan at ``path`` with its description; None if one of them is missing, or they do not belong together."""
+    """The plan at ``path`` with its description; None if one is missing or they do not match."""
     if not path.is_file() or not _description(path).is_file():
         return None
     try:
@@ -160,7 +160,7 @@ def find_plan(path: Path) -> Plan | None:
 
 
 def _one_image(values: dict[str, Any]) -> Signature:
-    """Of a description that was written before files had more than one input."""
+    """The signature in a description of an earlier version, which had a single input."""
     image = ArrayInput(**{**values["input"], "shape": tuple(values["input"]["shape"])})
     return Signature((image,), (ArrayOutput(values["output"], "float32"),))
 
@@ -172,7 +172,7 @@ def discard_plan(plan: Plan) -> None:
 
 
 def timings_name(machine: Machine) -> str:
-    """The timing cache's file name: timings hold for one card and one version."""
+    """The timing cache's file name. Timings are valid for one card and one version."""
     return re.sub(r"[^\w.]+", "-", f"{machine.card}-{machine.tensorrt}") + ".timings"
 
 

@@ -39,7 +39,7 @@ class Needed(NamedTuple):
 
 
 def quantize_layer_outputs(traced: TracedGraph) -> None:
-    """Quantize the output of each integer convolution that no single quantize node takes, over the needed range.
+    """Quantize the output of each integer convolution over the needed range, unless a quantize node is its only user.
 
     Without a needed range (all values matter) the convolution stays in float.
     """
