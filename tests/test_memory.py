@@ -33,6 +33,7 @@ def test_tensors_reuse_the_memory_of_freed_ones(tensors):
     assert page_faults(keep=True, tensors=tensors) < page_faults(keep=False, tensors=2) / 10
 
 
+@pytest.mark.slow
 def test_the_users_own_settings_of_malloc_stay():
     own = {"MALLOC_MMAP_THRESHOLD_": "1048576"}
     assert page_faults(keep=True, tensors=2, **own) == pytest.approx(

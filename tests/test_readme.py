@@ -22,7 +22,7 @@ def test_the_python_example_runs(
     assert "efficientnet-b0" in printed
     assert int(re.search(r"simulation: (\d+)%", printed).group(1)) >= 75  # untrained: the classes are near ties
     assert (tmp_path / "model.onnx").exists()
-    assert "calibrated on 512 images" in printed
+    assert "calibrated on 128 images" in printed
     trained = torch.load(tmp_path / "runs/int8/checkpoint.pth.tar", weights_only=True)
     assert trained["metadata"]["num_classes"] == 10  # as many as the data has
     assert trained["metadata"]["quant_spec"]["weight"]["bits"] == 8

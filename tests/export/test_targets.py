@@ -74,9 +74,11 @@ PLACEMENTS = [(name, activation) for name in TARGETS for activation in ("SiLU", 
 
 @pytest.mark.parametrize(
     ("name", "activation"),
-    # where hard-swish is one float operation it is like any other
+    # where hard-swish is one float operation it is like any other; OpenVINO's row is a part of TensorRT's
     [
-        pytest.param(*pair, marks=pytest.mark.slow if pair[1] != "SiLU" and pair[0] != "onnxruntime" else ())
+        pytest.param(
+            *pair, marks=pytest.mark.slow if pair[0] == "openvino" or pair == ("tensorrt", "hard-swish") else ()
+        )
         for pair in PLACEMENTS
     ],
 )
