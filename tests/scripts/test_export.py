@@ -102,7 +102,8 @@ def test_tuning_measures_keeps_and_says_what_it_chose(run_script, weights, image
     result = export(run_script, weights, path, *flags)
     lines = result.out.splitlines()
     start = next(index for index, line in enumerate(lines) if line.startswith("placement"))
-    table = {line[:40].strip(): line for line in lines[start + 1 :] if re.search(r"\d\.\d\dx( <- chosen)?$", line)}
+    rows = [re.fullmatch(r"(.+?) +\d+\.\d\d +\d+\.\d\dx( <- chosen)?", line) for line in lines[start + 1 :]]
+    table = {row[1]: row[0] for row in rows if row}
     assert set(table) >= {"target's own", "float", "stem in float", "linear in float", "pool in float", "add in float"}
     (chosen,) = (name for name, line in table.items() if line.endswith("<- chosen"))
     left = sorted(name.removesuffix(" in float") for name in chosen.split(" + ")) if chosen != "target's own" else []
