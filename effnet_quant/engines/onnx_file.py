@@ -60,10 +60,11 @@ def read_onnx(path: str | Path) -> OnnxFile:
     """
     path = Path(path)
     model = _load(path)
+    card = read_card(model, str(path))  # its refusal says more than that the file is damaged
     try:
         return OnnxFile(
             _signature(model),
-            read_card(model, str(path)),
+            card,
             read_metadata(model),
             quantized=any(node.op_type == "DequantizeLinear" for node in model.graph.node),
             half=any(entry.data_type == onnx.TensorProto.FLOAT16 for entry in model.graph.initializer),

@@ -10,7 +10,7 @@ import pytest
 from onnx import TensorProto, helper, numpy_helper
 
 from effnet_quant import UserError, load_engine
-from effnet_quant.card import SIGNATURE_KEY
+from effnet_quant.card import CARD_KEY, SIGNATURE_KEY
 from effnet_quant.checks.latency import measure_engines
 from effnet_quant.engines.onnx_file import read_onnx
 
@@ -180,6 +180,17 @@ def test_what_the_file_says_must_be_what_the_graph_takes(tmp_path: Path) -> None
         onnx.save(model, path)
         with pytest.raises(UserError, match="damaged"):
             read_onnx(path)
+
+
+def test_a_card_that_can_not_be_used_is_said(tmp_path: Path) -> None:
+    path = tmp_path / "model.onnx"
+    model = onnx.load(write_scorer(path)[0])
+    helper.set_model_props(model, {CARD_KEY: '{"version": 1, "classes": "cats"}'})
+    onnx.save(model, path)
+    with pytest.raises(
+        UserError, match=r"model\.onnx describes its model .*classes must be a list of names, not 'cats'"
+    ):
+        load_engine(path)
 
 
 @pytest.mark.parametrize("batch", [2**40, -2])
