@@ -241,9 +241,9 @@ calibration with `max`, on a CPU. Scales that a network starts at 0 (the last on
 0.1 … 0.3, or those branches would add nothing and hide what is wrong in them. Errors are relative L2 distances of the
 logits; "engine" is ONNX Runtime.
 
-Rounding is a step function: an engine that sums in another order moves a few values across
-the edge of a step, the next layer moves more, and after many layers engine and simulation may be as far apart as two
-roundings of one network, about "simulation / float", while each computes what the graph says. Two columns tell this from an
+Rounding is a step function. An engine that sums in another order moves a few values across the edge of a step, and the next
+layer moves more. After many layers, engine and simulation may be as far apart as two roundings of one network, about
+"simulation / float". Both still compute what the graph says. Two columns tell this from an
 error. "Worst layer by itself" gives the simulation the engine's values behind every quantizer and compares the next one, so
 nothing builds up. "Biases alone" is the simulation against itself, each bias off by up to half an integer of the engine's:
 how far the network is moved by so little.

@@ -9,6 +9,7 @@ import sys
 from dataclasses import dataclass
 
 from effnet_quant import __version__
+from effnet_quant.cli.process import reader_left
 
 
 @dataclass(frozen=True)
@@ -73,7 +74,10 @@ def main() -> None:
         sys.exit(2)
     verb, *arguments = words
     if verb in ("-h", "--help"):
-        print(_help(program))
+        try:
+            print(_help(program), flush=True)
+        except BrokenPipeError:
+            sys.exit(reader_left())
     elif verb == "--version":
         print(f"effnet-quant {__version__}")
     elif verb in VERBS:

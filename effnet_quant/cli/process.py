@@ -37,10 +37,18 @@ def run(job: Callable[[Sequence[str]], int]) -> None:
             raise
         print(error, file=sys.stderr)
         status = LOST_PEER_STATUS
+    except BrokenPipeError:
+        status = reader_left()
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
         status = 130
     sys.exit(status)
+
+
+def reader_left() -> int:
+    """The status of a script whose reader has closed the pipe, as ``head`` does; nothing more is written to it."""
+    os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
+    return 128 + 13  # SIGPIPE
 
 
 def _record(error: UserError) -> None:

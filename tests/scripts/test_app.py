@@ -131,3 +131,10 @@ def test_the_command_lines_of_the_documents_name_verbs(repository):
         for block in re.findall(r"```.*?```", text, re.DOTALL):
             named |= {*re.findall(r"^effnet-quant (\w+)", block, re.MULTILINE)}
     assert {"verify", "latency", "data", "models", "serve"} <= named <= set(app.VERBS)
+
+
+def test_a_reader_that_leaves_is_no_error(repository):
+    command = f"{sys.executable} -m effnet_quant -h | true; exit ${{PIPESTATUS[0]}}"
+    result = subprocess.run(["bash", "-c", command], cwd=repository, capture_output=True, text=True, check=False)
+    assert result.returncode in (0, 141)  # the reader may leave before or after the text is written
+    assert result.stderr == ""
