@@ -96,6 +96,7 @@ def _classifier(parsed: argparse.Namespace) -> tuple[Predict, ModelCard, InputSp
     """A function from uint8 images (N, 3, H, W) to outputs, the model's card, and the input spec of its images."""
     import torch
 
+    from effnet_quant.cli.file_card import card_to_start_from
     from effnet_quant.cli.model_flags import load_model
     from effnet_quant.data.transforms import normalize
     from effnet_quant.jobs.inference import run_engine
@@ -118,6 +119,7 @@ def _classifier(parsed: argparse.Namespace) -> tuple[Predict, ModelCard, InputSp
         raise UserError(f"{parsed.backend} takes no weights; export them with model2onnx.py, or leave --backend out.")
     if parsed.device == "cuda" and not torch.cuda.is_available():
         raise UserError("PyTorch finds no CUDA card; leave --device out.")
+    card_to_start_from(parsed)
     model, card = load_model(parsed)
     assert card.input is not None
     spec = card.input

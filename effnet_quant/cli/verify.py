@@ -81,9 +81,11 @@ def _lint(path: str) -> bool:
 
 
 def _verify(parsed: argparse.Namespace) -> bool:
+    from effnet_quant.cli.file_card import card_to_start_from
     from effnet_quant.cli.model_flags import load_model
 
     engine = chosen_engine(parsed.engine, parsed)
+    card_to_start_from(parsed)
     if not parsed.arch:
         parsed.arch = engine.card.arch
     parsed.image_size = None  # the file's

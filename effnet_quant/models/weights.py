@@ -113,9 +113,7 @@ def read_weights(path: str | Path, *, ema: bool = False) -> Weights:
                 tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
                 text = (file.metadata() or {}).get(CARD_KEY, "{}")
         except (safetensors.SafetensorError, OSError, ValueError) as error:
-            raise UserError(
-                f"{path} is truncated, damaged or no safetensors file; get it again from where it came from."
-            ) from error
+            raise _damaged(path) from error
         return Weights(tensors, ModelCard.from_text(text, str(path)), str(path))
     content = read_torch_file(path)
     said: Any = None
@@ -127,6 +125,23 @@ def read_weights(path: str | Path, *, ema: bool = False) -> Weights:
     if not isinstance(content, dict) or not content or not all(isinstance(value, Tensor) for value in content.values()):
         raise UserError(f"{path} holds no weights: expected a state_dict of tensors or a checkpoint with one.")
     return Weights(dict(content), ModelCard.from_json({} if said is None else said, str(path)), str(path))
+
+
+def read_card(path: str | Path) -> ModelCard:
+    """The card of a weights file or a checkpoint; an empty card if the file has none.
+
+    Raises:
+        UserError: as ``read_weights``.
+    """
+    path = _existing_file(path)
+    if path.suffix != ".safetensors":
+        return read_weights(path).card
+    try:
+        with safetensors.safe_open(path, framework="pt") as file:  # reads the header alone
+            text = (file.metadata() or {}).get(CARD_KEY, "{}")
+    except (safetensors.SafetensorError, OSError, ValueError) as error:
+        raise _damaged(path) from error
+    return ModelCard.from_text(text, str(path))
 
 
 def write_weights(path: str | Path, tensors: dict[str, Tensor], card: ModelCard | None = None) -> None:
@@ -200,7 +215,8 @@ def load_weights(model: nn.Module, weights: Weights, *, new_classifier: bool = F
                 for what, names in (("missing", missing), ("unexpected", unexpected), ("of another shape", reshaped))
                 if names
             )
-            + "; check --arch."
+            + (f"; it is for {weights.card.arch}, so" if weights.card.arch else ";")
+            + " check --arch."
         )
     tensors = OrderedDict(given)
     # Versions of the modules' state dicts. torchvision's MNASNets refuse a state dict without them.
@@ -266,6 +282,10 @@ def _existing_file(path: str | Path) -> Path:
     if not path.is_file():
         raise UserError(f"there is no file {path}; check the path.")
     return path
+
+
+def _damaged(path: Path) -> UserError:
+    return UserError(f"{path} is truncated, damaged or no safetensors file; get it again from where it came from.")
 
 
 def _no_average(path: Path) -> UserError:
