@@ -27,6 +27,7 @@ _PUBLIC = {
     "load_engine": "effnet_quant.engines.engine",
     "quantize": "effnet_quant.quantization.placement.insertion",
     "simulate_target": "effnet_quant.quantization.placement.insertion",
+    "summarize": "effnet_quant.quantization.placement.summary",
     "train": "effnet_quant.jobs.float_training",
 }
 

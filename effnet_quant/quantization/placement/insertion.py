@@ -16,6 +16,7 @@ from effnet_quant.quantization.eager_evaluation import eager_pass
 from effnet_quant.quantization.placement.between_modules import place_between_modules
 from effnet_quant.quantization.placement.gates import place_gates
 from effnet_quant.quantization.placement.nonnegative import never_negative
+from effnet_quant.quantization.placement.summary import refused_by_export
 from effnet_quant.quantization.placement.symbolic_trace import replace_forward, trace_operations
 from effnet_quant.quantization.quantized_layers import (
     QuantAdaptiveAvgPool2d,
@@ -46,7 +47,8 @@ def quantize(
     names the modules that can't be traced.
 
     The quantizers have no ranges yet, and the network computes what the float network does. ``calibrate`` or loaded weights
-    give it ranges. Parameters are shared with the float model and keep their names.
+    give it ranges. Parameters are shared with the float model and keep their names. ``summarize`` says what stays in float.
+    nn.MultiheadAttention does, inside and out. A warning names layers that ``export_onnx`` refuses.
 
     Args:
         model: any module with Conv2d, Linear or average pooling modules.
@@ -60,6 +62,8 @@ def quantize(
         UserError: unknown preset or target, a model that is quantized already or has nothing to quantize, or an override
             that matches nothing.
     """
+    if not isinstance(model, nn.Module):
+        raise UserError(f"quantize takes a model, not a {type(model).__name__}; give an nn.Module.")
     lookup, rules = SpecLookup(resolve_spec(spec)), get_target(target)
     if any(True for _ in quantizers(model)):
         raise UserError("the model is quantized already; create a float model to quantize it another way.")
@@ -70,6 +74,12 @@ def quantize(
     if not marked:
         _place_on_graph(model, lookup)
     lookup.check_overrides()
+    if refused := refused_by_export(model):
+        listed = ", ".join(f"{name} ({kind})" for name, kind in refused[:3])
+        warnings.warn(
+            f"export_onnx will refuse this model, because ONNX files can't hold {listed}; export the part without it.",
+            stacklevel=2,
+        )
     with eager_pass(model):  # as engines see it
         graph, opaque = trace_operations(model)
     if graph is not None:
@@ -124,8 +134,10 @@ class _Placing:
     def place(self, module: nn.Module, prefix: str = "") -> None:
         """Replace the descendants of ``module``. ``prefix`` starts their names."""
         for name, child in list(module._modules.items()):
-            if child is None or hasattr(child, "_weight_quantizer"):
-                continue
+            if child is None or hasattr(child, "_weight_quantizer") or isinstance(child, nn.MultiheadAttention):
+                continue  # attention's forward reads the weights of its layers, and never calls these
+            if isinstance(child, nn.TransformerEncoderLayer):
+                child.activation_relu_or_gelu = 0  # else eval mode computes in one operation that calls no layer
             twin = self._twin(child, f"{prefix}{name}")
             if twin is not None:
                 setattr(module, name, twin)
