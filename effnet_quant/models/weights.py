@@ -144,8 +144,12 @@ def read_card(path: str | Path) -> ModelCard:
     return ModelCard.from_text(text, str(path))
 
 
-def write_weights(path: str | Path, tensors: dict[str, Tensor], card: ModelCard | None = None) -> None:
+def write_weights(
+    path: str | Path, tensors: dict[str, Tensor], card: ModelCard | None = None, entries: dict[str, str] | None = None
+) -> None:
     """Write a state dict. The extension chooses ``.safetensors`` (with the card) or ``.pth`` (a plain state dict).
+
+    ``entries`` are further texts by name, which a ``.safetensors`` file keeps beside the card.
 
     Raises:
         UserError: another extension, or the file can't be written.
@@ -153,9 +157,8 @@ def write_weights(path: str | Path, tensors: dict[str, Tensor], card: ModelCard 
     path = Path(path)
     tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
     if path.suffix == ".safetensors":
-        content = safetensors.torch.save(
-            tensors, {CARD_KEY: json.dumps((card or ModelCard()).to_json(), sort_keys=True)}
-        )
+        said = json.dumps((card or ModelCard()).to_json(), sort_keys=True)
+        content = safetensors.torch.save(tensors, {**(entries or {}), CARD_KEY: said})
     elif path.suffix == ".pth":
         buffer = io.BytesIO()
         torch.save(tensors, buffer)

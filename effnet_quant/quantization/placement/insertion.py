@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -30,6 +31,20 @@ from effnet_quant.quantization.quantized_layers import (
 from effnet_quant.quantization.quantizer import TensorQuantizer
 from effnet_quant.quantization.spec import QuantSpec, SpecLookup, resolve_spec
 from effnet_quant.quantization.targets import FollowsTarget, Target, get_target
+
+
+@dataclass(frozen=True)
+class Placed:
+    """What ``quantize`` was asked for, and the runtime that the model simulates now."""
+
+    spec: QuantSpec
+    target: Target
+
+
+def placement_of(model: nn.Module) -> Placed | None:
+    """How ``quantize`` has quantized ``model``; None for a float model."""
+    placed = getattr(model, "_quantization", None)
+    return placed if isinstance(placed, Placed) else None
 
 
 def quantize(
@@ -87,6 +102,7 @@ def quantize(
         for quantizer in never_negative(model, graph, opaque):
             quantizer.never_negative = True
         note_batch_norms(model, graph)
+    model._quantization = Placed(resolve_spec(spec), rules)  # type: ignore[assignment]
     return simulate_target(model, rules)
 
 
@@ -174,6 +190,8 @@ def simulate_target(model: nn.Module, target: str | Target) -> nn.Module:
         UserError: there is no such target.
     """
     rules = get_target(target)
+    if (placed := placement_of(model)) is not None:
+        model._quantization = replace(placed, target=rules)  # type: ignore[assignment]
     for module in model.modules():
         if isinstance(module, FollowsTarget):
             module.follow(rules)

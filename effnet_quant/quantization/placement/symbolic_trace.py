@@ -11,7 +11,7 @@ import torch
 from torch import fx, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from effnet_quant.quantization.quantized_layers import QuantAdaptiveAvgPool2d, QuantAvgPool2d, QuantGate
+from effnet_quant.quantization.quantized_layers import MadeHere, QuantAdaptiveAvgPool2d, QuantAvgPool2d, QuantGate
 
 # Modules that stay one node: they carry quantizers, or compute differently in training and evaluation.
 _CHECKS = (fx._symbolic_trace._assert_is_none, torch._assert)
@@ -118,7 +118,8 @@ def replace_forward(model: nn.Module, graph: fx.Graph) -> None:
     generated = fx.GraphModule(model, graph)
     forward: Callable[..., torch.Tensor] = type(generated).forward
     own = model.__class__
-    model.__class__ = types.new_class(f"Quantized{own.__name__}", (own,), {}, lambda body: body.update(forward=forward))
+    body = {"forward": forward}
+    model.__class__ = types.new_class(f"Quantized{own.__name__}", (MadeHere, own), {}, lambda space: space.update(body))
 
 
 def called_module(model: nn.Module, node: fx.Node) -> nn.Module | None:
