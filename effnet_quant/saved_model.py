@@ -37,19 +37,8 @@ def save(model: nn.Module, path: str | Path, card: ModelCard | None = None) -> N
     """
     if Path(path).suffix != ".safetensors":
         raise UserError(f"{path}: a model is saved in one format; name the file .safetensors.")
+    card = _as_quantized(card or card_of(model), model)
     built = _built(model)
-    card = card or (ModelCard() if built is None else built.card)
-    placed = placement_of(model)
-    if placed is None:
-        card = replace(card, quant_spec=None, target=None, float_operations=())
-    else:
-        left = get_target(placed.target.name).quantized - placed.target.quantized
-        card = replace(
-            card,
-            quant_spec=placed.spec.to_json(),
-            target=placed.target.name,
-            float_operations=tuple(sorted(left)),
-        )
     tensors = model.state_dict()
     if others := [name for name, value in tensors.items() if not isinstance(value, Tensor)]:
         raise UserError(f"{others[0]} in the model's state is no tensor; leave it out of the state.")
@@ -61,6 +50,26 @@ def save(model: nn.Module, path: str | Path, card: ModelCard | None = None) -> N
     # a file can't say that two names share one tensor; load finds that in the model
     own = {name: value.detach().clone() for name, value in tensors.items()}
     write_weights(path, own, card, {STATE_KEY: json.dumps(state)})
+
+
+def card_of(model: nn.Module) -> ModelCard:
+    """What is known of a model: the card that ``build`` made it of, and its quantization. The other fields are open."""
+    built = _built(model)
+    return _as_quantized(ModelCard() if built is None else built.card, model)
+
+
+def _as_quantized(card: ModelCard, model: nn.Module) -> ModelCard:
+    """``card`` with the quantization of ``model``, and the runtime that it simulates."""
+    placed = placement_of(model)
+    if placed is None:
+        return replace(card, quant_spec=None, target=None, float_operations=())
+    left = get_target(placed.target.name).quantized - placed.target.quantized
+    return replace(
+        card,
+        quant_spec=placed.spec.to_json(),
+        target=placed.target.name,
+        float_operations=tuple(sorted(left)),
+    )
 
 
 def load(path: str | Path, model: nn.Module | None = None) -> nn.Module:
