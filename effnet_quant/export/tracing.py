@@ -7,6 +7,7 @@ import copy
 import inspect
 import io
 import logging
+import re
 from collections.abc import Iterator
 from typing import Any
 
@@ -90,7 +91,9 @@ def trace_image(
         traced = _traced(marked, (images,), (dimensions,))
     except Exception as error:  # whatever a model's own code raises, and torch.export
         why = _reason(marked, error)
-        if _is_about_sizes(error):
+        if _wants_other_dimensions(error):
+            why += "; if it takes no square images, give examples of its arguments as inputs="
+        elif _is_about_sizes(error):
             why += "; is the image size large enough for it?"
         raise UserError(f"the model can't be traced at {image_size} px: {why}") from error
     open_sizes = [isinstance(size, torch.SymInt) for size in traced.inputs[0].meta["val"].shape[2:]]
@@ -266,6 +269,11 @@ def _reason(model: nn.Module, error: Exception) -> str:
             "before that"
         )
     return f"{where}: {said}" if where else said
+
+
+def _wants_other_dimensions(error: Exception) -> bool:
+    """Whether a layer got another number of dimensions or channels than it takes, as Conv1d and Conv3d do of images."""
+    return bool(re.search(r"expected .*(\b[1-6]-?d\b|\bchannels\b)", _first_line(error).lower()))
 
 
 def _is_about_sizes(error: Exception) -> bool:

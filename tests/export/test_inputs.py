@@ -229,3 +229,10 @@ def test_the_reason_of_a_refusal_is_the_reason_and_nothing_else_is_printed(tmp_p
     with pytest.raises(UserError, match=says):
         export_onnx(model, tmp_path / "model.onnx", 8)
     assert capfd.readouterr() == ("", "")
+
+
+@pytest.mark.parametrize("layer", [nn.Conv1d(3, 4, 3), nn.Conv3d(3, 4, 3), nn.BatchNorm1d(3)], ids=str)
+def test_a_model_that_takes_no_images_is_told_of_inputs(layer: nn.Module, tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=r"give examples of its arguments as inputs=") as raised:
+        export_onnx(nn.Sequential(layer).eval(), tmp_path / "model.onnx", 8)
+    assert "large enough" not in str(raised.value)
