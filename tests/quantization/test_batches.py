@@ -50,6 +50,10 @@ def ranges(data: Any, kind: type[Network] = Network, **options: Any) -> list[Ten
     return [quantizer.amax for _, quantizer in quantizers(model)]
 
 
+def equal(one: list[Tensor], other: list[Tensor]) -> bool:
+    return all(torch.equal(a, b) for a, b in zip(one, other, strict=True))
+
+
 def dicts(**entries: Tensor) -> list[dict[str, Any]]:
     parts = {name: tensor.split(4) for name, tensor in entries.items()}
     return [{"file": "a.png", **dict(zip(parts, rows, strict=True))} for rows in zip(*parts.values(), strict=True)]
@@ -74,7 +78,7 @@ FORMS = {
 
 @pytest.mark.parametrize(("data", "options"), FORMS.values(), ids=FORMS)
 def test_every_form_gives_the_ranges_of_plain_tensors(data: Any, options: dict[str, Any]) -> None:
-    assert all(map(torch.equal, ranges(data, **options), ranges(IMAGES.split(4)), strict=True))
+    assert equal(ranges(data, **options), ranges(IMAGES.split(4)))
 
 
 def test_a_model_of_two_arguments_gets_both_from_every_form() -> None:
@@ -83,13 +87,18 @@ def test_a_model_of_two_arguments_gets_both_from_every_form() -> None:
     named = dicts(mask=MASK, pixels=IMAGES, label=LABELS)
     by_key = dicts(a=MASK, b=IMAGES)
     for data, options in ((loader, {}), (named, {}), (by_key, {"key": ("b", "a")})):
-        assert all(map(torch.equal, ranges(data, OfTwo, **options), expected, strict=True))
+        assert equal(ranges(data, OfTwo, **options), expected)
+
+
+class Scaled(Network):
+    def forward(self, pixels: Tensor, scale: Any = 1.0) -> Tensor:
+        return super().forward(pixels) + self.linear(scale * self.conv(pixels).mean((2, 3)))
 
 
 def test_a_dict_fills_optional_arguments_too() -> None:
-    given = ranges(dicts(mask=MASK, pixels=IMAGES))
-    assert all(map(torch.equal, given, ranges(list(zip(IMAGES.split(4), MASK.split(4), strict=True))), strict=True))
-    assert not all(map(torch.equal, given, ranges(IMAGES.split(4)), strict=True))
+    given = ranges(dicts(scale=MASK, pixels=IMAGES), Scaled)
+    assert equal(given, ranges(list(zip(IMAGES.split(4), MASK.split(4), strict=True)), Scaled))
+    assert not equal(given, ranges(IMAGES.split(4), Scaled))
 
 
 def test_progress_counts_the_examples_of_a_function_and_a_loader() -> None:
