@@ -124,6 +124,8 @@ def say_what_is_used(run: Run, parsed: argparse.Namespace) -> None:
         print("no GPU: TF32 means FP32", flush=True)
     if "data_backend" not in parsed.explicit:
         print(f"data backend: {DEFAULT_BACKEND}", flush=True)
+    if "num_classes" not in parsed.explicit:
+        print(f"from {parsed.data}: {run.card.num_classes} classes", flush=True)
     if run.began_with is None or parsed.evaluate:
         return
     for name in ("weight_decay", "bn_weight_decay", "momentum", "nesterov", "rmsprop_alpha", "rmsprop_eps"):

@@ -111,7 +111,8 @@ def _place_on_graph(model: nn.Module, spec: SpecLookup) -> None:
     if graph is None:
         warnings.warn(
             f"{type(model).__name__} can't be traced: its convolutions, linear and pooling layers are quantized, the "
-            "additions, products and concatenations between them stay in float.",
+            "additions, products and concatenations between them stay in float. If its Python code decides by the values of "
+            "a tensor, export_onnx will refuse it.",
             stacklevel=3,
         )
         return

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import operator
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 
 import torch
@@ -27,11 +27,11 @@ _NO_8_BIT_FORM = (
     nn.MultiheadAttention,
     nn.Bilinear,
 )
-# tests/quantization/test_summary.py exports each of them
+# torch.export takes them apart into operations that the writer does not know
 NOT_EXPORTED = (nn.RNNBase, nn.RNNCellBase, nn.Bilinear)
 _WEIGHTS_OF_ITS_OWN = "a function, whose weights no quantizer sees; nn.Conv2d or nn.Linear would be quantized"
 _TWO_ACTIVATIONS = "a product of two activations"
-_FUNCTIONS = {
+_FUNCTIONS: dict[Callable[..., object], str] = {
     **{function: _WEIGHTS_OF_ITS_OWN for function in (F.conv1d, F.conv2d, F.conv3d, F.linear, F.bilinear)},
     **{function: _WEIGHTS_OF_ITS_OWN for function in (F.conv_transpose1d, F.conv_transpose2d, F.conv_transpose3d)},
     **{function: _TWO_ACTIVATIONS for function in (torch.matmul, torch.bmm, torch.baddbmm, operator.matmul)},
@@ -109,7 +109,7 @@ def summarize(model: nn.Module) -> QuantizationSummary:
         if isinstance(module, _NO_8_BIT_FORM):
             note(type(module).__name__, "a kind of layer that has no 8-bit form here", name)
         elif name.rpartition(".")[0] not in layers and _counts_as_operation(name, module, simulated=False):
-            note(module.operation, "the runtime computes it in float", name)  # type: ignore[arg-type]
+            note(str(module.operation), "the runtime computes it in float", name)
     with eager_pass(model):
         graph, opaque = trace_operations(model)
     for kind, reason, name in _functions(graph):
