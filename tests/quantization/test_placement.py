@@ -296,7 +296,14 @@ def test_a_question_for_the_size_does_not_add_a_rounding(tmp_path) -> None:  # t
     assert (got - expected).norm() < 1e-3 * expected.norm()
 
 
-@pytest.mark.parametrize("name", ["vit_tiny_patch16_224", "deit_tiny_patch16_224", "swin_tiny_patch4_window7_224"])
+@pytest.mark.parametrize(
+    "name",
+    [
+        "vit_tiny_patch16_224",
+        pytest.param("deit_tiny_patch16_224", marks=pytest.mark.slow),
+        "swin_tiny_patch4_window7_224",
+    ],
+)
 def test_engines_of_vision_transformers_do_what_the_simulation_says(name: str, tmp_path) -> None:  # type: ignore[no-untyped-def]
     """Untrained networks amplify every flipped rounding from block to block, so each layer is compared by itself."""
     timm = pytest.importorskip("timm")
