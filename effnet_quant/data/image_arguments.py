@@ -79,7 +79,7 @@ def as_pixels(image: Any) -> Tensor:
         raise _no_image(f"a {type(image).__name__}")
     if image.dtype != np.uint8 or not (image.ndim == 2 or (image.ndim == 3 and image.shape[2] in (1, 3))):
         raise _no_image(f"an array of {image.dtype} {image.shape}")
-    pixels = torch.from_numpy(np.ascontiguousarray(image))
+    pixels = torch.from_numpy(np.array(image))  # a copy, because the arrays of PIL are read-only
     return (pixels[..., None] if pixels.ndim == 2 else pixels).movedim(-1, 0).expand(3, -1, -1)
 
 
