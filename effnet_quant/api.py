@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -141,7 +141,16 @@ def build(
     if weights is not None:
         fitting = weights if ranges_fit(weights, card) else weights.without_ranges()
         load_weights(model, fitting, new_classifier=new_classifier)
+    model._built = Built(card, options)  # type: ignore[assignment]
     return model
+
+
+@dataclass(frozen=True)
+class Built:
+    """What ``build`` made a model of."""
+
+    card: ModelCard
+    options: Mapping[str, Any]
 
 
 def ranges_fit(weights: Weights, card: ModelCard) -> bool:

@@ -16,6 +16,7 @@ FLOORS = (
     ("jobs",),
     ("report", "serving", "checks"),
     ("engines", "export", "training"),
+    ("saved_model",),
     ("api",),
     ("quantization",),
     ("tasks",),

@@ -43,7 +43,9 @@ def job(arguments: Sequence[str]) -> int:
         type=int,
         help="images per batch of --verify (default: 32) and --tune (default: 8); the file takes any batch size",
     )
-    parser.add_argument("--target", choices=tuple(TARGETS), default="onnxruntime", help="the runtime to export for")
+    parser.add_argument(
+        "--target", choices=tuple(TARGETS), help="the runtime to export for (default: see docs/deployment.md)"
+    )
     _add_form_arguments(parser)
     parser.add_argument("--output", metavar="FILE", help="file to write (default: <arch>.onnx, with : replaced by -)")
     parser.add_argument("--verify", metavar="DATA", dest="data", help="compare the engine with its simulation on DATA")
@@ -59,11 +61,14 @@ def job(arguments: Sequence[str]) -> int:
     )
     add_verify_arguments(parser)
     parsed = parser.parse(arguments)
+    from effnet_quant.cli.file_card import card_to_start_from
     from effnet_quant.cli.model_flags import load_model
     from effnet_quant.engines.engine import load_engine
     from effnet_quant.export.onnx import export_onnx
 
     _refuse_idle_flags(parsed)
+    said = card_to_start_from(parsed)
+    parsed.target = parsed.target or _usual_target(said)
     if (parsed.data or parsed.tune) and parsed.target == "tensorrt" and importlib.util.find_spec("tensorrt") is None:
         raise UserError(
             "--verify and --tune run the engine, and TensorRT is not installed; check the graph with "
@@ -101,6 +106,13 @@ def job(arguments: Sequence[str]) -> int:
     if parsed.data and not verify_engine(model, card, load_engine(output, parsed.target, precision=precision), parsed):
         status = 1
     return status
+
+
+def _usual_target(said: ModelCard) -> str:
+    """The weights' target. ONNX Runtime in place of TensorRT where that is missing, and for weights without a target."""
+    if said.target == "tensorrt" and importlib.util.find_spec("tensorrt") is None:
+        return "onnxruntime"
+    return said.target or "onnxruntime"
 
 
 def _note_coarser_grids(model: nn.Module, card: ModelCard, target: str) -> None:

@@ -21,14 +21,15 @@ from effnet_quant.models.registry import get_entry
 def load_model(parsed: argparse.Namespace) -> tuple[nn.Module, ModelCard]:
     """The model of ``--arch`` in eval mode and its card, with weights of ``--pretrained-from-file`` or ``--pretrained``.
 
-    The number of classes is the weights' unless the user gave another. A network whose name leaves open whether it is
-    quantized is, if the weights bring ranges.
+    ``--arch`` is the weights' if ``card_to_start_from`` took it from them. The number of classes is the weights' unless the
+    user gave another. A network whose name leaves open whether it is quantized is, if the weights bring ranges.
 
     Raises:
         UserError: unknown model, no weights, weights that do not fit, or a quantized model with float weights.
     """
     if not parsed.arch:
-        raise UserError("which model is it? Give its name with --arch.")
+        silent = f"{parsed.pretrained_from_file} does not say; give" if parsed.pretrained_from_file else "Give"
+        raise UserError(f"which model is it? {silent} its name with --arch.")
     start = StartConfig(weights=parsed.pretrained_from_file, ema=parsed.ema, pretrained=parsed.pretrained)
     weights = starting_weights(start, get_entry(parsed.arch))
     if weights is None:

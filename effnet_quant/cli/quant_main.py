@@ -43,16 +43,18 @@ def job(arguments: Sequence[str]) -> int:
     """Calibrate and train, or evaluate, as the command line says; returns the exit status."""
     parsed = build_parser().parse(arguments)
     from effnet_quant.api import has_ranges
+    from effnet_quant.cli.file_card import card_to_start_from
     from effnet_quant.cli.training import say_what_is_used, settings, train_or_evaluate
     from effnet_quant.jobs.quantized_training import check_start, prepare_quantized
     from effnet_quant.jobs.run import open_run
     from effnet_quant.models.registry import get_entry
     from effnet_quant.report.calibration_page import FORMATS
 
+    said = card_to_start_from(parsed, quantized=True)
     if get_entry(parsed.arch).quantized is False:
         quantized = parsed.arch.replace("efficientnet-", "efficientnet-quant-", 1)
         raise UserError(f"{parsed.arch} is a float model; quant_main.py wants its quantized twin, --arch {quantized}.")
-    asked = settings(parsed, asked_spec(parsed), parsed.target)
+    asked = settings(parsed, said, asked_spec(parsed), parsed.target, quantized=True)
     check_start(asked.start)
     qat = qat_config(parsed)
     if parsed.report and Path(parsed.report).suffix not in FORMATS:

@@ -21,13 +21,15 @@ from effnet_quant.errors import UserError
 DIGITS = "digits"
 
 
-def open_sources(data: str) -> tuple[ImageSource, ImageSource]:
+def open_sources(data: str, classes: list[str] | None = None) -> tuple[ImageSource, ImageSource]:
     """Open the training and the validation images that ``data`` names; docs/data.md lists the possible names.
+
+    Labels are indices into ``classes``, or into the data's own classes if it is None.
 
     Raises:
         UserError: there is no such data, it holds no images, or the training images lack a class of the validation images.
     """
-    train = open_training(data)
+    train = _open(data, "train", classes)
     return train, _open(data, "val", train.classes)
 
 

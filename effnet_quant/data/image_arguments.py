@@ -1,14 +1,17 @@
-"""The images that a command line names: files, folders, "-" for standard input, URLs."""
+"""The images that a user gives: files, folders, "-" for standard input, URLs; in Python also PIL images and arrays."""
 
 from __future__ import annotations
 
 import http.client
+import os
 import sys
 import urllib.error
 import urllib.request
 from pathlib import Path
+from typing import Any
 
 import numpy as np
+import torch
 from torch import Tensor
 
 from effnet_quant.data.decoding import DecodeError, decode
@@ -51,6 +54,39 @@ def read_named(name: str) -> Tensor:
     if name.startswith(_SCHEMES):
         return _decoded(_download(name), name)
     return read_image(name)
+
+
+def as_pixels(image: Any) -> Tensor:
+    """An image of any form as uint8 (3, H, W).
+
+    Args:
+        image: a file's name or a URL, a PIL image, an array of uint8 (H, W, 3) or (H, W), or a tensor of uint8 (3, H, W).
+
+    Raises:
+        UserError: it can't be read, or has another form.
+    """
+    if isinstance(image, (str, os.PathLike)):
+        return read_named(os.fspath(image))
+    if isinstance(image, Tensor):
+        if image.dtype is torch.uint8 and image.ndim == 3 and len(image) in (1, 3):
+            return image.cpu().expand(3, -1, -1)
+        raise _no_image(f"a tensor of {str(image.dtype).removeprefix('torch.')} {tuple(image.shape)}")
+    if hasattr(image, "getexif") and hasattr(image, "convert"):  # a PIL image
+        from PIL import ImageOps
+
+        image = np.asarray(ImageOps.exif_transpose(image).convert("RGB"))
+    if not isinstance(image, np.ndarray):
+        raise _no_image(f"a {type(image).__name__}")
+    if image.dtype != np.uint8 or not (image.ndim == 2 or (image.ndim == 3 and image.shape[2] in (1, 3))):
+        raise _no_image(f"an array of {image.dtype} {image.shape}")
+    pixels = torch.from_numpy(np.array(image))  # a copy, because the arrays of PIL are read-only
+    return (pixels[..., None] if pixels.ndim == 2 else pixels).movedim(-1, 0).expand(3, -1, -1)
+
+
+def _no_image(what: str) -> UserError:
+    return UserError(
+        f"{what} is no image; give a file's name, a PIL image, an array of uint8 (H, W, 3) or a tensor of uint8 (3, H, W)."
+    )
 
 
 def _decoded(data: bytes, name: str) -> Tensor:

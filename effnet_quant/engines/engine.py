@@ -8,12 +8,16 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from effnet_quant.card import InputSpec
 from effnet_quant.engines.compiled import Compiled, Settings, run_in_batches
 from effnet_quant.engines.cpu import cpu_has_bf16
 from effnet_quant.engines.onnx_file import read_onnx_card
 from effnet_quant.engines.runtimes import BACKENDS, get_backend
 from effnet_quant.engines.signature import ArrayInput, arrange
 from effnet_quant.errors import UserError
+from effnet_quant.structure import map_leaves
+
+PREDICTED_TOGETHER = 32  # images, so that a long list needs little memory
 
 __all__ = ["BACKENDS", "Engine", "load_engine"]
 
@@ -21,8 +25,8 @@ __all__ = ["BACKENDS", "Engine", "load_engine"]
 class Engine:
     """A compiled model. Called with the model's arguments as arrays, it returns the model's results as arrays.
 
-    Several threads may call one engine at the same time. Each gets the results that it would get alone. All methods may be
-    called from any thread.
+    Several threads may call one engine at the same time, and its ``predict``. Each gets the results that it
+    would get alone. All methods may be called from any thread.
 
     Attributes:
         path: the file it was compiled from.
@@ -54,6 +58,75 @@ class Engine:
     def input(self) -> ArrayInput:
         """The first input."""
         return self.inputs[0]
+
+    @property
+    def classes(self) -> tuple[str, ...] | None:
+        """The names of the classes, in the order of the outputs; None if the file has none."""
+        return self.card.classes
+
+    @property
+    def image_spec(self) -> InputSpec:
+        """The images that the model takes, and how they are prepared.
+
+        Raises:
+            UserError: the file does not say.
+        """
+        from effnet_quant.models.registry import CROP_MARGIN
+
+        if self.card.input is not None:
+            return self.card.input
+        size = self.metadata.get("image_size")
+        if size is None:
+            raise UserError(
+                f"{self.path} does not say how its images are prepared; export it with model2onnx.py, or with a card that "
+                "has an InputSpec."
+            )
+        return InputSpec(size, size + CROP_MARGIN)
+
+    def __repr__(self) -> str:
+        def form(value: ArrayInput) -> str:
+            sizes = ("any" if size is None else str(size) for size in value.shape)
+            return f"{value.name} {value.dtype} ({', '.join(['N', *sizes])})"
+
+        arch = f"{self.card.arch}, " if self.card.arch else ""
+        classes = f", {len(self.classes)} classes" if self.classes else ""
+        runs = f"{self.backend}, {self.precision}, {self.settings.device}"
+        return f"Engine({str(self.path)!r}: {arch}{runs}; takes {', '.join(map(form, self.inputs))}{classes})"
+
+    def predict(self, images: Any, topk: int = 5) -> Any:
+        """The answers for images, prepared as the card says: for a classifier its likeliest classes and their probabilities.
+
+        Args:
+            images: a file's name or URL, a PIL image, an array of uint8 (H, W, 3), or a tensor of uint8 (3, H, W); or a list
+                of these. Arrays (N, H, W, 3) are lists too.
+            topk: classes in an answer, at most.
+
+        Returns:
+            ``{"top": [{"class": name, "index": 0 …, "probability": 0 … 1}, …]}`` for one image, the likeliest class first; a
+            list of answers for a list. Other tasks have answers of their own (``Task.answers``).
+
+        Raises:
+            UserError: an image can't be read, the engine takes no single image, or the file does not say how to prepare one.
+        """
+        import torch
+
+        from effnet_quant.data.image_arguments import as_pixels
+        from effnet_quant.data.transforms import evaluation_transform, normalize
+        from effnet_quant.tasks import get_task
+
+        if len(self.inputs) != 1 or not self.input.is_image:
+            raise UserError("predict is for engines that take one image; call this engine with its arrays.")
+        if topk < 1:
+            raise UserError("topk must be at least 1.")
+        several = isinstance(images, (list, tuple)) or getattr(images, "ndim", 0) == 4
+        given, spec, answers = list(images) if several else [images], self.image_spec, []
+        transform, task = evaluation_transform(spec), get_task(self.card.task)
+        for start in range(0, len(given), PREDICTED_TOGETHER):
+            pixels = torch.stack([transform(as_pixels(image)) for image in given[start : start + PREDICTED_TOGETHER]])
+            prepared = pixels if self.input.dtype == "uint8" else normalize(pixels, spec)
+            outputs = map_leaves(torch.from_numpy, self(prepared.numpy().astype(self.input.dtype)))
+            answers += task.answers(outputs, self.classes, topk)
+        return answers if several else answers[0]
 
     def __call__(self, *arrays: NDArray[Any]) -> Any:
         """What the model returns for its arguments: an array, or tuples, lists and dicts of arrays.

@@ -31,6 +31,7 @@ from effnet_quant.files import replace_file
 from effnet_quant.models.input_channels import image_channels
 from effnet_quant.quantization.placement.insertion import quantizers
 from effnet_quant.quantization.targets import Target, get_target
+from effnet_quant.saved_model import card_of
 from effnet_quant.tasks import get_task
 
 PLAIN = ExportOptions()
@@ -68,6 +69,7 @@ def export_onnx(
         inputs: an example tensor of each argument. Their values do not matter.
         target: "onnxruntime", "openvino" or "tensorrt", or changed rules of one (``Target.leaving_in_float``).
         card: describes the model. ``target`` and the operations left in float are added. None makes a card of ``metadata``.
+            If that describes no model, the card is what ``create_model`` and ``quantize`` know.
         metadata: further JSON values to store in the file; ``Engine.metadata`` has them.
         options: the form of the file.
 
@@ -107,7 +109,12 @@ def build_onnx(
         traced = trace_inputs(model, rules, examples)
         described = value_infos(traced.inputs, names, {})
     left = tuple(sorted(get_target(rules.name).quantized - rules.quantized))
-    card = replace(card or ModelCard.from_json(metadata or {}, "metadata"), target=rules.name, float_operations=left)
+    card = card or ModelCard.from_json(metadata or {}, "metadata")
+    if card == ModelCard():  # nothing was said
+        card = card_of(model)
+        if card.input is not None and image_size is not None:
+            card = replace(card, input=card.input.resized(image_size))
+    card = replace(card, target=rules.name, float_operations=left)
     known = get_task(card.task).output_names if inputs is None else ()
     proto = _write(run_passes(traced, rules, options), described, rules, options, quantized, known)
     if inputs is None:

@@ -26,10 +26,11 @@ from effnet_quant.data.shards import ShardSource
 from effnet_quant.data.sources import ImageSource
 from effnet_quant.data.transforms import evaluation_transform, training_transform
 from effnet_quant.errors import UserError
+from effnet_quant.jobs.classes import check_classes, check_count, label_order
 from effnet_quant.jobs.config import DataConfig, PlaceConfig, StartConfig
 from effnet_quant.models.entry import ModelEntry
 from effnet_quant.models.registry import get_entry
-from effnet_quant.models.weights import Weights, read_weights
+from effnet_quant.models.weights import Weights, read_card, read_weights
 from effnet_quant.quantization.spec import resolve_spec, same_grids
 from effnet_quant.training.affinity import bind_to_gpu
 from effnet_quant.training.checkpoint import load_checkpoint, prepare_workspace
@@ -84,8 +85,8 @@ def open_run(
     All settings are checked before anything is written.
 
     Args:
-        card: the arch, and other fields that override the weights' card and the network's defaults. Without
-            ``num_classes``, the data's number of classes is used.
+        card: fields that override the weights' card and the network's defaults. Without ``arch``, the weights' card names
+            it. Without ``num_classes``, the data's number of classes is used.
         data: the images' settings.
         config: hyperparameters and run control.
         place: where the run writes; None for the working directory.
@@ -123,34 +124,33 @@ def _prepare(
     overrides: Overrides,
     evaluate: bool,
 ) -> Run:
-    if asked.arch is None:
-        raise UserError("which model is it? The card names no arch; give one.")
-    entry = get_entry(asked.arch)
-    asked = replace(asked, input=asked.input or entry.input)
     start = _started_again(start, config, place, world)
     checkpoint = load_checkpoint(start.resume) if start.resume else None
     if checkpoint is not None and (start.weights or start.pretrained):
         raise UserError("--resume and --pretrained-from-file (or --pretrained) both bring weights; give one of them.")
     config = _with_seed(config, checkpoint, world)
     config.check_processes(world.size)
+    said = _card_to_start_from(start, checkpoint)
+    asked = replace(asked, arch=asked.arch or said.arch)
+    if asked.arch is None:
+        raise UserError("which model is it? Neither the card nor the weights name an arch; give one.")
+    entry = get_entry(asked.arch)
+    asked = replace(asked, input=asked.input or said.input or entry.input)
     with world.main_first() if fills_cache(data.data) else nullcontext():
-        train_source, val_source = _open_sources(data, asked, entry, evaluate=evaluate)
+        train_source, val_source = _open_sources(data, asked, said, entry, evaluate=evaluate)
     classes = val_source.classes
-    if asked.num_classes is not None and len(classes) != asked.num_classes:
-        raise UserError(
-            f"{data.data} has {len(classes)} classes, but the model has {asked.num_classes}; "
-            f"pass --num-classes {len(classes)}."
-        )
+    check_count(asked.num_classes, classes, data.data)
     asked = replace(asked, num_classes=len(classes), classes=tuple(classes))
     device = _device(config, place, world)  # binds cores, so it comes before memory is allocated
     assert config.seed is not None
     torch.manual_seed(config.seed)
     if checkpoint is not None:
-        said = ModelCard.from_json(checkpoint.get("metadata") or {}, str(start.resume))
         weights: Weights | None = Weights(checkpoint["state_dict"], said, str(start.resume))
     else:
         with world.main_first():
             weights = starting_weights(start, entry)
+    if weights is not None and (checkpoint is not None or not start.new_classifier):
+        check_classes(weights, entry, classes, data.data)
     card = _card(asked, weights, quantized=quantized, overrides=overrides)
     if weights is not None and checkpoint is not None:
         _check_resumed_card(asked, card, weights)
@@ -263,16 +263,26 @@ def _check_same_workers(source: ImageSource | None, checkpoint: dict[str, Any], 
         )
 
 
+def _card_to_start_from(start: StartConfig, checkpoint: dict[str, Any] | None) -> ModelCard:
+    """What the file of a run's first weights says of its model; an empty card without such a file."""
+    if checkpoint is not None:
+        return ModelCard.from_json(checkpoint.get("metadata") or {}, str(start.resume))
+    return read_card(start.weights) if start.weights else ModelCard()
+
+
 def _open_sources(
-    data: DataConfig, card: ModelCard, entry: ModelEntry, *, evaluate: bool
+    data: DataConfig, card: ModelCard, said: ModelCard, entry: ModelEntry, *, evaluate: bool
 ) -> tuple[ImageSource | None, ImageSource]:
+    """The images of a run. Labels count the classes of ``said``, the weights' card, if the data has no others."""
     if SYNTHETIC in (data.backend, data.data):
         assert card.input is not None
-        source = SyntheticSource(SYNTHETIC_IMAGES, card.num_classes or entry.num_classes, card.input.image_size)
+        count = card.num_classes or said.num_classes or entry.num_classes
+        source = SyntheticSource(SYNTHETIC_IMAGES, count, card.input.image_size)
         return source, source
+    classes = label_order(data.data, said, evaluate=evaluate)
     if evaluate:
-        return None, open_validation(data.data)
-    return open_sources(data.data)
+        return None, open_validation(data.data, classes)
+    return open_sources(data.data, classes)
 
 
 def _device(config: TrainConfig, place: PlaceConfig, world: World) -> torch.device:

@@ -113,9 +113,7 @@ def read_weights(path: str | Path, *, ema: bool = False) -> Weights:
                 tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
                 text = (file.metadata() or {}).get(CARD_KEY, "{}")
         except (safetensors.SafetensorError, OSError, ValueError) as error:
-            raise UserError(
-                f"{path} is truncated, damaged or no safetensors file; get it again from where it came from."
-            ) from error
+            raise _damaged(path) from error
         return Weights(tensors, ModelCard.from_text(text, str(path)), str(path))
     content = read_torch_file(path)
     said: Any = None
@@ -129,8 +127,29 @@ def read_weights(path: str | Path, *, ema: bool = False) -> Weights:
     return Weights(dict(content), ModelCard.from_json({} if said is None else said, str(path)), str(path))
 
 
-def write_weights(path: str | Path, tensors: dict[str, Tensor], card: ModelCard | None = None) -> None:
+def read_card(path: str | Path) -> ModelCard:
+    """The card of a weights file or a checkpoint; an empty card if the file has none.
+
+    Raises:
+        UserError: as ``read_weights``.
+    """
+    path = _existing_file(path)
+    if path.suffix != ".safetensors":
+        return read_weights(path).card
+    try:
+        with safetensors.safe_open(path, framework="pt") as file:  # reads the header alone
+            text = (file.metadata() or {}).get(CARD_KEY, "{}")
+    except (safetensors.SafetensorError, OSError, ValueError) as error:
+        raise _damaged(path) from error
+    return ModelCard.from_text(text, str(path))
+
+
+def write_weights(
+    path: str | Path, tensors: dict[str, Tensor], card: ModelCard | None = None, entries: dict[str, str] | None = None
+) -> None:
     """Write a state dict. The extension chooses ``.safetensors`` (with the card) or ``.pth`` (a plain state dict).
+
+    ``entries`` are further texts by name, which a ``.safetensors`` file keeps beside the card.
 
     Raises:
         UserError: another extension, or the file can't be written.
@@ -138,9 +157,8 @@ def write_weights(path: str | Path, tensors: dict[str, Tensor], card: ModelCard 
     path = Path(path)
     tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
     if path.suffix == ".safetensors":
-        content = safetensors.torch.save(
-            tensors, {CARD_KEY: json.dumps((card or ModelCard()).to_json(), sort_keys=True)}
-        )
+        said = json.dumps((card or ModelCard()).to_json(), sort_keys=True)
+        content = safetensors.torch.save(tensors, {**(entries or {}), CARD_KEY: said})
     elif path.suffix == ".pth":
         buffer = io.BytesIO()
         torch.save(tensors, buffer)
@@ -200,7 +218,8 @@ def load_weights(model: nn.Module, weights: Weights, *, new_classifier: bool = F
                 for what, names in (("missing", missing), ("unexpected", unexpected), ("of another shape", reshaped))
                 if names
             )
-            + "; check --arch."
+            + (f"; it is for {weights.card.arch}, so" if weights.card.arch else ";")
+            + " check --arch."
         )
     tensors = OrderedDict(given)
     # Versions of the modules' state dicts. torchvision's MNASNets refuse a state dict without them.
@@ -266,6 +285,10 @@ def _existing_file(path: str | Path) -> Path:
     if not path.is_file():
         raise UserError(f"there is no file {path}; check the path.")
     return path
+
+
+def _damaged(path: Path) -> UserError:
+    return UserError(f"{path} is truncated, damaged or no safetensors file; get it again from where it came from.")
 
 
 def _no_average(path: Path) -> UserError:

@@ -129,7 +129,7 @@ def mistakes(stage, write_images):
         "another class count": Mistake(
             "quant_main.py",
             ["digits", *QUANTIZED, "--num-classes", 10, "--evaluate", "--pretrained-from-file", stage.weights],
-            r"/good\.safetensors has 3 classes, but the model has 10; pass --num-classes 3",
+            r"/good\.safetensors has 3 classes, but digits has 10; give data of these classes",
         ),
         "hostile pickle": Mistake(
             "main.py",
@@ -306,7 +306,7 @@ def test_damaged_or_hostile_file_yields_no_weights(assert_refused, stage, tmp_pa
 
 @pytest.mark.parametrize("how", [["--resume"], ["--evaluate", "--pretrained-from-file"]])
 def test_weights_of_another_class_count_are_refused(assert_refused, stage, how):
-    says = r"/good\.pth\.tar has 3 classes, but the model has 10; pass --num-classes 3"
+    says = r"/good\.pth\.tar has 3 classes, but digits has 10; give data of these classes"
     assert_refused(says, "main.py", "digits", *FLOAT, "--num-classes", 10, *how, stage.checkpoint)
 
 
