@@ -42,7 +42,10 @@ def package_names(own: Iterable[str]) -> Iterator[str]:
     yield from ("_fc.weight", "_fc.bias")
 
 
-@pytest.mark.parametrize("size", SIZES)
+@pytest.mark.parametrize(
+    "size",
+    [pytest.param(size, marks=() if size in ("b0", "b2", "lite0", "lite4") else pytest.mark.slow) for size in SIZES],
+)
 def test_every_name_has_its_place(size: str) -> None:
     """Both state dicts list the layers in the order in which images pass them."""
     with torch.device("meta"):
