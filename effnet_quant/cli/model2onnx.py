@@ -87,6 +87,7 @@ def job(arguments: Sequence[str]) -> int:
         fp16=parsed.fp16,
         normalisation=card.input if parsed.with_preprocessing else None,
         float_weights=parsed.weights == "float",
+        int4_weights=parsed.weights != "int8",
     )
     tuning = _tune(model, card, card.input, options, parsed) if parsed.tune else None
     rules = tuning.target if tuning else get_target(parsed.target)
@@ -171,7 +172,13 @@ def _add_form_arguments(parser: argparse.ArgumentParser) -> None:
         action="store_true",
         help="take uint8 images (N, 3, H, W) and normalise them in the graph",
     )
-    add("--weights", choices=("int8", "float"), default="int8", help="how the file stores quantized weights")
+    add(
+        "--weights",
+        choices=("int4", "int8", "float"),
+        default="int4",
+        help="the smallest type in which the file stores quantized weights (int4, the default: those of 4 bits and fewer, "
+        "where the target takes them)",
+    )
 
 
 def main() -> None:

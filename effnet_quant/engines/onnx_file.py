@@ -31,9 +31,9 @@ class OnnxFile:
         metadata: the card as plain values, and further values that ``export_onnx`` stored.
         quantized: whether it has QuantizeLinear and DequantizeLinear nodes.
         half: whether it has constants in float16.
+        packed: whether it has constants in INT4.
         fits_16_bits: whether all weights are integers of 7 bits or fewer. The sum of two products with 8-bit activations
-        then
-            fits 16 bits.
+            then fits 16 bits.
         adds_integers: whether it is a quantized ResNet: its only elementwise operations are ReLUs and additions of quantized
             shortcuts to convolutions.
     """
@@ -43,6 +43,7 @@ class OnnxFile:
     metadata: dict[str, Any]
     quantized: bool
     half: bool
+    packed: bool
     fits_16_bits: bool
     adds_integers: bool
 
@@ -68,6 +69,7 @@ def read_onnx(path: str | Path) -> OnnxFile:
             read_metadata(model),
             quantized=any(node.op_type == "DequantizeLinear" for node in model.graph.node),
             half=any(entry.data_type == onnx.TensorProto.FLOAT16 for entry in model.graph.initializer),
+            packed=any(entry.data_type == onnx.TensorProto.INT4 for entry in model.graph.initializer),
             fits_16_bits=_fits_16_bits(model),
             adds_integers=_adds_integers(model),
         )
@@ -118,13 +120,11 @@ def _properties(model: onnx.ModelProto) -> dict[str, str]:
 
 
 def _fits_16_bits(model: onnx.ModelProto) -> bool:
-    weights = [
-        onnx.numpy_helper.to_array(entry)
-        for entry in model.graph.initializer
-        if entry.data_type == onnx.TensorProto.INT8 and len(entry.dims) > 1
-    ]
+    weights = [entry for entry in model.graph.initializer if len(entry.dims) > 1]
+    bytes_each = [onnx.numpy_helper.to_array(entry) for entry in weights if entry.data_type == onnx.TensorProto.INT8]
+    packed = any(entry.data_type == onnx.TensorProto.INT4 for entry in weights)
     # 2 * 255 * 64 = 32,640
-    return bool(weights) and all(values.min() >= -64 and values.max() <= 64 for values in weights)
+    return (packed or bool(bytes_each)) and all(values.min() >= -64 and values.max() <= 64 for values in bytes_each)
 
 
 def _adds_integers(model: onnx.ModelProto) -> bool:

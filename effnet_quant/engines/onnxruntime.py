@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,7 @@ from effnet_quant.errors import UserError
 DEVICES = ("cpu", "cuda")
 PRECISIONS = ("fp32",)
 _CUDA = "CUDAExecutionProvider"
+_FIRST_WITH_INT4 = (1, 23)  # whose Cast takes INT4
 
 
 def compile_file(path: Path, settings: Settings) -> Compiled:
@@ -26,6 +28,12 @@ def compile_file(path: Path, settings: Settings) -> Compiled:
         import onnxruntime
     except ImportError as error:
         raise UserError("ONNX Runtime is not installed; pip install onnxruntime.") from error
+    version = onnxruntime.__version__
+    if file.packed and tuple(int(part) for part in re.findall(r"\d+", version)[:2]) < _FIRST_WITH_INT4:
+        raise UserError(
+            f"ONNX Runtime {version} can't read the 4-bit weights of {path}; install 1.23 or later, or export with "
+            "--weights int8."
+        )
     providers = ["CPUExecutionProvider"]
     if settings.device == "cuda":
         if _CUDA not in onnxruntime.get_available_providers():

@@ -57,9 +57,9 @@ def export_onnx(
     file's inputs have the names of the arguments. The model may return tensors, or tuples, lists or dicts of tensors.
     Outputs are named after a dict's keys, else "output_0", "output_1" and so on.
 
-    BatchNorm is folded into the convolutions. A quantized model gets int8 weights, and QDQ nodes where ``target`` wants
-    them. The same ranges serve every target. For ONNX Runtime, outputs of convolutions are quantized too, so that integer
-    kernels run. Calibrated ranges of outputs are used as the simulation uses them. Missing ones are computed by
+    BatchNorm is folded into the convolutions. A quantized model gets int8 or INT4 weights, and QDQ nodes where ``target``
+    wants them. The same ranges serve every target. For ONNX Runtime, outputs of convolutions are quantized too, so that
+    integer kernels run. Calibrated ranges of outputs are used as the simulation uses them. Missing ones are computed by
     passes/needed_ranges.py.
 
     Args:
@@ -150,7 +150,9 @@ def _write(
     names = output_names(traced, known)
     if clash := {value.name for value in inputs} & set(names):
         raise UserError(f"{', '.join(sorted(clash))} is an input and an output; rename the key of the result.")
-    writer = GraphWriter(target, options.opset_for(quantized), options)
+    packs = target.int4_weights and options.packs
+    opset = options.opset_for(quantized, packed=packs and traced.has_narrow_weights, wide=traced.has_wide_activations)
+    writer = GraphWriter(target, opset, options)
     writer.reserve([*(value.name for value in inputs), *names])
     entered = [
         write_input(writer, value.name, options) if is_float else value.name
@@ -158,7 +160,7 @@ def _write(
             inputs, (node.meta["val"].is_floating_point() for node in traced.inputs), strict=True
         )
     ]
-    values = OnnxWriter(traced, writer, float_weights=options.float_weights).run(entered)
+    values = OnnxWriter(traced, writer, float_weights=options.float_weights, packs=packs).run(entered)
     if options.fp16:
         values = [
             writer.node("Cast", [value], name, to=TensorProto.FLOAT) if node.meta["val"].is_floating_point() else value

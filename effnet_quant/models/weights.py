@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from effnet_quant.card import CARD_KEY, ModelCard
 from effnet_quant.errors import UserError
 from effnet_quant.files import replace_file
+from effnet_quant.models.efficientnet_pytorch import has_package_names, takes_package_weights, with_timm_names
 
 EMA_KEY = "state_dict_ema"  # in checkpoints, as in NVIDIA's
 _RANGE_SUFFIXES = ("_quantizer._amax", "_quantizer._amin")
@@ -173,6 +174,7 @@ def load_weights(model: nn.Module, weights: Weights, *, new_classifier: bool = F
 
     - The prefixes ``module.`` and ``_orig_mod.`` are removed.
     - EfficientNet's stages may be called ``layer1`` instead of ``layers.0``.
+    - timm's tf_efficientnet_* take the names of the EfficientNet-PyTorch package.
     - Weights of squeeze-and-excitation may have the shape of linear layers (out, in) or 1x1 convolutions (out, in, 1, 1).
     - Auxiliary classifiers in torchvision's files are left out.
     - Float weights fit a quantized model; its ranges stay unset.
@@ -191,7 +193,7 @@ def load_weights(model: nn.Module, weights: Weights, *, new_classifier: bool = F
         UserError: another class count, or entries that are missing, unexpected or of another shape; nothing is loaded.
     """
     own = model.state_dict()
-    given = _as_named_by(own, weights)
+    given = _as_named_by(own, weights, model)
     ranges = {name for name in own if name.endswith(_RANGE_SUFFIXES)}
     reshaped = _reshaped(own, given)
     classifier = _classifier(own, given)
@@ -210,6 +212,11 @@ def load_weights(model: nn.Module, weights: Weights, *, new_classifier: bool = F
         missing += [name for name in own if name in ranges and name not in given]
     missing = [name for name in missing if not name.endswith(_COUNT_SUFFIX)]
     unexpected = [name for name in given if name not in own and not name.endswith(_TRACKED_SUFFIXES)]
+    if has_package_names(given):
+        raise UserError(
+            f"{weights.source} has the names of the EfficientNet-PyTorch package; load it into timm:tf_efficientnet_b0 to "
+            "b7 or timm:tf_efficientnet_lite0 to lite4 (--arch), which pad images as that package does."
+        )
     if missing or unexpected or reshaped:
         raise UserError(
             f"{weights.source} does not fit the model: "
@@ -231,21 +238,23 @@ def load_weights(model: nn.Module, weights: Weights, *, new_classifier: bool = F
 def other_class_count(model: nn.Module, weights: Weights) -> int | None:
     """The number of classes of ``weights`` if it is all that keeps them from fitting ``model``; else None."""
     own = model.state_dict()
-    given = _as_named_by(own, weights)
+    given = _as_named_by(own, weights, model)
     classifier = _classifier(own, given)
     return len(given[classifier[0]]) if classifier else None
 
 
-def _as_named_by(own: dict[str, Tensor], weights: Weights) -> dict[str, Tensor]:
-    """The entries of ``weights``, with names and shapes translated to those of a model's state dict ``own``."""
+def _as_named_by(own: dict[str, Tensor], weights: Weights, model: nn.Module) -> dict[str, Tensor]:
+    """The entries of ``weights``, with names and shapes translated to those of the state dict ``own`` of ``model``."""
     stages = any(name.startswith("layers.") for name in own)
     # Ranges without a place in the model are dropped. Only an _amin stays, as an error, in a quantized model: an affine
     # range means something else on a symmetric grid.
     dropped = _RANGE_SUFFIXES[:1] if any(name.endswith(_RANGE_SUFFIXES) for name in own) else _RANGE_SUFFIXES
     given = {}
-    for name, published in weights.tensors.items():
-        tensor = published
-        known = re.sub(r"^(?:module\.|_orig_mod\.)+", "", name)
+    published = {re.sub(r"^(?:module\.|_orig_mod\.)+", "", name): value for name, value in weights.tensors.items()}
+    if has_package_names(published) and takes_package_weights(model):
+        published = with_timm_names(published, own)
+    for name, value in published.items():
+        tensor, known = value, name
         if stages:
             known = re.sub(r"^layer(\d+)\.", lambda match: f"layers.{int(match.group(1)) - 1}.", known)
         known = _OLD_DENSENET.sub(r"\1\2", known)
