@@ -6,7 +6,6 @@ import http.client
 import sys
 import urllib.error
 import urllib.request
-from pathlib import Path
 
 import numpy as np
 from torch import Tensor
@@ -15,6 +14,7 @@ from effnet_quant.data.decoding import DecodeError, decode
 from effnet_quant.data.folders import image_files
 from effnet_quant.data.sources import read_image, unreadable
 from effnet_quant.errors import UserError
+from effnet_quant.files import possible_path
 
 STDIN = "-"
 _SCHEMES = ("http://", "https://")
@@ -30,7 +30,7 @@ def expand(names: list[str]) -> list[str]:
     """
     expanded: list[str] = []
     for name in names:
-        if not Path(name).is_dir():
+        if name.startswith(_SCHEMES) or not possible_path(name).is_dir():
             expanded.append(name)
             continue
         found = sorted(image_files(name))
