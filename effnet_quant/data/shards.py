@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 import posixpath
 import re
@@ -9,7 +10,6 @@ import sys
 import tarfile
 from collections.abc import Iterator
 from functools import cached_property
-from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -245,15 +245,21 @@ def _expand(location: str) -> tuple[str, list[str] | None]:
         return location, None
     braces = _webdataset().shardlists.braceexpand
     try:
-        ranges = [abs(int(last) - int(first)) for first, last in re.findall(r"\{(-?\d+)\.\.(-?\d+)", location)]
-        few = max(ranges, default=0) <= _MOST_SHARDS  # else expanding one range fills the memory
+        # counted first, because expanding fills the memory
+        few = math.prod(map(_alternatives, re.findall(r"\{([^{}]*)\}", location))) <= _MOST_SHARDS
         # not expand_urls, which splits chained URLs
-        urls = list(islice(braces.braceexpand(location), _MOST_SHARDS + 1)) if few else []
+        urls = list(braces.braceexpand(location)) if few else []
     except (ValueError, RecursionError) as error:
         raise UserError(f"{location} is no pattern of shards; write {{first..last}} or {{one,other}}.") from error
-    if not 1 <= len(urls) <= _MOST_SHARDS:
+    if not urls:
         raise UserError(f"{location} stands for more than {_MOST_SHARDS:,} shards; give fewer, or larger ones.")
     return posixpath.dirname(urls[0]) or ".", [posixpath.basename(url) for url in urls]
+
+
+def _alternatives(braces: str) -> int:
+    """How many names a pair of braces without inner ones stands for, e.g. "0..9" or "a,b"."""
+    numbers = re.fullmatch(r"(-?\d+)\.\.(-?\d+)(?:\.\..*)?", braces)
+    return braces.count(",") + 1 if numbers is None else abs(int(numbers[2]) - int(numbers[1])) + 1
 
 
 def _webdataset() -> Any:

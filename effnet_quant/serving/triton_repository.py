@@ -66,8 +66,8 @@ def write_model(
     name = name or path.stem
     if not name or "/" in name or name.startswith("."):
         raise UserError(f"'{name}' can't be the name of a model; choose another with --name.")
-    model = _read(path, serving.backend)
     possible_path(repository / name)
+    model = _read(path, serving.backend)
     config = model_config(name, model.signature, model.card, serving)
     folder = repository / name
     number = version if version is not None else max([0, *_versions(folder)]) + 1

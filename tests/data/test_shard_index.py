@@ -91,7 +91,7 @@ def test_a_label_that_is_none_of_the_classes_is_named(shards, image_folder, labe
         next(ShardSource(str(shards)).samples(str(shards / "000000.tar")))
 
 
-@pytest.mark.parametrize("length", [0, 700, 6000])
+@pytest.mark.parametrize("length", [0, 700])
 def test_a_damaged_shard_is_named_without_addresses(shards, length):
     path = shards / "000000.tar"
     path.write_bytes(path.read_bytes()[:length] if length else b"garbage " * 1000)
@@ -101,7 +101,15 @@ def test_a_damaged_shard_is_named_without_addresses(shards, length):
 
 
 @pytest.mark.parametrize(
-    "pattern", ["{0..99999999}", "{{0..999}{0..999}{0..999}}", "{0..", "{0..9}{", "{0..%s}" % ("9" * 5000)]
+    "pattern",
+    [
+        "{0..99999999}",
+        "{{0..999}{0..999}{0..999}}",
+        "{" + "{a,b}" * 40 + "}",
+        "{0..",
+        "{0..9}{",
+        "{0..%s}" % ("9" * 5000),
+    ],
 )
 def test_patterns_that_stand_for_no_shards_are_refused(shards, pattern):
     with pytest.raises(UserError, match=r"is no pattern of shards|stands for more than 1,000,000 shards"):
