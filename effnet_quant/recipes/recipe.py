@@ -115,7 +115,7 @@ def _check_size(text: str, source: str) -> None:
             anchor, size = opened.pop()
             sizes |= {} if anchor is None else {anchor: size}
         elif isinstance(event, yaml.AliasEvent):
-            size = sizes.get(event.anchor, _MOST_VALUES)  # an alias to a value around itself never ends
+            size = sizes.get(event.anchor or "", _MOST_VALUES)  # an alias to a value around itself never ends
         elif isinstance(event, yaml.ScalarEvent):
             size = 1
             sizes |= {} if event.anchor is None else {event.anchor: 1}

