@@ -20,7 +20,7 @@ INTERPOLATIONS = ("bilinear", "bicubic")
 HARD_SWISH = "hard_swish"
 CLASSIFICATION = "classification"  # the task of a file that names none
 
-LARGEST_IMAGE = 2**13  # pixels a side; of larger images, a single layer's output would fill a machine's memory
+LARGEST_IMAGE = 2**12  # pixels a side; of larger images, a single layer's output would fill a machine's memory
 MOST_CHANNELS = 2**10
 LARGEST_CLASS_COUNT = 10**7
 LARGEST_JSON = 2**26  # characters; ten million class names fit
@@ -49,10 +49,10 @@ class InputSpec:
     std: tuple[float, ...] = IMAGENET_STD
 
     def __post_init__(self) -> None:
-        for name in ("image_size", "resize_size"):
+        for name, largest in (("image_size", LARGEST_IMAGE), ("resize_size", 2 * LARGEST_IMAGE)):
             size = getattr(self, name)
-            if not _is_integer(size) or not 1 <= size <= LARGEST_IMAGE:
-                raise UserError(f"{name} must be between 1 and {LARGEST_IMAGE} pixels, not {_shown(size)}.")
+            if not _is_integer(size) or not 1 <= size <= largest:
+                raise UserError(f"{name} must be between 1 and {largest} pixels, not {_shown(size)}.")
         if self.interpolation not in INTERPOLATIONS:
             choices = " or ".join(INTERPOLATIONS)
             raise UserError(f"interpolation must be {choices}, not {_shown(self.interpolation)}.")
