@@ -21,6 +21,10 @@ _PLAIN_OPERATORS = frozenset(
     {"Conv", "Gemm", "Relu", "Clip", "MaxPool", "AveragePool", "GlobalAveragePool", "ReduceMean", "Flatten", "Reshape"}
     | {"QuantizeLinear", "DequantizeLinear"}
 )
+# what the operators that are looked at here and in checks/lint.py can't be without
+_LEAST_INPUTS = dict.fromkeys(
+    ("QuantizeLinear", "DequantizeLinear", "Conv", "ConvTranspose", "Gemm", "MatMul", "Add"), 2
+)
 # types that store several numbers in a byte
 _BITS = {
     getattr(onnx.TensorProto, name): bits
@@ -118,6 +122,8 @@ def load_onnx(path: str | Path) -> onnx.ModelProto:
             onnx.load_external_data_for_model(model, str(path.parent))
         for tensor in tensors:
             _check_size(tensor)
+        for node in model.graph.node:
+            _check_node(node)
     except UserError:
         raise
     except Exception as error:  # protobuf's DecodeError, whose module depends on its version, and onnx's own
@@ -135,6 +141,14 @@ def _tensors(graph: onnx.GraphProto) -> Iterator[onnx.TensorProto]:
             yield from attribute.tensors
             for inner in (attribute.g, *attribute.graphs) if attribute.HasField("g") else attribute.graphs:
                 yield from _tensors(inner)
+
+
+def _check_node(node: onnx.NodeProto) -> None:
+    """Raises ValueError if a node lacks what its operator can't be without."""
+    value = [attribute for attribute in node.attribute if attribute.name == "value"]
+    constant = node.op_type != "Constant" or (len(node.attribute) > 0 and all(entry.HasField("t") for entry in value))
+    if not node.output or not constant or len(node.input) < _LEAST_INPUTS.get(node.op_type, 0):
+        raise ValueError(f"{node.name} is no {node.op_type}")
 
 
 def _check_external(tensor: onnx.TensorProto, folder: Path) -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import difflib
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from importlib import resources
 from pathlib import Path
 from typing import Any
@@ -40,6 +40,7 @@ def load_recipes(path: str | Path | None = None) -> Recipes:
             text = Path(path).read_text(encoding="utf-8")
         except (OSError, UnicodeDecodeError) as error:
             raise UserError(f"{path} can't be read: {error}; a recipe file is YAML in UTF-8.") from error
+        _check_size(text, str(path))
         own = _read(text, str(path))
         if not any(own.values()):
             raise UserError(f"{path} holds no recipes: it has none of the sections {', '.join(SECTIONS)}.")
@@ -83,11 +84,10 @@ def _pick(values: dict[str, Any], name: str, what: str, *, optional: bool = Fals
 
 def _read(text: str, source: str) -> Recipes:
     try:
-        _check_size(text, source)
         content = yaml.safe_load(text)
     except (yaml.YAMLError, ValueError, TypeError, AttributeError, KeyError, IndexError) as error:
         # ValueError and the like: values that contradict their tags, e.g. a date in month 13
-        raise UserError(f"{source} is no YAML: {' '.join(str(error).split())}; correct it.") from error
+        raise _no_yaml(source, error) from error
     if not isinstance(content, dict):
         raise UserError(f"{source} holds no recipes: it has none of the sections {', '.join(SECTIONS)}.")
     for name in content:  # sections of other names may hold YAML anchors
@@ -107,7 +107,7 @@ def _check_size(text: str, source: str) -> None:
         raise UserError(f"{source} is longer than {_LONGEST:,} characters; recipes are not, so give another file.")
     sizes: dict[str, int] = {}  # of the values with an anchor, aliases in them written out
     opened: list[tuple[str | None, int]] = [(None, 0)]  # anchor and size of each value that is not complete yet
-    for event in yaml.parse(text, Loader=yaml.SafeLoader):
+    for event in _events(text, source):
         size = 0
         if isinstance(event, yaml.CollectionStartEvent):
             opened.append((event.anchor, 1))
@@ -125,6 +125,17 @@ def _check_size(text: str, source: str) -> None:
                 f"{source} is nested more than {_DEEPEST} deep, or has more than {_MOST_VALUES:,} values with its aliases "
                 "written out; recipes need neither."
             )
+
+
+def _events(text: str, source: str) -> Iterator[yaml.Event]:
+    try:
+        yield from yaml.parse(text, Loader=yaml.SafeLoader)
+    except yaml.YAMLError as error:
+        raise _no_yaml(source, error) from error
+
+
+def _no_yaml(source: str, error: Exception) -> UserError:
+    return UserError(f"{source} is no YAML: {' '.join(str(error).split())}; correct it.")
 
 
 def _check_values(values: dict[Any, Any], levels: int, place: str) -> None:

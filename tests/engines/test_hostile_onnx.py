@@ -131,3 +131,21 @@ def test_a_card_of_other_channels_than_the_graph_is_refused(changed):
 
     with pytest.raises(UserError, match="takes images of 3 channels, and its card has mean and std of 4"):
         load_engine(changed(change))
+
+
+@pytest.mark.parametrize("field", ["input", "output", "attribute"])
+@pytest.mark.parametrize("operator", ["QuantizeLinear", "Conv", "Constant"])
+def test_a_node_without_its_parts_is_refused(changed, operator, field):
+    value = onnx.helper.make_tensor("value", onnx.TensorProto.FLOAT, [1], [1.0])
+    parts = {"input": ["x", "s"], "output": ["y"], "attribute": [onnx.helper.make_attribute("value", value)]}
+    if operator == "Constant":
+        parts["input"] = []
+    node = onnx.NodeProto(op_type=operator, **{**parts, field: []})
+    needed = field in ("output", "attribute" if operator == "Constant" else "input")
+
+    path = changed(lambda model: model.graph.node.append(node))
+    if needed:
+        with pytest.raises(UserError, match="damaged"):
+            load_onnx(path)
+    else:
+        assert load_onnx(path).graph.node[-1] == node

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import json
 import random
@@ -152,7 +153,8 @@ def _change(message: Any, name: str, value: Any, many: bool, chance: random.Rand
         elif isinstance(value[0], int):
             value[chance.randrange(len(value))] = chance.choice([-1, 0, 2**20, 2**40, 2**62])
     elif isinstance(value, bool | int):
-        setattr(message, name, chance.choice([0, 1, 2, 7, 100]))
+        with contextlib.suppress(ValueError):  # of an enumeration
+            setattr(message, name, chance.choice([0, 1, 2, 7, 100]))
     elif isinstance(value, str):
         setattr(
             message, name, chance.choice(["", "x", "\x1b[2J", "[" * 9999, "{}", '{"image_size": -1}', "Add", "nowhere"])

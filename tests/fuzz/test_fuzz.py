@@ -13,6 +13,7 @@ import signal
 import struct
 import sys
 import time
+import traceback
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -222,10 +223,9 @@ def throw(kind, count, good, tmp_path, capsys):
                 if not str(error).isprintable() and "\u200d" not in str(error):
                     failures.append(f"{number}: {str(error)!r:.200}")
             except (Exception, TooSlow) as error:
-                place = error.__traceback__
-                while place.tb_next and "effnet_quant" in place.tb_next.tb_frame.f_code.co_filename:
-                    place = place.tb_next
-                where = f"{Path(place.tb_frame.f_code.co_filename).name}:{place.tb_lineno}"
+                frames = traceback.extract_tb(error.__traceback__)
+                frame = [frame for frame in frames if "site-packages" not in frame.filename][-1]
+                where = f"{Path(frame.filename).name}:{frame.lineno}"
                 failures.append(f"{number}: {type(error).__name__}: {str(error)[:120]!r} at {where}")
             finally:
                 signal.alarm(0)
@@ -248,7 +248,7 @@ def throw(kind, count, good, tmp_path, capsys):
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_a_few_mutated_files_are_taken_or_refused(kind, good, tmp_path, capsys):
-    assert throw(kind, 25, good, tmp_path, capsys) >= 5  # else the mutations are too mild to test anything
+    assert throw(kind, 15, good, tmp_path, capsys) >= 5  # else the mutations are too mild to test anything
 
 
 @pytest.mark.slow
