@@ -140,3 +140,12 @@ def test_every_script_refuses_nan_and_writes_nothing(run_script, tmp_path, image
     assert (result.code, len(result.error_lines)) == (2, 1), result.err
     assert "conv1.weight holds NaN or infinity" in result.err
     assert list(output.iterdir()) == []
+
+
+def test_a_range_of_zero_is_said(run_script, tmp_path, image_folder, calibrated):
+    path, entry = tmp_path / "w.safetensors", "conv1._input_quantizer._amax"
+    write_weights(path, {**calibrated, entry: torch.tensor(0.0)}, ModelCard(arch=ARCH, num_classes=3))
+    image = image_folder / "val/cat/00.jpg"
+    result = run_script("classify.py", "--arch", ARCH, "--pretrained-from-file", path, "--image", image)
+    assert result.code == 0, result.err
+    assert f"note: 1 ranges in {path} are 0, so all values there become 0 ({entry})" in result.err
