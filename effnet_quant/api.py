@@ -168,8 +168,12 @@ def ranges_fit(weights: Weights, card: ModelCard) -> bool:
 
 
 def left_out(weights: Weights, model: nn.Module, card: ModelCard) -> list[str]:
-    """Sentences that name the parts of ``weights`` that ``build`` did not load into ``model``."""
+    """Sentences that name the parts of ``weights`` that ``build`` did not load into ``model``, or that silence it."""
     sentences = []
+    tensors = weights.tensors.items() if card.quantized else ()
+    zero = [name for name, tensor in tensors if name.endswith("._amax") and tensor.numel() == 1 and not tensor.any()]
+    if zero:
+        sentences.append(f"{len(zero)} ranges in {weights.source} are 0, so all values there become 0 ({zero[0]})")
     if not ranges_fit(weights, card):
         sentences.append(f"the ranges in {weights.source} are for another quantization; they are left out")
     other = other_class_count(model, weights)

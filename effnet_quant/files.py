@@ -1,4 +1,7 @@
-"""Writes files atomically: after a crash, a full disk or a signal there is the old file or the new one, never a part."""
+"""Checks paths, and writes files atomically.
+
+After a crash, a full disk or a signal there is the old file or the new one, never a part.
+"""
 
 from __future__ import annotations
 
@@ -9,6 +12,43 @@ from pathlib import Path
 
 from effnet_quant.errors import UserError
 
+_LONGEST_NAME = 255  # bytes, as in all common file systems
+
+
+def possible_path(path: str | Path) -> Path:
+    """The path of something that may exist.
+
+    Raises:
+        UserError: no file can have this name: it is too long, has a NUL character or half a character.
+    """
+    try:
+        longest = max(map(len, os.fsencode(path).split(b"/")))
+        os.lstat(path)
+    except ValueError as error:
+        raise UserError(
+            f"{path} can't be the name of a file: it has a character that none has; choose another."
+        ) from error
+    except OSError as error:
+        if error.errno == errno.ENAMETOOLONG:  # as a whole
+            longest = _LONGEST_NAME + 1
+    if longest > _LONGEST_NAME:
+        raise UserError(f"{str(path)[:60]}… is too long for the name of a file; choose a shorter one.")
+    return Path(path)
+
+
+def existing_file(path: str | Path) -> Path:
+    """The path of a file that exists.
+
+    Raises:
+        UserError: there is none, or it is a folder.
+    """
+    path = possible_path(path)
+    if path.is_dir():
+        raise UserError(f"{path} is a folder; name a file in it.")
+    if not path.is_file():
+        raise UserError(f"there is no file {path}; check the path.")
+    return path
+
 
 def create_folder(folder: Path, setting: str) -> Path:
     """Create a folder and its parents, unless they exist. Returns the folder.
@@ -16,6 +56,7 @@ def create_folder(folder: Path, setting: str) -> Path:
     Raises:
         UserError: it can't be created. The message names ``setting``, the option or variable that chooses another place.
     """
+    possible_path(folder)
     try:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
@@ -37,9 +78,9 @@ def check_writable(path: Path) -> None:
     """Check whether ``replace_file`` can write ``path``. Call it before long work.
 
     Raises:
-        UserError: the folder is missing or not writable, or ``path`` is a folder.
+        UserError: the folder is missing or not writable, ``path`` is a folder, or no file can have this name.
     """
-    if path.is_dir():
+    if possible_path(path).is_dir():
         raise UserError(f"can't write {path}: it is a folder; name a file in it.")
     if not path.parent.is_dir():
         raise UserError(f"can't write {path}: there is no folder {path.parent}; create it first.")
@@ -53,9 +94,10 @@ def replace_file(path: Path, content: bytes) -> None:
     Raises:
         UserError: the folder is missing or not writable, or the disk is full. ``path`` then stays as it was.
     """
+    possible_path(path)
     temporary: str | None = None
     try:
-        with tempfile.NamedTemporaryFile(dir=path.parent, prefix=f".{path.name}.", delete=False) as file:
+        with tempfile.NamedTemporaryFile(dir=path.parent, prefix=f".{path.name[:200]}.", delete=False) as file:
             temporary = file.name
             file.write(content)
             file.flush()

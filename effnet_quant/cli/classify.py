@@ -15,6 +15,7 @@ from effnet_quant.cli.process import run
 from effnet_quant.cli.quantization import add_spec_arguments
 from effnet_quant.errors import UserError
 from effnet_quant.tasks import get_task
+from effnet_quant.terminal import printable
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -86,7 +87,7 @@ def job(arguments: Sequence[str]) -> int:
                 if parsed.json:
                     print(json.dumps({"image": name, **answer}), flush=True)
                 else:
-                    print(name, task.answer_text(answer), sep="\n", flush=True)
+                    print(printable(name), task.answer_text(answer), sep="\n", flush=True)
     return 2 if unreadable else 0
 
 

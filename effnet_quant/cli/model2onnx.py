@@ -22,6 +22,7 @@ from effnet_quant.errors import UserError
 from effnet_quant.export.options import OPSETS, ExportOptions
 from effnet_quant.files import check_writable
 from effnet_quant.quantization.targets import TARGETS, get_target
+from effnet_quant.terminal import printable
 
 if TYPE_CHECKING:
     from torch import nn
@@ -95,7 +96,7 @@ def job(arguments: Sequence[str]) -> int:
     if tuning:
         card = replace(card, tuned_precision=precision)
     export_onnx(model, output, image_size, target=rules, card=card, options=options)
-    print(f"{output}: {os.path.getsize(output):,} bytes, for {parsed.target}, any batch size")
+    print(f"{printable(output)}: {os.path.getsize(output):,} bytes, for {parsed.target}, any batch size")
     status = 0
     if tuning is not None and tuning.speedup < 1 and not parsed.allow_slower:
         print(

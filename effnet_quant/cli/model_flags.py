@@ -16,6 +16,7 @@ from effnet_quant.errors import UserError
 from effnet_quant.jobs.config import StartConfig
 from effnet_quant.jobs.run import starting_weights
 from effnet_quant.models.registry import get_entry
+from effnet_quant.terminal import printable
 
 
 def load_model(parsed: argparse.Namespace) -> tuple[nn.Module, ModelCard]:
@@ -47,7 +48,7 @@ def load_model(parsed: argparse.Namespace) -> tuple[nn.Module, ModelCard]:
         card = replace(card, input=card.input.resized(parsed.image_size))
     model = build(card, weights, **model_options(parsed))
     for sentence in left_out(weights, model, card):
-        print(f"note: {sentence}", file=sys.stderr)
+        print(f"note: {printable(sentence)}", file=sys.stderr)
     if not has_ranges(model):
         raise UserError(
             f"{weights.source} holds float weights without ranges; calibrate them with quant_main.py --epochs 0, or use "

@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, NoReturn
 
 from effnet_quant.cli.process import LOST_PEER_STATUS, run, typed_command
 from effnet_quant.errors import UserError
-from effnet_quant.files import create_folder
+from effnet_quant.files import create_folder, possible_path
 
 if TYPE_CHECKING:
     from torch.distributed.elastic.multiprocessing.errors import ProcessFailure
@@ -30,7 +30,7 @@ _LINES_SHOWN = 20
 def job(arguments: Sequence[str]) -> int:
     """Start the processes as the command line says and wait for them; returns the exit status."""
     parsed = _parser().parse_args(arguments)
-    if not Path(parsed.training_script).is_file():
+    if not possible_path(parsed.training_script).is_file():
         raise UserError(f"there is no script {parsed.training_script}; check the path.")
     if parsed.nproc_per_node < 1:
         raise UserError(f"--nproc_per_node must be at least 1, not {parsed.nproc_per_node}.")

@@ -18,6 +18,7 @@ from effnet_quant.jobs.float_training import evaluate, fit
 from effnet_quant.jobs.run import Run
 from effnet_quant.models.registry import get_entry
 from effnet_quant.quantization.spec import QuantSpec
+from effnet_quant.terminal import printable
 from effnet_quant.training.config import ABOVE_ZERO, AT_LEAST_ONE, SHARE, Allowed, TrainConfig, check_allowed
 from effnet_quant.training.signals import Interrupted
 
@@ -133,7 +134,8 @@ def say_what_is_used(run: Run, parsed: argparse.Namespace) -> None:
         # a resumed optimizer keeps its own values
         if name in parsed.explicit and run.began_with.get(name, asked) != asked:
             flag = f"--{name.replace('_', '-')}"
-            print(f"note: {flag} stays {run.began_with[name]}, as {parsed.resume} says", file=sys.stderr)
+            said = f"note: {flag} stays {run.began_with[name]}, as {parsed.resume} says"
+            print(printable(said), file=sys.stderr)
 
 
 def train_or_evaluate(run: Run, parsed: argparse.Namespace) -> int:
@@ -147,6 +149,6 @@ def train_or_evaluate(run: Run, parsed: argparse.Namespace) -> int:
     except Interrupted as interruption:
         path = os.path.join(parsed.workspace, parsed.checkpoint_filename)
         kept = f"; go on with --resume {path}" if run.config.save_checkpoints else ", without a checkpoint"
-        print(f"{interruption}{kept}", file=sys.stderr)
+        print(f"{interruption}{printable(kept)}", file=sys.stderr)
         return 128 + interruption.signal_number
     return 0

@@ -11,6 +11,7 @@ from effnet_quant.cli.engines import add_engine_arguments, chosen_engine, refuse
 from effnet_quant.cli.process import run
 from effnet_quant.errors import UserError
 from effnet_quant.tasks import get_task
+from effnet_quant.terminal import printable
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
@@ -66,16 +67,16 @@ def job(arguments: Sequence[str]) -> int:
 
 
 def _lint(path: str) -> bool:
-    import onnx
-
     from effnet_quant.checks.lint import lint_tensorrt
-    from effnet_quant.engines.onnx_file import read_onnx
+    from effnet_quant.engines.onnx_file import load_onnx, read_onnx
 
     read_onnx(path)  # a file that is missing or damaged is said there
-    findings = lint_tensorrt(onnx.load(path))
+    findings = lint_tensorrt(load_onnx(path))
     for finding in findings:
-        print(finding)
-    print(f"{path}: {len(findings) or 'no'} finding{'s' * (len(findings) != 1)} against TensorRT's placement rules")
+        print(printable(finding))
+    print(
+        f"{printable(path)}: {len(findings) or 'no'} finding{'s' * (len(findings) != 1)} against TensorRT's placement rules"
+    )
     return not findings
 
 
@@ -174,7 +175,7 @@ def _print(comparison: Comparison, task: Task, engine: Engine, parsed: argparse.
         f"{task.error_title}, relative L2": f"{comparison.relative_error:.2e}",
     }
     for title, text in rows.items():
-        print(f"{title:<26} {text}")
+        print(f"{title:<26} {printable(text)}")
     if high < gate:
         print("the engine departs from the simulation")
     elif comparison.images < parsed.min_images:

@@ -7,7 +7,6 @@ import os
 import sys
 import urllib.error
 import urllib.request
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -18,6 +17,7 @@ from effnet_quant.data.decoding import DecodeError, decode
 from effnet_quant.data.folders import image_files
 from effnet_quant.data.sources import read_image, unreadable
 from effnet_quant.errors import UserError
+from effnet_quant.files import possible_path
 
 STDIN = "-"
 _SCHEMES = ("http://", "https://")
@@ -33,7 +33,7 @@ def expand(names: list[str]) -> list[str]:
     """
     expanded: list[str] = []
     for name in names:
-        if not Path(name).is_dir():
+        if name.startswith(_SCHEMES) or not possible_path(name).is_dir():
             expanded.append(name)
             continue
         found = sorted(image_files(name))

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from effnet_quant.data.decoding import Bytes, DecodeError, EncodedImage, decode
 from effnet_quant.errors import UserError
+from effnet_quant.files import possible_path
 
 
 class ImageSource(Protocol):
@@ -116,7 +117,7 @@ def read_image(path: str | Path) -> Tensor:
         UserError: the file is missing, no image, or damaged.
     """
     try:
-        return decode(np.fromfile(path, dtype=np.uint8))
+        return decode(np.fromfile(possible_path(path), dtype=np.uint8))
     except FileNotFoundError as error:
         raise UserError(f"there is no file {path}; check the path.") from error
     except (OSError, DecodeError) as error:

@@ -32,6 +32,7 @@ from effnet_quant.models.entry import ModelEntry
 from effnet_quant.models.registry import get_entry
 from effnet_quant.models.weights import Weights, read_card, read_weights
 from effnet_quant.quantization.spec import resolve_spec, same_grids
+from effnet_quant.terminal import printable
 from effnet_quant.training.affinity import bind_to_gpu
 from effnet_quant.training.checkpoint import load_checkpoint, prepare_workspace
 from effnet_quant.training.config import TrainConfig
@@ -157,7 +158,7 @@ def _prepare(
     model = build(card, weights, new_classifier=start.new_classifier and checkpoint is None, **start.options)
     if weights is not None and checkpoint is None:
         for sentence in left_out(weights, model, card):
-            print(f"note: {sentence}", file=sys.stderr)
+            print(f"note: {printable(sentence)}", file=sys.stderr)
     workspace = Path(place.workspace)
     if world.is_main:
         prepare_workspace(workspace)

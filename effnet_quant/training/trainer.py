@@ -219,7 +219,7 @@ class Trainer:
         self._position = position
         if position.batch > 0 and self._world.is_main:
             self._loss_sums = checkpoint.get("loss_sums")
-        restore_random_state(checkpoint, self._world, self.device)
+        restore_random_state(checkpoint, source, self._world, self.device)
         return has_ranges
 
     def save(self, *, is_best: bool = False) -> None:

@@ -364,6 +364,10 @@ def test_checkpoint_resumes_with_the_other_form_of_squeeze_and_excitation_or_is_
         {"optimizer": [1, 2]},
         {"optimizer": {"state": {}, "param_groups": [{"params": [0]}]}},
         {"rng": torch.ones(3)},
+        {"rng": [torch.zeros(5056, dtype=torch.uint8)]},
+        {"batch": -1},
+        {"config": "x"},
+        {"metadata": [1]},
     ],
     ids=lambda damage: str(next(iter(damage))),
 )
