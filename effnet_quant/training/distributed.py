@@ -13,6 +13,9 @@ from torch import Tensor
 
 from effnet_quant.errors import PeerLost, UserError
 
+# names that many jobs have: that of a process without torchrun, torchrun's default, and multiproc.py's on several machines
+SHARED_NAMES = ("", "none", "effnet_quant")
+
 
 @dataclass(frozen=True)
 class World:

@@ -355,7 +355,7 @@ def test_a_job_that_is_started_again_leaves_an_earlier_jobs_checkpoint_alone(run
     path = tmp_path / "checkpoint.pth.tar"
     torch.save({**torch.load(path, weights_only=True), "job": "an earlier one"}, path)
     monkeypatch.setenv("TORCHELASTIC_RESTART_COUNT", "1")
-    result = run_script("main.py", *run)
+    result = run_script("main.py", *run, "--overwrite")
     assert result.code == 0, result.err
     assert "started again" not in result.out
     assert "epoch 1/1: train.loss" in result.out
