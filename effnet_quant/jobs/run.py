@@ -199,9 +199,10 @@ def _prepare(
 
 def _resumed_checkpoint(start: StartConfig) -> dict[str, Any] | None:
     """The checkpoint that the run resumes, if it resumes one."""
-    if start.resume and (start.weights or start.pretrained):
+    checkpoint = load_checkpoint(start.resume) if start.resume else None
+    if checkpoint is not None and (start.weights or start.pretrained):
         raise UserError("--resume and --pretrained-from-file (or --pretrained) both bring weights; give one of them.")
-    return load_checkpoint(start.resume) if start.resume else None
+    return checkpoint
 
 
 def _resume(
