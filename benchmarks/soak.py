@@ -38,6 +38,7 @@ class Watch:
         self._began = time.monotonic()
         self._seconds = seconds
         self._early: tuple[float, int] | None = None
+        self._late: tuple[float, int] | None = None
         self.answers = 0
         self.changed = 0
 
@@ -52,9 +53,13 @@ class Watch:
             self._early = usage()
         return passed < self._seconds
 
+    def finish(self) -> None:
+        """Note memory and descriptors at the end, while everything is still in use."""
+        self._late = usage()
+
     def result(self) -> dict[str, float]:
         """The figures of the whole time."""
-        early, late = self._early or usage(), usage()
+        early, late = self._early or usage(), self._late or usage()
         return {
             "answers": self.answers,
             "changed": self.changed,
@@ -121,6 +126,7 @@ def soak_engine(backend: str, folder: Path, watch: Watch) -> None:
         thread.start()
     for thread in threads:
         thread.join()
+    watch.finish()
 
 
 def soak_training(folder: Path, watch: Watch) -> None:
@@ -160,6 +166,7 @@ def soak_training(folder: Path, watch: Watch) -> None:
         expected = losses if expected is None else expected
         watch.answers += len(losses)
         watch.changed += sum(one != other for one, other in zip(losses, expected, strict=True))
+    watch.finish()
 
 
 def _write_images(folder: Path) -> None:

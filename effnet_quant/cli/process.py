@@ -9,8 +9,9 @@ import sys
 from collections.abc import Callable, Sequence
 from typing import NoReturn
 
-from effnet_quant.cli.stopping import Stopped, end_children, end_now_on_signals, say, stopping
+from effnet_quant.cli.stopping import Stopped, end_now_on_signals, end_process, flush, leave, say, stopping
 from effnet_quant.errors import PeerLost, UserError
+from effnet_quant.training.signals import STOPPING
 
 LOST_PEER_STATUS = 75  # EX_TEMPFAIL: nothing is wrong with this process itself
 
@@ -31,9 +32,10 @@ def run(job: Callable[[Sequence[str]], int]) -> NoReturn:
         with stopping():
             status = _status(job, sys.argv[1:])
     except Stopped as stop:
-        end_children()
-        say(stop)
-        status = stop.status
+        flush()
+        end_process(stop)
+    if status in [128 + number for number in STOPPING]:  # a training or multiproc.py has reacted to a signal
+        leave(status)
     end_now_on_signals(status)
     sys.exit(status)
 

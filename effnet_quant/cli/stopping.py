@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import atexit
 import contextlib
 import multiprocessing
 import os
@@ -13,6 +14,7 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from types import FrameType
+from typing import NoReturn
 
 from effnet_quant.training.signals import SAME_REQUEST_SECONDS, STOPPING
 
@@ -20,6 +22,7 @@ _KICK_SECONDS = 1.0  # a system call of the main thread may be waiting, while an
 _INSIST_SECONDS = 4.0  # a callback may have swallowed the exception
 _LIMIT_SECONDS = 8.0  # then the process ends without its main thread
 _END = 0  # no signal has this number
+_ending = threading.Lock()
 
 
 class Stopped(BaseException):
@@ -70,10 +73,36 @@ def end_now_on_signals(status: int) -> None:
                 signal.signal(number, lambda *_: os._exit(status))
 
 
-def end_children() -> None:
-    """End this process's data workers without waiting for what they read."""
+def end_process(stop: Stopped) -> NoReturn:
+    """Say why, and end the process without what Python and the libraries do at their ends, which can take seconds."""
+    if not _ending.acquire(blocking=False):
+        time.sleep(60)  # the other thread ends the process
+    with contextlib.suppress(OSError):
+        os.write(2, f"{stop}\n".encode())
     for child in multiprocessing.active_children():
-        child.terminate()  # workers.py: each then ends at once, with status 0
+        child.kill()
+    os._exit(stop.status)
+
+
+def flush() -> None:
+    """Write out what the standard streams hold, where that is possible."""
+    for stream in (sys.stdout, sys.stderr):
+        with contextlib.suppress(OSError, ValueError):
+            stream.flush()
+
+
+def leave(status: int) -> NoReturn:
+    """Call the exit functions, and end the process without the rest of Python's end, which took ten seconds under load."""
+    atexit._run_exitfuncs()
+    flush()
+    os._exit(status)
+
+
+def end_children() -> None:
+    """End this process's data workers without waiting for what they read. Only for a script that is about to end."""
+    workers = sys.modules.get("effnet_quant.data.workers")
+    if workers is not None:  # else there are none, and loading torch would take seconds
+        workers.end_at_once()
 
 
 class _Watch:
@@ -102,6 +131,7 @@ class _Watch:
     def handle(self, number: int, frame: FrameType | None) -> None:
         if os.getpid() == self._process:  # a child has this handler until it sets its own
             self._raised = True
+            end_children()  # what is left on the way out would wait for them
             raise Stopped(number)
 
     def _watch(self) -> None:
@@ -109,7 +139,7 @@ class _Watch:
         since = counted = 0.0  # when it came, and for how long it has been this handler's
         kicks = [_KICK_SECONDS, _INSIST_SECONDS]
         while True:
-            before = time.monotonic()
+            before = time.monotonic() if noted else 0.0
             ready, _, _ = select.select([self._read], [], [], 0.25 if noted else None)
             now = time.monotonic()
             for number in os.read(self._read, 64) if ready else b"":
@@ -118,27 +148,19 @@ class _Watch:
                 if number not in STOPPING or not self._is_mine(number):
                     continue
                 if noted and now - since > SAME_REQUEST_SECONDS:
-                    self._end_process(number)
+                    end_process(Stopped(number))
                 if not noted:
                     noted, since = number, now
-            if not noted or not self._is_mine(noted):
+            if not before or not self._is_mine(noted):  # the wait for the first signal does not count
                 continue
             counted += now - before
             if counted > _LIMIT_SECONDS:
-                self._end_process(noted)
+                end_process(Stopped(noted))
             if kicks and counted > kicks[0] and (kicks.pop(0) == _INSIST_SECONDS or not self._raised):
                 signal.pthread_kill(self._main, noted)
 
     def _is_mine(self, number: int) -> bool:
         return signal.getsignal(number) == self.handle
-
-    def _end_process(self, number: int) -> None:
-        stop = Stopped(number)
-        with contextlib.suppress(OSError):
-            os.write(2, f"{stop}\n".encode())
-        for child in multiprocessing.active_children():
-            child.kill()
-        os._exit(stop.status)
 
 
 def say(sentence: object) -> None:

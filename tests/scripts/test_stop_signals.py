@@ -87,6 +87,26 @@ def test_a_main_thread_that_does_not_react_is_ended(start_process, repository, t
     assert err == "stopped by SIGTERM; no file is left half-written\n"
 
 
+def test_a_main_thread_that_reacts_has_its_time(start_process, repository, tmp_path):
+    stuck = """
+    time.sleep(1)
+    print("waited longer than the limit", flush=True)
+    try:
+        time.sleep(60)
+    finally:
+        time.sleep(0.3)
+        print("cleaned up", flush=True)
+"""
+    with start(
+        start_process, tmp_path, repository, stuck.strip(), FAST.replace("0.2, 0.4, 1.0", "5, 5, 0.8")
+    ) as process:
+        assert process.stdout.readline() == "waited longer than the limit\n"
+        process.send_signal(signal.SIGTERM)
+        out, err = process.communicate(timeout=30)
+    assert (process.returncode, out) == (143, "cleaned up\n")
+    assert err.count("stopped by SIGTERM") == 1
+
+
 def test_a_second_signal_ends_at_once(start_process, repository, tmp_path):
     change = "stopping.SAME_REQUEST_SECONDS, stopping._LIMIT_SECONDS = 0.3, 60"
     with start(
