@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import errno
 import os
+import stat
 import tempfile
 from pathlib import Path
 
@@ -78,23 +79,41 @@ def check_writable(path: Path) -> None:
     """Check whether ``replace_file`` can write ``path``. Call it before long work.
 
     Raises:
-        UserError: the folder is missing or not writable, ``path`` is a folder, or no file can have this name.
+        UserError: the folder is missing or not writable, ``path`` is a folder, a pipe or a device, or no file can have this
+            name.
     """
     if possible_path(path).is_dir():
         raise UserError(f"can't write {path}: it is a folder; name a file in it.")
+    if is_special(path):  # root could rename a file over /dev/null
+        raise UserError(f"can't write {path}: it is a pipe or a device; name a file.")
     if not path.parent.is_dir():
         raise UserError(f"can't write {path}: there is no folder {path.parent}; create it first.")
     if not os.access(path.parent, os.W_OK):
         raise UserError(f"can't write {path}: no permission to write in {path.parent}; choose another place.")
 
 
+def is_special(path: str | Path) -> bool:
+    """Whether ``path`` is a pipe, a socket or a device: opening or reading it may wait forever."""
+    try:
+        mode = os.stat(path).st_mode
+    except OSError:
+        return False
+    return not (stat.S_ISREG(mode) or stat.S_ISDIR(mode))
+
+
+def cant_write(path: Path, error: OSError) -> UserError:
+    """A UserError that says why ``path`` could not be written."""
+    return UserError(f"can't write {path}: {_reason(error, path)}.")
+
+
 def replace_file(path: Path, content: bytes) -> None:
     """Write ``content`` to a temporary file beside ``path``, fsync it and rename it over ``path``.
 
     Raises:
-        UserError: the folder is missing or not writable, or the disk is full. ``path`` then stays as it was.
+        UserError: the folder is missing or not writable, ``path`` is no regular file, or the disk is full. ``path`` then
+            stays as it was.
     """
-    possible_path(path)
+    check_writable(path)
     temporary: str | None = None
     try:
         with tempfile.NamedTemporaryFile(dir=path.parent, prefix=f".{path.name[:200]}.", delete=False) as file:
@@ -105,7 +124,7 @@ def replace_file(path: Path, content: bytes) -> None:
         os.chmod(temporary, 0o666 & ~_umask())
         os.replace(temporary, path)
     except OSError as error:
-        raise UserError(f"can't write {path}: {_reason(error, path)}.") from error
+        raise cant_write(path, error) from error
     finally:
         if temporary is not None and os.path.exists(temporary):  # not renamed: an error, or Ctrl-C
             os.unlink(temporary)

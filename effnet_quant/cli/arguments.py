@@ -181,6 +181,7 @@ def _add_run_arguments(parser: argparse.ArgumentParser) -> None:
     add("--no-checkpoints", dest="save_checkpoints", action="store_false", help="write no checkpoints")
     add("--checkpoint-filename", default="checkpoint.pth.tar", help="name of the latest checkpoint")
     add("--workspace", default="./", help="folder for checkpoints and logs")
+    add("--overwrite", action="store_true", help="replace the checkpoints of an earlier run in the workspace")
     add("--topk", type=int, default=5, help="k of the second accuracy, val.topk")
 
 

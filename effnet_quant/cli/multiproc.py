@@ -46,6 +46,9 @@ def job(arguments: Sequence[str]) -> int:
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     os.environ.setdefault("OMP_NUM_THREADS", str(max(1, cores // parsed.nproc_per_node)))
     os.environ.setdefault("TORCH_ELASTIC_SHUTDOWN_TIMEOUT", str(_CHECKPOINT_SECONDS))  # torch after 2.8 reads it
+    # The engine's own store outlives a restart, and with it the addresses of processes that have ended. Which process
+    # comes first then decides whether the restart works. Without that store each start has a new one.
+    os.environ.setdefault("TORCH_DISABLE_SHARE_RDZV_TCP_STORE", "1")
     signal.signal(signal.SIGUSR1, _stop)  # the one signal that the engine leaves alone
     config = _launch_config(parsed)
     started = time.time()

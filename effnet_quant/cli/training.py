@@ -12,6 +12,7 @@ import torch
 
 from effnet_quant.card import HARD_SWISH, InputSpec, ModelCard
 from effnet_quant.cli.arguments import model_options
+from effnet_quant.cli.stopping import end_children
 from effnet_quant.data.data_argument import DIGITS
 from effnet_quant.jobs.config import DataConfig, PlaceConfig, StartConfig
 from effnet_quant.jobs.float_training import evaluate, fit
@@ -147,6 +148,7 @@ def train_or_evaluate(run: Run, parsed: argparse.Namespace) -> int:
     try:
         fit(run)
     except Interrupted as interruption:
+        end_children()
         path = os.path.join(parsed.workspace, parsed.checkpoint_filename)
         kept = f"; go on with --resume {path}" if run.config.save_checkpoints else ", without a checkpoint"
         print(f"{interruption}{printable(kept)}", file=sys.stderr)

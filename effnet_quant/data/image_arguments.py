@@ -22,7 +22,7 @@ from effnet_quant.files import possible_path
 STDIN = "-"
 _SCHEMES = ("http://", "https://")
 _TIMEOUT_SECONDS = 30
-_LARGEST_DOWNLOAD = 256 * 2**20
+_LARGEST = 256 * 2**20  # bytes of a download or of standard input
 
 
 def expand(names: list[str]) -> list[str]:
@@ -50,7 +50,12 @@ def read_named(name: str) -> Tensor:
         UserError: it does not exist, can't be fetched, or is damaged.
     """
     if name == STDIN:
-        return _decoded(sys.stdin.buffer.read(), "standard input")
+        data = sys.stdin.buffer.read(_LARGEST + 1)
+        if len(data) > _LARGEST:
+            raise UserError(
+                f"standard input is larger than {_LARGEST >> 20} MiB, so it is no image; check the command."
+            )
+        return _decoded(data, "standard input")
     if name.startswith(_SCHEMES):
         return _decoded(_download(name), name)
     return read_image(name)
@@ -100,14 +105,14 @@ def _download(url: str) -> bytes:
     try:
         with urllib.request.urlopen(url, timeout=_TIMEOUT_SECONDS) as response:
             promised = response.length
-            data: bytes = response.read(_LARGEST_DOWNLOAD + 1)
+            data: bytes = response.read(_LARGEST + 1)
     except urllib.error.HTTPError as error:
         raise UserError(f"{url}: the server answers {error.code} {error.reason}; check the address.") from error
     except (OSError, ValueError, http.client.HTTPException) as error:  # URLError is an OSError
         reason = error.reason if isinstance(error, urllib.error.URLError) else error
         raise UserError(f"{url} can't be fetched ({reason}); check the address and the network.") from error
-    if len(data) > _LARGEST_DOWNLOAD:
-        raise UserError(f"{url} is larger than {_LARGEST_DOWNLOAD >> 20} MiB; download it and give the file.")
+    if len(data) > _LARGEST:
+        raise UserError(f"{url} is larger than {_LARGEST >> 20} MiB; download it and give the file.")
     if promised is not None and len(data) < promised:
         raise UserError(f"{url} ended after {len(data):,} of {promised:,} bytes; try again.")
     return data

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
 import math
 import os
 import posixpath
 import re
 import sys
 import tarfile
+import tempfile
 from collections.abc import Iterator
 from functools import cached_property
 from pathlib import Path
@@ -22,7 +24,7 @@ from effnet_quant.data.folders import EXTENSIONS
 from effnet_quant.data.shard_index import INDEX, ShardIndex, find_index, join, read_index, write_index_file
 from effnet_quant.data.sources import EncodedSource, unreadable
 from effnet_quant.errors import UserError
-from effnet_quant.files import check_writable, create_folder, possible_path
+from effnet_quant.files import cant_write, check_writable, create_folder, possible_path
 
 _BETWEEN = ".tar::"  # separates training and validation shards; "::" alone also occurs in fsspec's chained URLs
 _MOST_SHARDS, _LONGEST_LABEL = 10**6, 12  # shards of a pattern, digits of a label
@@ -142,40 +144,52 @@ def _encoded(data: bytes) -> EncodedImage | DecodeError:
 def pack(source: EncodedSource, folder: Path, images_per_shard: int = 1000, seed: int = 0) -> Iterator[int]:
     """Write a source's encoded images, in random order, into shards of almost equal size; then write the index.
 
-    Shards without an index are incomplete. An image that can't be read is reported on standard error and left out.
+    Shards take their names when all are written. Until then earlier shards and their index stay as they were, and an error
+    leaves nothing behind. An image that can't be read is reported on standard error and left out.
 
     Yields:
         After each image, the number of images written so far.
 
     Raises:
-        UserError: webdataset is missing, or the folder can't be written to.
+        UserError: webdataset is missing, the folder can't be written to, or the disk is full.
     """
     wds = _webdataset()
+    created = [path for path in (folder, *folder.parents) if not path.exists()]
     create_folder(folder, "--pack")
     check_writable(folder / INDEX)
-    (folder / INDEX).unlink(missing_ok=True)
     order = torch.randperm(len(source), generator=torch.Generator().manual_seed(seed))
     shards: dict[str, int] = {}
     written = 0
-    for number, part in enumerate(order.tensor_split(-(-len(order) // images_per_shard))):
-        name = f"{number:06d}.tar"
-        partial = folder / f".{name}.partial"
-        images = 0
-        with wds.TarWriter(str(partial)) as tar:
-            for index in part.tolist():
-                extension = os.path.splitext(source.name(index))[1].lower().lstrip(".")
-                try:
-                    data = source.load(index).tobytes()
-                except OSError as error:
-                    print(f"warning: {unreadable(source.name(index), error)} It is left out.", file=sys.stderr)
-                    continue
-                tar.write({"__key__": f"{index:08d}", extension: data, _LABEL: str(int(source.labels[index])).encode()})
-                written += 1
-                images += 1
-                yield written
-        os.replace(partial, folder / name)
-        shards[name] = images
-    write_index_file(str(folder), ShardIndex(list(source.classes), shards))
+    try:
+        with tempfile.TemporaryDirectory(prefix=".packing-", dir=folder) as unfinished:
+            for number, part in enumerate(order.tensor_split(-(-len(order) // images_per_shard))):
+                name = f"{number:06d}.tar"
+                images = 0
+                with wds.TarWriter(os.path.join(unfinished, name)) as tar:
+                    for index in part.tolist():
+                        extension = os.path.splitext(source.name(index))[1].lower().lstrip(".")
+                        try:
+                            data = source.load(index).tobytes()
+                        except OSError as error:
+                            print(f"warning: {unreadable(source.name(index), error)} It is left out.", file=sys.stderr)
+                            continue
+                        label = str(int(source.labels[index])).encode()
+                        tar.write({"__key__": f"{index:08d}", extension: data, _LABEL: label})
+                        written += 1
+                        images += 1
+                        yield written
+                shards[name] = images
+            (folder / INDEX).unlink(missing_ok=True)
+            for shard in shards:
+                os.replace(os.path.join(unfinished, shard), folder / shard)
+        write_index_file(str(folder), ShardIndex(list(source.classes), shards))
+    except BaseException as error:
+        for path in created:  # unless there is something in it
+            with contextlib.suppress(OSError):
+                path.rmdir()
+        if isinstance(error, OSError):
+            raise cant_write(folder, error) from error
+        raise
 
 
 def write_index(location: str) -> ShardIndex:

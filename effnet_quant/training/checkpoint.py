@@ -92,6 +92,10 @@ def _are_random_states(value: Any) -> bool:
     return all(state.dtype == torch.uint8 and state.dim() == 1 for state in value)
 
 
+def _is_identity(value: Any) -> bool:
+    return isinstance(value, dict) and _is_count(value.get("images")) and isinstance(value.get("digest"), str)
+
+
 def _is_config(value: Any) -> bool:
     return isinstance(value, dict) and all(
         is_right(value[name]) for name, is_right in _CONFIG.items() if value.get(name) is not None
@@ -129,6 +133,7 @@ _ENTRIES: dict[str, tuple[Callable[[Any], bool], str]] = {
     "rng": (_are_random_states, "a list of random states"),
     "cuda_rng": (_are_random_states, "a list of random states"),
     "config": (_is_config, "a configuration"),
+    "data": (_is_identity, "a count of images and their digest"),
 }
 
 

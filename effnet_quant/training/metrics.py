@@ -39,6 +39,8 @@ class Recorder:
         self._machine = {} if machine is None else {"machine": machine}
         if path is not None:
             possible_path(path)
+            if path.is_fifo():  # opening it would wait for a reader
+                raise UserError(f"can't write the raport file {path}: it is a pipe; choose another with --raport-file.")
             try:
                 path.open("a", encoding="utf-8").close()
             except OSError as error:
