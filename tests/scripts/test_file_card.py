@@ -112,7 +112,7 @@ def test_training_on_other_classes_starts_a_new_classifier_with_a_note(run_scrip
     start = ["--pretrained-from-file", path, "--workspace", tmp_path / "runs"]
     result = run_script("main.py", image_folder, *QUICK, *start, "--epochs", 1)
     assert "is for 10 classes; the classifier starts anew" in succeeded(result).err
-    for script, flag in (("main.py", ["--evaluate"]), ("quant_main.py", ["--epochs", 0])):
+    for script, flag in (("main.py", ["--evaluate"]), ("quant_main.py", ["--epochs", 0, "--overwrite"])):
         refused = run_script(script, image_folder, *QUICK, *start, *flag)
         assert refused.code == 2
         assert refused.error_lines[0].endswith(
