@@ -27,6 +27,8 @@ def card_to_start_from(parsed: argparse.Namespace, *, quantized: bool = False) -
     path = getattr(parsed, "resume", None) or parsed.pretrained_from_file
     if not path:
         return ModelCard()
+    if "arch" in parsed.explicit and not os.path.exists(path):
+        return ModelCard()  # the run will say so, unless it was started again and goes on from its own checkpoint
     said = read_card(path)
     taken = []
     if said.arch and "arch" not in parsed.explicit:

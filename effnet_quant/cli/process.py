@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import atexit
 import contextlib
 import errno
 import os
@@ -9,7 +10,16 @@ import sys
 from collections.abc import Callable, Sequence
 from typing import NoReturn
 
-from effnet_quant.cli.stopping import Stopped, end_now_on_signals, end_process, flush, leave, say, stopping
+from effnet_quant.cli.stopping import (
+    Stopped,
+    end_now_on_signals,
+    end_process,
+    flush,
+    ignore_signals,
+    leave,
+    say,
+    stopping,
+)
 from effnet_quant.errors import PeerLost, UserError
 from effnet_quant.training.signals import STOPPING
 
@@ -28,6 +38,7 @@ def run(job: Callable[[Sequence[str]], int]) -> NoReturn:
     SIGINT, SIGTERM and SIGUSR1 exit with status 130, 143 or 138 within ten seconds. The end of another process of the job
     exits with status 75.
     """
+    atexit.register(ignore_signals)  # first, so that it runs last
     try:
         with stopping():
             status = _status(job, sys.argv[1:])

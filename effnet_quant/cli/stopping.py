@@ -73,6 +73,13 @@ def end_now_on_signals(status: int) -> None:
                 signal.signal(number, lambda *_: os._exit(status))
 
 
+def ignore_signals() -> None:
+    """Ignore the stop signals that have handlers. Python takes all handlers away at its end, and a signal then kills."""
+    for number in STOPPING:
+        if callable(signal.getsignal(number)):
+            signal.signal(number, signal.SIG_IGN)
+
+
 def end_process(stop: Stopped) -> NoReturn:
     """Say why, and end the process without what Python and the libraries do at their ends, which can take seconds."""
     if not _ending.acquire(blocking=False):

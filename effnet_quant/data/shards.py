@@ -154,7 +154,7 @@ def pack(source: EncodedSource, folder: Path, images_per_shard: int = 1000, seed
         UserError: webdataset is missing, the folder can't be written to, or the disk is full.
     """
     wds = _webdataset()
-    created = [path for path in (folder, *folder.parents) if not path.exists()]
+    created = [path for path in (possible_path(folder), *folder.parents) if not path.exists()]
     create_folder(folder, "--pack")
     check_writable(folder / INDEX)
     order = torch.randperm(len(source), generator=torch.Generator().manual_seed(seed))

@@ -27,6 +27,7 @@ from effnet_quant.data.shards import ShardSource
 from effnet_quant.data.sources import ImageSource
 from effnet_quant.data.transforms import evaluation_transform, training_transform
 from effnet_quant.errors import UserError
+from effnet_quant.files import possible_path
 from effnet_quant.jobs.classes import check_classes, check_count, label_order
 from effnet_quant.jobs.config import DataConfig, PlaceConfig, StartConfig
 from effnet_quant.jobs.same_data import check_same_classes, say_other_images
@@ -130,7 +131,7 @@ def _prepare(
     overrides: Overrides,
     evaluate: bool,
 ) -> Run:
-    workspace = Path(place.workspace)
+    workspace = possible_path(place.workspace)
     start = _started_again(start, config, place, world)
     writes_new = config.save_checkpoints and not evaluate and not start.resume
     if world.is_main and writes_new and not place.overwrite:
