@@ -60,8 +60,8 @@ def _mapped(size: int, folder: Path | None) -> Any:
         if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
             raise
         raise UserError(
-            f"the disk has no room for {size / 2**20:.0f} MiB of activations in {folder or tempfile.gettempdir()}; free some "
-            "space, or calibrate with fewer images."
+            f"the disk has no room for {size / 2**20:.0f} MiB of activations in {folder or tempfile.gettempdir()}; free "
+            "some space, or calibrate with fewer images."
         ) from error
 
 

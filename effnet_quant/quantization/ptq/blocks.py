@@ -12,7 +12,6 @@ from dataclasses import dataclass
 from itertools import pairwise
 from typing import Any
 
-import torch
 from torch import Tensor, fx, nn
 
 from effnet_quant.errors import UserError
@@ -52,8 +51,8 @@ def traced_graph(model: nn.Module) -> fx.Graph:
         graph, _ = trace_operations(model)
     if graph is None:
         raise UserError(
-            f"{type(model).__name__} can't be traced, so it can't be cut into blocks; use the recipe 'minmax', which needs no "
-            "blocks."
+            f"{type(model).__name__} can't be traced, so it can't be cut into blocks; use the recipe 'minmax', which "
+            "needs no blocks."
         )
     return graph
 
@@ -155,7 +154,8 @@ def _starts(
                 for index in range(before + 1, layer + 1)
                 if len(live[index]) <= most_values and all(node.name in cuttable for node in live[index])
             ]
-            # What has no layer stays with the layer before it, but for an average: before it every position of the map counts.
+            # What has no layer stays with the layer before it. An average does not: before it every position of the map
+            # counts.
             average = next((index for index in range(before + 1, layer) if _averages(model, nodes[index])), layer)
             if allowed:
                 found.append(max((index for index in allowed if index <= average), default=allowed[0]))

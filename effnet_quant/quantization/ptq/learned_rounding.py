@@ -1,96 +1,93 @@
-"""Learns the rounding of weights block by block, so that each block gives what the float network gives."""
+"""Learns the rounding of a network's weights, block after block. A killed run goes on with the block it was at."""
 
 from __future__ import annotations
 
-import math
+import hashlib
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
-from typing import Any
+from pathlib import Path
 
 import torch
+from safetensors.torch import load_file, save
 from torch import Tensor, nn
 
+from effnet_quant.errors import UserError
+from effnet_quant.files import create_folder, replace_file
 from effnet_quant.quantization.eager_evaluation import Batch, device_of, eager_pass
-from effnet_quant.quantization.fake_quant import fake_quantize
-from effnet_quant.quantization.ptq.activations import ActivationStore, Cut, Values, last_uses
+from effnet_quant.quantization.placement.insertion import quantizers
+from effnet_quant.quantization.ptq.activations import ActivationStore, Cut, last_uses
+from effnet_quant.quantization.ptq.block_learning import Learning, block_quantizers, learn_block
 from effnet_quant.quantization.ptq.blocks import Block, cut_blocks
-from effnet_quant.quantization.ptq.soft_rounding import SoftRounding
 from effnet_quant.quantization.ptq.step import StepContext, batches_on, checked_batches
 from effnet_quant.quantization.quantizer import TensorQuantizer
 
-
-@dataclass(frozen=True)
-class Learning:
-    """How the rounding of a block is learned.
-
-    Attributes:
-        iterations: steps of Adam for each block.
-        batch_size: examples of a step.
-        rate: learning rate of the rounding.
-        range_rate: learning rate of the logarithms of activation ranges; 0 leaves them.
-        bias_rate: learning rate of biases, in standard deviations of the layer's output; 0 leaves them.
-        drop: share of activations that stay in float in each step (QDrop, Wei et al. 2022).
-        decisiveness: weight of the pull towards 0 and 1.
-        warm_up: share of the steps without that pull.
-        settle: share of the steps at the end with decided weights, for ranges and biases.
-    """
-
-    iterations: int
-    batch_size: int = 32
-    rate: float = 1e-2
-    range_rate: float = 0.0
-    bias_rate: float = 0.0
-    drop: float = 0.0
-    decisiveness: float = 0.1
-    warm_up: float = 0.2
-    settle: float = 0.0
+_RUN_SIZE = 16  # examples that run through a block at a time
 
 
 def learn_rounding(
     model: nn.Module, batches: Sequence[Batch], context: StepContext, learning: Learning, *, single_layers: bool
 ) -> None:
+    """Learn the rounding of all blocks of ``model``, in place.
+
+    Two copies of all examples go through the network block by block, one through the float network and one through the
+    quantized network. Each block learns to turn the second into what the float network gives.
+
+    Args:
+        model: a quantized model with ranges.
+        batches: calibration examples.
+        context: with a folder, each finished block is kept there. The same call goes on after the last finished block,
+            and gives the same weights as a call that was not interrupted.
+        learning: how a block learns.
+        single_layers: learn layer by layer.
+
+    Raises:
+        UserError: no ranges, fewer than two examples, a batch that is no good, a model that can't be cut, or a full disk.
+    """
     batches = checked_batches(model, batches)
-    blocks = cut_blocks(model, batches[0], single_layers=single_layers)
+    if not any(quantizer.enabled for _, quantizer in quantizers(model)):
+        raise UserError("the model has no ranges yet; call calibrate(model, batches) first.")
     device = device_of(model)
+    blocks = cut_blocks(model, batches[0], single_layers=single_layers)
+    kept = None if context.folder is None else _folder(model, batches, context, learning, single_layers)
+    store, uses = ActivationStore(context.memory, context.folder), last_uses(blocks)
+    floats, rounded = (Cut(store, _RUN_SIZE, uses) for _ in range(2))
     total = sum(examples for _, examples in batches_on(model, batches))
-    store = ActivationStore(context.memory, context.folder)
-    uses = last_uses(blocks)
-    floats, rounded = (Cut(store, learning.batch_size, uses) for _ in range(2))
-    arguments = [arguments for arguments, _ in batches_on(model, batches)]
-    names = _argument_names(blocks)
-    floats.enter(names, arguments, total)
+    floats.enter(_arguments(blocks), (arguments for arguments, _ in batches_on(model, batches)), total)
     rounded.values = dict(floats.values)
     with eager_pass(model):
         for number, block in enumerate(blocks):
             context.progress(block.name, number, len(blocks))
-            with _float(block):
+            with _in_float(block):
                 wanted = floats.run(block, device)
-            if block.layers:
-                generator = torch.Generator().manual_seed(hash((context.seed, number)) % 2**63)
-                _learn_block(model, block, floats, rounded, wanted, learning, generator, device)
+            file = None if kept is None else kept / f"block-{number:03}.safetensors"
+            if file is not None and file.is_file():
+                _load(block, file)
+            else:
+                generator = torch.Generator().manual_seed(context.seed * 1_000_003 + number)
+                learn_block(model, block, floats, rounded, wanted, learning, generator)
+                _track_outputs(block, rounded, device)
+                if file is not None:
+                    _save(block, file)
+            given = rounded.run(block, device)
             floats.advance(number, wanted)
-            rounded.advance(number, _tracked(block, rounded, device))
+            rounded.advance(number, given)
         context.progress(blocks[-1].name, len(blocks), len(blocks))
 
 
-def _argument_names(blocks: Sequence[Block]) -> tuple[str, ...]:
+def _arguments(blocks: Sequence[Block]) -> tuple[str, ...]:
+    """Names of the model's arguments, in order."""
     made: set[str] = set()
-    needed: list[str] = []
+    found: list[str] = []
     for block in blocks:
-        needed += [name for name in block.inputs if name not in made and name not in needed]
+        found += [name for name in block.inputs if name not in made and name not in found]
         made.update(block.outputs)
-    return tuple(needed)
-
-
-def _quantizers(block: Block, *roles: str) -> list[TensorQuantizer]:
-    return [module for module in block.module.modules() if isinstance(module, TensorQuantizer) and module.role in roles]
+    return tuple(found)
 
 
 @contextmanager
-def _float(block: Block) -> Iterator[None]:
-    """Within it the block computes in float."""
-    found = _quantizers(block, "input", "weight", "output", "gate")
+def _in_float(block: Block) -> Iterator[None]:
+    """Within it the block's quantizers are off."""
+    found = block_quantizers(block, "input", "weight", "output", "gate")
     before = [quantizer.enabled for quantizer in found]
     try:
         for quantizer in found:
@@ -101,197 +98,51 @@ def _float(block: Block) -> Iterator[None]:
             quantizer.enabled = enabled
 
 
-def _tracked(block: Block, rounded: Cut, device: torch.device) -> Values:
-    """The outputs of the quantized block, after its output quantizers got the range that they need now."""
-    outputs = [quantizer for quantizer in _quantizers(block, "output") if quantizer.enabled]
-    if outputs:
+def _track_outputs(block: Block, rounded: Cut, device: torch.device) -> None:
+    """Give the block's output quantizers the ranges that its new weights need."""
+    outputs = [quantizer for quantizer in block_quantizers(block, "output") if quantizer.enabled]
+    if not outputs:
+        return
+    try:
         for quantizer in outputs:
             quantizer.start_tracking()
         rounded.run(block, device)
+    finally:
         for quantizer in outputs:
             quantizer.stop_tracking()
-    return rounded.run(block, device)
 
 
-class _Drops:
-    """Random masks for QDrop, cut from one pool: new random numbers for every activation would take longer than the block."""
-
-    def __init__(self, share: float, generator: torch.Generator) -> None:
-        self._share = share
-        self._generator = generator
-        self._pool = torch.empty(0)
-
-    def mask(self, x: Tensor) -> Tensor | None:
-        """1 where ``x`` is rounded and 0 where it stays in float, as float32; None if all is rounded."""
-        if not self._share:
-            return None
-        if len(self._pool) < x.numel() + _OFFSETS:
-            self._pool = torch.rand(x.numel() + _OFFSETS, generator=self._generator).ge_(self._share)
-        offset = int(torch.randint(_OFFSETS, (), generator=self._generator))
-        return self._pool[offset : offset + x.numel()].view(x.shape).to(x.device)
+def _learned(block: Block) -> dict[str, Tensor]:
+    """All that learning may have changed, numbered in the order of the block's modules."""
+    tensors: list[Tensor] = [*block.module.parameters()]
+    for quantizer in block_quantizers(block, "input", "output"):
+        tensors += [end for end in (quantizer.lower, quantizer.upper) if end is not None]
+    return {str(number): tensor.detach() for number, tensor in enumerate(tensors)}
 
 
-_OFFSETS = 2**16
+def _save(block: Block, file: Path) -> None:
+    replace_file(file, save({number: tensor.cpu().contiguous() for number, tensor in _learned(block).items()}))
 
 
-class _Rounded(torch.autograd.Function):
-    """Fake quantization where ``mask`` is 1; the gradient passes unchanged. Costs no memory for the backward pass."""
-
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, quantizer: TensorQuantizer, mask: Tensor | None) -> Tensor:
-        scale, zero_point = quantizer.scale, quantizer.zero_point
-        low, high = quantizer.spec.bounds
-        y = x.div(scale).round_().clamp_(low - zero_point, high - zero_point).mul_(scale)
-        return y if mask is None else torch.addcmul(x, y.sub_(x), mask)
-
-    @staticmethod
-    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None, None]:
-        return gradient, None, None
+def _load(block: Block, file: Path) -> None:
+    saved = load_file(file)
+    for number, tensor in _learned(block).items():
+        tensor.copy_(saved[number])
 
 
-class _Activation:
-    """Replaces the forward of an activation quantizer while a block learns."""
-
-    def __init__(self, quantizer: TensorQuantizer, drops: _Drops) -> None:
-        self.quantizer = quantizer
-        self.drops: _Drops | None = drops
-        self.learns = False
-        self.start = quantizer.amax.clone(), None if quantizer.amin is None else quantizer.amin.clone()
-        self.logs = nn.Parameter(torch.zeros(2, device=quantizer.amax.device))
-
-    def range(self) -> tuple[Tensor, Tensor | None]:
-        amax, amin = self.start
-        factors = self.logs.exp()
-        return amax * factors[0], None if amin is None else amin * factors[1]
-
-    def __call__(self, x: Tensor) -> Tensor:
-        quantizer = self.quantizer
-        if not quantizer.rounds:
-            return x
-        if self.learns:
-            amax, amin = self.range()
-            return fake_quantize(x, amax, replace(quantizer.spec, learned=True), amin)
-        return _Rounded.apply(x, quantizer, None if self.drops is None else self.drops.mask(x))
-
-    @torch.no_grad()
-    def settle(self) -> None:
-        if self.learns:
-            amax, amin = self.range()
-            self.quantizer.set_range(-amax if amin is None else amin, amax)
-
-
-def _learn_block(
-    model: nn.Module,
-    block: Block,
-    floats: Cut,
-    rounded: Cut,
-    wanted: Values,
-    learning: Learning,
-    generator: torch.Generator,
-    device: torch.device,
-) -> None:
-    layers = {
-        name: layer
-        for name in block.layers
-        if isinstance((layer := model.get_submodule(name))._weight_quantizer, TensorQuantizer)
-        and layer._weight_quantizer.rounds
-    }
-    soft: dict[str, SoftRounding] = {}
-    hard: dict[str, TensorQuantizer] = {}
-    for name, layer in layers.items():
-        hard[name] = layer._weight_quantizer
-        soft[name] = SoftRounding(hard[name], layer.weight)
-    drops = _Drops(learning.drop, generator)
-    activations = [
-        _Activation(quantizer, drops) for quantizer in _quantizers(block, "input", "output") if quantizer.rounds
-    ]
-    movable = [a for a in activations if a.quantizer.role == "input"] if learning.range_rate else []
-    biases = _biases(block) if learning.bias_rate else []
-    groups: list[dict[str, Any]] = []
-    if soft:
-        groups.append({"params": [rounding.logits for rounding in soft.values()], "lr": learning.rate})
-    if movable:
-        groups.append({"params": [a.logs for a in movable], "lr": learning.range_rate})
-    for bias, unit in biases:
-        groups.append({"params": [bias], "lr": learning.bias_rate * unit})
-    if not groups:
-        return
-    frozen = {p: p.requires_grad for p in model.parameters()}
-    model.requires_grad_(False)
-    for bias, _ in biases:
-        bias.requires_grad_(True)
-    energy = {name: value.float().square().mean().clamp(min=1e-12) for name, value in wanted.items()}
-    start_error: float | None = None
-    decided = False
-    try:
-        for name, layer in layers.items():
-            layer._weight_quantizer = soft[name]
-        for activation in activations:
-            activation.quantizer.forward = activation  # type: ignore[method-assign]
-        optimizer = torch.optim.Adam(groups)
-        base = [group["lr"] for group in groups]
-        settle_from = int(learning.iterations * (1 - learning.settle))
-        order = torch.empty(0, dtype=torch.long)
-        with torch.enable_grad():
-            for step in range(learning.iterations):
-                if step == settle_from and learning.settle:
-                    decided = True
-                    _decide(layers, soft, hard)
-                    for activation in activations:
-                        activation.drops = None
-                    for activation in movable:
-                        activation.learns = True
-                if len(order) < min(learning.batch_size, len(rounded)):
-                    order = torch.randperm(len(rounded), generator=generator)
-                rows, order = order[: learning.batch_size], order[learning.batch_size :]
-                inputs = rounded.pick(block, rows, device)
-                if learning.drop and not decided:
-                    true = floats.pick(block, rows, device)
-                    inputs = [
-                        torch.addcmul(f, x - f, drops.mask(x)) if x.is_floating_point() else x
-                        for x, f in zip(inputs, true, strict=True)
-                    ]
-                error = torch.zeros((), device=device)
-                for name, value in zip(block.outputs, block.module(*inputs), strict=True):
-                    error = error + (value - wanted[name][rows].to(device)).square().mean() / energy[name]
-                if start_error is None:
-                    start_error = max(error.item(), 1e-8)
-                loss = error
-                past = step / settle_from
-                if soft and not decided and past >= learning.warm_up:
-                    beta = 2 + 18 * (1 + math.cos(math.pi * (past - learning.warm_up) / (1 - learning.warm_up))) / 2
-                    loss = loss + learning.decisiveness * start_error * sum(r.undecided(beta) for r in soft.values())
-                for group, lr in zip(groups, base, strict=True):
-                    group["lr"] = lr * (0.05 + 0.95 * (1 + math.cos(math.pi * step / learning.iterations)) / 2)
-                optimizer.zero_grad()
-                loss.backward()
-                optimizer.step()
-        if not decided:
-            _decide(layers, soft, hard)
-        for activation in movable:
-            activation.settle()
-    finally:
-        for activation in activations:
-            del activation.quantizer.forward
-        for name, layer in layers.items():
-            layer._weight_quantizer = hard[name]
-        for p, needed in frozen.items():
-            p.requires_grad_(needed)
-
-
-@torch.no_grad()
-def _decide(layers: dict[str, Any], soft: dict[str, SoftRounding], hard: dict[str, TensorQuantizer]) -> None:
-    for name, layer in layers.items():
-        layer.weight.copy_(soft[name].decided())
-        layer._weight_quantizer = hard[name]
-
-
-def _biases(block: Block) -> list[tuple[nn.Parameter, float]]:
-    """The biases of the block's layers and BatchNorms, and a typical size of each."""
-    found = []
-    for module in block.module.modules():
-        bias = getattr(module, "bias", None)
-        if isinstance(bias, nn.Parameter):
-            unit = bias.detach().std().item() if bias.numel() > 1 else bias.detach().abs().mean().item()
-            found.append((bias, unit if math.isfinite(unit) and unit > 0 else 1.0))
-    return found
+def _folder(
+    model: nn.Module, batches: Sequence[Batch], context: StepContext, learning: Learning, single_layers: bool
+) -> Path:
+    """The folder of the finished blocks of just this call: its name is a hash of all that decides the result."""
+    assert context.folder is not None
+    digest = hashlib.sha256(repr((learning, single_layers, context.seed)).encode())
+    for module in model.modules():
+        if isinstance(module, TensorQuantizer):
+            digest.update(repr((module.spec, module.simulated, module.enabled)).encode())
+    tensors = [*model.state_dict().values()]
+    for arguments, _ in batches_on(model, batches):
+        tensors += [value for value in arguments if isinstance(value, Tensor)]
+    for tensor in tensors:
+        digest.update(repr(tuple(tensor.shape)).encode())
+        digest.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().tobytes())
+    return create_folder(context.folder / f"blocks-{digest.hexdigest()[:16]}", "the folder of ptq")

@@ -1,0 +1,81 @@
+"""Blocks: run one after the other, they are the network."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import nn
+
+from effnet_quant import UserError, calibrate, create_model, quantize
+from effnet_quant.quantization.ptq.blocks import cut_blocks
+
+IMAGES = torch.randn(2, 3, 64, 64, generator=torch.Generator().manual_seed(0))
+
+
+def quantized(name, **options):
+    torch.manual_seed(0)
+    model = create_model(name, **options).eval()
+    return calibrate(model if "quant" in name else quantize(model), [IMAGES], method="max")
+
+
+@torch.no_grad()
+def run(blocks, images):
+    values = {blocks[0].inputs[0]: images}
+    for block in blocks:
+        values.update(zip(block.outputs, block.module(*(values[name] for name in block.inputs)), strict=True))
+    return values[blocks[-1].outputs[0]]
+
+
+@pytest.mark.parametrize(
+    ("name", "blocks", "layers"),
+    [
+        ("efficientnet-quant-b0", 19, 82),  # stem, 16 blocks, head, classifier
+        ("timm:tf_efficientnet_lite0", 19, 50),
+        ("timm:resnet18", 10, 21),
+        ("torchvision:shufflenet_v2_x0_5", 19, 57),
+    ],
+)
+def test_blocks_are_residual_blocks_and_give_the_networks_own_bits(name, blocks, layers):
+    model = quantized(name)
+    cut = cut_blocks(model, IMAGES)
+    assert len(cut) == blocks
+    assert sum(len(block.layers) for block in cut) == layers
+    assert torch.equal(run(cut, IMAGES), model(IMAGES))
+
+
+def test_single_layers_are_blocks_of_one_layer_with_its_activation():
+    model = quantized("timm:resnet18")
+    cut = cut_blocks(model, IMAGES, single_layers=True)
+    assert [len(block.layers) for block in cut] == [1] * 21
+    assert torch.equal(run(cut, IMAGES), model(IMAGES))
+    conv1 = run(cut[:1], IMAGES)
+    assert conv1.min() == 0  # the ReLU and the pooling belong to the convolution before them
+    assert conv1.shape == (2, 64, 16, 16)
+
+
+def test_an_average_belongs_to_the_layer_after_it():
+    model = quantized("timm:resnet18")
+    cut = cut_blocks(model, IMAGES)
+    assert run(cut[:-1], IMAGES).shape == (2, 512, 2, 2)
+
+
+def test_a_stretch_of_many_layers_is_cut_between_them():
+    model = quantized("timm:densenet121")
+    cut = cut_blocks(model, IMAGES)
+    assert max(len(block.layers) for block in cut) <= 8
+    assert torch.equal(run(cut, IMAGES), model(IMAGES))
+
+
+def test_a_network_without_layers_that_can_be_traced_is_refused():
+    class Branches(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.conv = nn.Conv2d(3, 4, 3)
+
+        def forward(self, x):
+            return self.conv(x) if x.sum() > 0 else x
+
+    with pytest.warns(UserWarning, match="can't be traced"):
+        model = quantize(Branches())
+    with pytest.raises(UserError, match=r"Branches can't be traced.* use the recipe 'minmax'"):
+        cut_blocks(model, IMAGES)
