@@ -103,7 +103,7 @@ def _help(program: str) -> str:
         "verbs:",
     ]
     for name, verb in VERBS.items():
-        lines += [f"  {name:<13}{verb.summary}", f"  {'':<13}  {program} {name} {verb.example}"]
+        lines += [f"  {name:<13}{verb.summary}", f"  {'':<10}  {program} {name} {verb.example}"]
     lines += [
         "",
         "options:",
