@@ -61,26 +61,25 @@ def histogram(
 
     Bins beyond the limits have the second colour: their values are clipped.
     """
-    low, high = extent
-    span = (high - low) or 1.0
+    low, span = extent[0], (extent[1] - extent[0]) or 1.0
     most = math.log1p(max(counts, default=0.0)) or 1.0
     width = 100 / max(len(counts), 1)
-    parts = []
+    paths = {"first": "", "second": ""}
     for index, count in enumerate(counts):
-        if count <= 0:
-            continue
-        centre = low + span * (index + 0.5) / len(counts)
-        clipped = limits is not None and not limits[0] <= centre <= limits[1]
-        tall = max(38 * math.log1p(count) / most, 0.5)
-        parts.append(
-            f'<rect class="{"second" if clipped else "first"}" x="{width * index:.2f}" y="{40 - tall:.2f}" '
-            f'width="{width * 0.92:.2f}" height="{tall:.2f}"/>'
-        )
-    for limit in limits or ():
-        x = 100 * (limit - low) / span
-        if 0 <= x <= 100:
-            parts.append(f'<line class="edge" x1="{x:.2f}" x2="{x:.2f}" y1="0" y2="40"/>')
+        if count > 0:
+            centre = low + span * (index + 0.5) / len(counts)
+            clipped = limits is not None and not limits[0] <= centre <= limits[1]
+            tall = max(38 * math.log1p(count) / most, 0.5)
+            paths["second" if clipped else "first"] += (
+                f"M{width * index:.1f} 40v-{tall:.1f}h{width * 0.9:.1f}v{tall:.1f}z"
+            )
+    lines = "".join(
+        f'<line class="edge" x1="{x:.1f}" x2="{x:.1f}" y1="0" y2="40"/>'
+        for limit in limits or ()
+        if 0 <= (x := 100 * (limit - low) / span) <= 100
+    )
+    bins = "".join(f'<path class="{colour}" d="{path}"/>' for colour, path in paths.items() if path)
     return (
         f'<svg class="histogram" viewBox="0 0 100 41" preserveAspectRatio="none" role="img" aria-label="{escape(label)}">'
-        f'{"".join(parts)}<line class="axis" x1="0" x2="100" y1="40.5" y2="40.5"/></svg>'
+        f'{bins}{lines}<line class="axis" x1="0" x2="100" y1="40.5" y2="40.5"/></svg>'
     )
