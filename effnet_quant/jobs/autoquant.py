@@ -331,7 +331,7 @@ class _Climber:
         if base is None:
             raise UserError(f"mixed precision starts from w4a8 or w8a8, not from {self._spec.weight}.")
         chosen = mixed_precision(
-            self._built(None),
+            self._built(None).to(self._run.device),
             self._batches,
             self._targets,
             target_drop=self.state.target_drop,
@@ -365,7 +365,7 @@ class _Climber:
         return _Made(model, self._spec, note)
 
     def _calibrated(self, spec: QuantSpec, steps: Sequence[Step]) -> nn.Module:
-        model = self._built(spec)
+        model = self._built(spec).to(self._run.device)
         done = 0
 
         def after_batch(examples: int) -> None:
@@ -377,7 +377,7 @@ class _Climber:
         seed = self._run.config.seed or 0
         for step in steps:
             step(model, self._batches, StepContext(seed=seed, progress=self._progress))
-        return model
+        return model.cpu()
 
     def _built(self, spec: QuantSpec | None) -> nn.Module:
         """The float network, with quantizers without ranges if a spec is given."""

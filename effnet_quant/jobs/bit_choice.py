@@ -71,7 +71,7 @@ def choose_bits(
             return 1e3 * median_seconds([lambda: engine(*image)])[0]
 
     return mixed_precision(
-        built(None),
+        built(None).to(run.device),
         batches,
         targets,
         target_drop=target_drop,

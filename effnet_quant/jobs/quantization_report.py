@@ -67,6 +67,7 @@ def write_quantization_report(
     assert card.input is not None and card.target is not None
     model, float_model = (copy.deepcopy(network).cpu().eval() for network in (model, float_model))
     task = get_task(card.task)
+    summary, judged_on = _judged(run, model, card, float_model)  # before histograms: collect finds outputs' ranges anew
     pairs = []
     for pixels, targets in calibration_loader(run, IMAGES).epoch():
         pairs.append((normalize(pixels.cpu(), card.input), targets))
@@ -77,7 +78,6 @@ def write_quantization_report(
         found = f"Not measured: {error}"
     calibrators = collect(model, batches, "mse")
     ranges = {report.name: report for report in report_ranges(model, calibrators)}
-    summary, judged_on = _judged(run, model, card, float_model)
     page = Page(
         title=f"{card.arch}: quantization report",
         facts=[
