@@ -246,7 +246,7 @@ class _Climber:
         self._spec = resolve_spec(run.card.quant_spec)
         tensors = {name: value.detach().cpu().clone() for name, value in run.model.state_dict().items()}
         self._float = Weights(tensors, run.card).without_ranges()
-        where = f"{len(run.val)} batches of validation images"
+        where = "the validation images"
         loader = run.val
         if held_back:
             loader, where = hold_back(run, held_back, qat.calibration_images), f"{held_back} held-back training images"

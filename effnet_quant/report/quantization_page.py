@@ -115,7 +115,10 @@ dt { color: var(--faint); }
   vertical-align: -1px; }
 @media (max-width: 40rem) { .layer { grid-template-columns: 1fr 3.6rem 3.6rem; row-gap: 0; margin-bottom: .35rem; }
   .layer > :first-child { grid-column: 1 / -1; } .head > :first-child { display: none; }
-  th, td { padding: .3rem .25rem; font-size: .85rem; } }
+  th, td { padding: .3rem .25rem; font-size: .85rem; }
+  .tried tr { display: grid; grid-template-columns: 4.6rem repeat(6, 1fr); border-bottom: 1px solid var(--line); }
+  .tried th, .tried td { border: 0; padding: .2rem .1rem; font-size: .72rem; }
+  .tried td:last-child { grid-column: 1 / -1; } .tried th:last-child { display: none; } }
 """
 
 
@@ -174,7 +177,7 @@ def _tried(page: Page) -> str:
         return ""
     header, *rows = page.tried
     last = frozenset({len(header) - 1})
-    return f"<h2>What was tried</h2>{_table(header, rows, last)}<p>{escape(page.ended)}</p>"
+    return f'<h2>What was tried</h2><div class="tried">{_table(header, rows, last)}</div><p>{escape(page.ended)}</p>'
 
 
 def _sensitivity(table: SensitivityTable | str) -> str:
