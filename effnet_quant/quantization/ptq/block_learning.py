@@ -104,13 +104,12 @@ class _Learner:
             for quantizer in block_quantizers(block, "input", "output")
             if quantizer.rounds
         ]
-        self._movable = [each for each in self._activations if each.quantizer.role == "input"]
         self._biases = list(_biases(block)) if learning.bias_rate else []
         self._decided = False
         self.groups: list[dict[str, Any]] = []
         self._add(learning.rate, [rounding.logits for rounding in self._soft.values()])
         if learning.range_rate:
-            self._add(learning.range_rate, [each.logs for each in self._movable])
+            self._add(learning.range_rate, [each.logs for each in self._activations])
         for bias, unit in self._biases:
             self._add(learning.bias_rate * unit, [bias])
 
@@ -161,7 +160,7 @@ class _Learner:
         if not self._decided:
             self._decide()
         if learning.range_rate:
-            for activation in self._movable:
+            for activation in self._activations:
                 activation.keep_range()
 
     def _batch_size(self, wanted: Values) -> int:
@@ -196,7 +195,7 @@ class _Learner:
         for name, rounding in self._soft.items():
             _weight(self._model, name).copy_(rounding.decided())
             self._model.get_submodule(name)._weight_quantizer = self._quantizers[name]
-        for activation in self._movable:
+        for activation in self._activations:
             activation.learns = self._learning.range_rate > 0
 
 

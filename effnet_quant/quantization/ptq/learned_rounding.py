@@ -65,7 +65,8 @@ def learn_rounding(
             else:
                 generator = torch.Generator().manual_seed(context.seed * 1_000_003 + number)
                 learn_block(model, block, floats, rounded, wanted, learning, generator)
-                _track_outputs(block, rounded, device)
+                if not learning.range_rate:  # else the block has learned them
+                    _track_outputs(block, rounded, device)
                 if file is not None:
                     _save(block, file)
             given = rounded.run(block, device)

@@ -31,5 +31,5 @@ class Reconstruction:
         Raises:
             UserError: the model can't be cut into blocks or has no ranges, or a batch is no good.
         """
-        learning = Learning(self.iterations, range_rate=1e-3, bias_rate=2e-2, drop=0.5, settle=0.15)
+        learning = Learning(self.iterations, range_rate=1e-2, bias_rate=2e-2, drop=0.5, settle=0.4)
         learn_rounding(model, batches, context, learning, single_layers=False)
