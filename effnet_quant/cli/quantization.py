@@ -93,6 +93,10 @@ def check_search(parsed: argparse.Namespace) -> None:
     """
     if parsed.auto and parsed.target_drop is None:
         raise UserError("--auto climbs until a target is met; give it with --target-drop, e.g. 0.3.")
+    if parsed.auto and parsed.explicit & {"calibration_method", "percentile"}:
+        raise UserError(
+            "--auto tries recipes, which choose ranges themselves; leave out --calibration-method and --percentile."
+        )
     if parsed.budget is not None and parsed.target_drop is not None:
         raise UserError("--budget and --target-drop both say when to stop; give one of them.")
     for flag, given in (("--time-budget", parsed.time_budget), ("--hold-back", parsed.hold_back)):

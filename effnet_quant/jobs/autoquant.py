@@ -28,10 +28,11 @@ from effnet_quant.jobs.quantized_training import distilled, prepare_quantized
 from effnet_quant.jobs.run import Run, calibration_loader, hold_back
 from effnet_quant.models.weights import Weights, load_weights, write_weights
 from effnet_quant.quantization.calibration import calibrate, track_outputs
+from effnet_quant.quantization.eager_evaluation import Batch
 from effnet_quant.quantization.ptq.adaptive_rounding import AdaptiveRounding
 from effnet_quant.quantization.ptq.mixed_precision import mixed_precision
 from effnet_quant.quantization.ptq.reconstruction import Reconstruction
-from effnet_quant.quantization.ptq.step import Step, StepContext
+from effnet_quant.quantization.ptq.step import DEFAULT_CONTEXT, Step, StepContext, batches_on
 from effnet_quant.quantization.qat import QatConfig
 from effnet_quant.quantization.spec import FLOAT, QuantSpec, resolve_spec
 from effnet_quant.tasks import get_task
@@ -39,11 +40,29 @@ from effnet_quant.training.callback import Callback
 from effnet_quant.training.signals import Interrupted, SignalWatch
 
 WEIGHTS, ENGINE, TABLE = "autoquant.safetensors", "autoquant.onnx", "autoquant.json"
-# from cheap to dear: the steps after calibration
+
+
+@dataclass(frozen=True)
+class Calibration:
+    """The first step of a recipe: every range by the default method."""
+
+    def __call__(self, model: nn.Module, batches: Sequence[Batch], context: StepContext = DEFAULT_CONTEXT) -> None:
+        """Set the ranges of ``model`` in place; see ``Step``."""
+        total, done = sum(examples for _, examples in batches_on(model, batches)), 0
+
+        def after_batch(examples: int) -> None:
+            nonlocal done
+            done += examples
+            context.progress("calibrate", done, total)
+
+        calibrate(model, batches, progress=after_batch)
+
+
+# from cheap to dear
 RECIPES: dict[str, tuple[Step, ...]] = {
-    "minmax": (),
-    "adaround": (AdaptiveRounding(),),
-    "reconstruct": (Reconstruction(),),
+    "minmax": (Calibration(),),
+    "adaround": (Calibration(), AdaptiveRounding()),
+    "reconstruct": (Calibration(), Reconstruction()),
 }
 MIXED, QAT = "mixed precision", "QAT with distillation"
 # Without w8a16: no CPU runtime has integer kernels for it, so a layer in float is as fast and loses less.
@@ -160,12 +179,12 @@ def autoquant(
 
     Args:
         run: an opened quantized run. Its model holds the float weights.
-        qat: the calibration's method and images, and the settings of QAT, for the run's epochs. 0 epochs leave it out.
+        qat: the number of calibration images, and the settings of QAT, for the run's epochs. 0 epochs leave it out.
         folder: where the best network lies, as autoquant.safetensors and autoquant.onnx, and the table, autoquant.json.
         target_drop: the most of the float network's score that may be lost, in points.
         time_budget: seconds; None for no limit.
         held_back: judge on so many training images, which no step sees, instead of on the validation images.
-        recipes: from the cheapest to the dearest; the steps of each after calibration.
+        recipes: from the cheapest to the dearest; the steps of each, calibration first.
         progress: told a title and how many of all parts are done.
 
     Returns:
@@ -261,7 +280,7 @@ class _Climber:
             how = "the simulation, because TensorRT is not installed"
         self.state = Climb(target_drop, self._judge.float, f"{score.title} {score.unit}", f"{where}, {how}")
         self._best: tuple[float, float] | None = None
-        self._steps: tuple[Step, ...] = ()  # of the best recipe
+        self._steps: tuple[Step, ...] = (Calibration(),)  # of the best recipe
         self._start: nn.Module | None = None  # the best network on the run's own grids, from which QAT starts
 
     def climb(self, rungs: Sequence[tuple[str, Callable[[], _Made]]]) -> Climb:
@@ -321,7 +340,7 @@ class _Climber:
 
     def recipe(self, name: str) -> _Made:
         """The network of a recipe, on the run's own grids."""
-        return _Made(self._calibrated(self._spec, self._recipes[name]), self._spec)
+        return _Made(self._quantized(self._spec, self._recipes[name]), self._spec)
 
     def mixed(self) -> _Made:
         """Layers that lose much get more bits; then the steps of the best recipe."""
@@ -337,18 +356,19 @@ class _Climber:
             target_drop=self.state.target_drop,
             candidates=MIXED_CANDIDATES[MIXED_CANDIDATES.index(base) :],
             target=target,
-            method=self._qat.calibration_method,
             task=get_task(self._run.card.task),
             context=StepContext(progress=self._progress),
         )
         counts = Counter(chosen.assignment.values())
         note = ", ".join(f"{count} layers {name}" for name, count in sorted(counts.items()))
-        return _Made(self._calibrated(chosen.spec, self._steps), chosen.spec, note)
+        return _Made(self._quantized(chosen.spec, self._steps), chosen.spec, note)
 
     def trained(self) -> _Made:
         """QAT from the best network on the run's own grids, with the float network as teacher."""
         run = self._run
-        assert self._start is not None and run.train is not None
+        assert run.train is not None
+        if self._start is None:
+            raise UserError("no recipe gave a network from which training could start.")
         load_weights(run.model, Weights(self._start.state_dict(), run.card))
         run.trainer.loss = distilled(run, self._qat, self._float)
         prepare_quantized(run, replace(self._qat, distill=None))
@@ -364,16 +384,8 @@ class _Climber:
         track_outputs(model, self._batches)
         return _Made(model, self._spec, note)
 
-    def _calibrated(self, spec: QuantSpec, steps: Sequence[Step]) -> nn.Module:
+    def _quantized(self, spec: QuantSpec, steps: Sequence[Step]) -> nn.Module:
         model = self._built(spec).to(self._run.device)
-        done = 0
-
-        def after_batch(examples: int) -> None:
-            nonlocal done
-            done += examples
-            self._progress("calibrate", done, sum(map(len, self._batches)))
-
-        calibrate(model, self._batches, self._qat.calibration_method, self._qat.percentile, after_batch)
         seed = self._run.config.seed or 0
         for step in steps:
             step(model, self._batches, StepContext(seed=seed, progress=self._progress))

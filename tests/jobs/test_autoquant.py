@@ -17,7 +17,7 @@ from effnet_quant.card import InputSpec
 from effnet_quant.data.arrays import DigitsSource
 from effnet_quant.data.loaders import Loader
 from effnet_quant.data.transforms import evaluation_transform, normalize
-from effnet_quant.jobs.autoquant import ENGINE, TABLE, WEIGHTS, autoquant
+from effnet_quant.jobs.autoquant import ENGINE, TABLE, WEIGHTS, Calibration, autoquant
 from effnet_quant.jobs.config import DataConfig, PlaceConfig, StartConfig
 from effnet_quant.jobs.run import calibration_loader, hold_back, open_run
 from effnet_quant.models.registry import get_entry
@@ -93,7 +93,13 @@ def test_the_first_network_that_meets_the_target_ends_the_climb(weights, tmp_pat
 
 def test_an_unreachable_target_climbs_to_the_top_and_keeps_the_best(weights, tmp_path):
     with opened(weights, tmp_path, "w4a8", epochs=1) as run:
-        climb = autoquant(run, QAT, tmp_path, target_drop=0.0, recipes={"minmax": (), "short": (AdaptiveRounding(3),)})
+        climb = autoquant(
+            run,
+            QAT,
+            tmp_path,
+            target_drop=0.0,
+            recipes={"minmax": (Calibration(),), "short": (Calibration(), AdaptiveRounding(3))},
+        )
     names = [tried.name for tried in climb.tried]
     assert names == ["minmax", "short", "mixed precision", "QAT with distillation"][: len(names)]
     assert climb.reached or climb.ended == "no step met the target"
@@ -120,7 +126,12 @@ def test_time_that_is_over_keeps_what_was_found(weights, tmp_path, monkeypatch):
 
     with opened(weights, tmp_path, "w4a8") as run:
         climb = autoquant(
-            run, QAT, tmp_path, target_drop=0.0, time_budget=1800, recipes={"minmax": (), "slow": (slow,), "never": ()}
+            run,
+            QAT,
+            tmp_path,
+            target_drop=0.0,
+            time_budget=1800,
+            recipes={"minmax": (Calibration(),), "slow": (slow,), "never": ()},
         )
     assert climb.ended == "the time budget is spent"
     assert [tried.note for tried in climb.tried] == ["", "the time was over"]
@@ -133,7 +144,7 @@ def test_a_step_that_fails_is_noted_and_the_climb_goes_on(weights, tmp_path):
         raise UserError("there is nothing to equalize.")
 
     with opened(weights, tmp_path, "w8a8") as run:
-        climb = autoquant(run, QAT, tmp_path, target_drop=5.0, recipes={"fails": (fails,), "minmax": ()})
+        climb = autoquant(run, QAT, tmp_path, target_drop=5.0, recipes={"fails": (fails,), "minmax": (Calibration(),)})
     assert [tried.note for tried in climb.tried] == ["there is nothing to equalize.", ""]
     assert climb.best == "minmax"
 
@@ -182,6 +193,7 @@ def test_the_best_so_far_outlives_a_signal(start_process, weights, tmp_path, num
         ("--target-drop 1 --budget latency=3", "give one of them"),
         ("--time-budget 20m", "belongs to --auto"),
         ("--auto --target-drop 1 --time-budget soon", "such as 90s, 20m or 2h"),
+        ("--auto --target-drop 1 --calibration-method mse", "choose ranges themselves"),
         ("--auto --target-drop -1", "at least 0 points"),
         ("--budget energy=3", "a budget limits one of"),
         ("--target-drop 1 --quant-spec w4a8", "choose the spec of each layer"),
