@@ -24,9 +24,12 @@ _PUBLIC = {
     "export_onnx": "effnet_quant.export.onnx",
     "finetune_quantized": "effnet_quant.jobs.quantized_training",
     "list_models": "effnet_quant.models.registry",
+    "load": "effnet_quant.saved_model",
     "load_engine": "effnet_quant.engines.engine",
     "quantize": "effnet_quant.quantization.placement.insertion",
+    "save": "effnet_quant.saved_model",
     "simulate_target": "effnet_quant.quantization.placement.insertion",
+    "summarize": "effnet_quant.quantization.placement.summary",
     "train": "effnet_quant.jobs.float_training",
 }
 

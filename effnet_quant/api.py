@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -141,7 +141,16 @@ def build(
     if weights is not None:
         fitting = weights if ranges_fit(weights, card) else weights.without_ranges()
         load_weights(model, fitting, new_classifier=new_classifier)
+    model._built = Built(card, options)  # type: ignore[assignment]
     return model
+
+
+@dataclass(frozen=True)
+class Built:
+    """What ``build`` made a model of."""
+
+    card: ModelCard
+    options: Mapping[str, Any]
 
 
 def ranges_fit(weights: Weights, card: ModelCard) -> bool:
@@ -159,8 +168,12 @@ def ranges_fit(weights: Weights, card: ModelCard) -> bool:
 
 
 def left_out(weights: Weights, model: nn.Module, card: ModelCard) -> list[str]:
-    """Sentences that name the parts of ``weights`` that ``build`` did not load into ``model``."""
+    """Sentences that name the parts of ``weights`` that ``build`` did not load into ``model``, or that silence it."""
     sentences = []
+    tensors = weights.tensors.items() if card.quantized else ()
+    zero = [name for name, tensor in tensors if name.endswith("._amax") and tensor.numel() == 1 and not tensor.any()]
+    if zero:
+        sentences.append(f"{len(zero)} ranges in {weights.source} are 0, so all values there become 0 ({zero[0]})")
     if not ranges_fit(weights, card):
         sentences.append(f"the ranges in {weights.source} are for another quantization; they are left out")
     other = other_class_count(model, weights)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -21,9 +20,11 @@ INTERPOLATIONS = ("bilinear", "bicubic")
 HARD_SWISH = "hard_swish"
 CLASSIFICATION = "classification"  # the task of a file that names none
 
-LARGEST_IMAGE = 2**16  # pixels a side; a larger image would fill the memory of any machine
+LARGEST_IMAGE = 2**12  # pixels a side; of larger images, a single layer's output would fill a machine's memory
+MOST_CHANNELS = 2**10
 LARGEST_CLASS_COUNT = 10**7
 LARGEST_JSON = 2**26  # characters; ten million class names fit
+_LARGEST_NUMBER, _SMALLEST_STD = 1e9, 1e-9  # of mean and std; beyond them, normalised pixels are no float32
 _DEEPEST = 16  # levels of lists and mappings; a quantization spec has five
 
 
@@ -48,20 +49,22 @@ class InputSpec:
     std: tuple[float, ...] = IMAGENET_STD
 
     def __post_init__(self) -> None:
-        for name in ("image_size", "resize_size"):
+        for name, largest in (("image_size", LARGEST_IMAGE), ("resize_size", 2 * LARGEST_IMAGE)):
             size = getattr(self, name)
-            if not _is_integer(size) or not 1 <= size <= LARGEST_IMAGE:
-                raise UserError(f"{name} must be between 1 and {LARGEST_IMAGE} pixels, not {_shown(size)}.")
+            if not _is_integer(size) or not 1 <= size <= largest:
+                raise UserError(f"{name} must be between 1 and {largest} pixels, not {_shown(size)}.")
         if self.interpolation not in INTERPOLATIONS:
             choices = " or ".join(INTERPOLATIONS)
             raise UserError(f"interpolation must be {choices}, not {_shown(self.interpolation)}.")
         for name in ("mean", "std"):
             numbers = getattr(self, name)
-            if not isinstance(numbers, (list, tuple)) or not numbers or not all(map(_is_finite, numbers)):
+            if not isinstance(numbers, (list, tuple)) or not 1 <= len(numbers) <= MOST_CHANNELS:
+                raise UserError(f"{name} must be 1 to {MOST_CHANNELS} numbers, one per channel, not {_shown(numbers)}.")
+            if not all(map(_is_finite, numbers)):
                 raise UserError(f"{name} must be one finite number per channel, not {_shown(numbers)}.")
             object.__setattr__(self, name, tuple(numbers))
-        if len(self.mean) != len(self.std) or min(self.std) <= 0:
-            raise UserError("mean and std must have one number per channel each, and std must be above 0.")
+        if len(self.mean) != len(self.std) or min(self.std) < _SMALLEST_STD:
+            raise UserError(f"mean and std must have one number per channel each, and std at least {_SMALLEST_STD:g}.")
 
     @property
     def channels(self) -> int:
@@ -265,7 +268,7 @@ def _is_integer(value: Any) -> bool:
 
 
 def _is_finite(value: Any) -> bool:
-    return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
+    return isinstance(value, (int, float)) and not isinstance(value, bool) and abs(value) <= _LARGEST_NUMBER
 
 
 def _are_names(value: Any) -> bool:

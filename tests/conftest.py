@@ -6,6 +6,7 @@ import contextlib
 import io
 import os
 import runpy
+import signal
 import subprocess
 import sys
 from dataclasses import dataclass
@@ -14,6 +15,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 from PIL import Image
+
+from effnet_quant.training.signals import STOPPING
 
 REPOSITORY = Path(__file__).resolve().parents[1]
 
@@ -35,6 +38,7 @@ def _run_in_process(script, *arguments):
     out, err = io.StringIO(), io.StringIO()
     before = sys.argv
     sys.argv = [script, *map(str, arguments)]
+    handlers = {number: signal.getsignal(number) for number in STOPPING}  # a script keeps its own to the process's end
     code = 0
     try:
         with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
@@ -43,6 +47,8 @@ def _run_in_process(script, *arguments):
         code = end.code
     finally:
         sys.argv = before
+        for number, handler in handlers.items():
+            signal.signal(number, handler)
     return ScriptResult(code, out.getvalue(), err.getvalue())
 
 

@@ -86,6 +86,7 @@ HOSTILE = [
 IMAGES = [("image_size", "abc"), ("image_size", float("nan")), ("image_size", 10**9), ("image_size", 0)]
 IMAGES += [("resize_size", -1), ("resize_size", None), ("interpolation", "nearest"), ("interpolation", 3)]
 IMAGES += [("mean", [0.5]), ("mean", "abc"), ("mean", [float("inf")] * 3), ("std", [0.0, 1.0, 1.0]), ("std", [])]
+IMAGES += [("image_size", 4097), ("mean", [10**400] * 3), ("mean", [0.5] * 5000), ("std", [1e-320] * 3)]
 
 
 @pytest.mark.parametrize("values", HOSTILE, ids=lambda values: repr(values)[:50])

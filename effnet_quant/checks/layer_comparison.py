@@ -17,8 +17,8 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_flatten
 
 from effnet_quant.engines.engine import Engine
-from effnet_quant.engines.onnx_file import read_onnx
-from effnet_quant.engines.onnxruntime import session_options
+from effnet_quant.engines.onnx_file import load_onnx, read_onnx
+from effnet_quant.engines.onnxruntime import library, session_options
 from effnet_quant.engines.openvino import compile_properties, shared_core
 from effnet_quant.errors import UserError
 from effnet_quant.quantization.placement.insertion import quantizers
@@ -68,7 +68,7 @@ def compare_layers(
     path = engine.path
     if not shows_layers(engine):
         raise UserError(f"{engine.backend} shows no values in between; compare {path} in ONNX Runtime or OpenVINO.")
-    proto = onnx.load(path)
+    proto = load_onnx(path)
     known = dict(quantizers(simulation))
     uses: dict[str, list[tuple[int, str]]] = defaultdict(list)
     for node in proto.graph.node:
@@ -119,10 +119,8 @@ def _in_onnxruntime(
     proto: onnx.ModelProto, engine: Engine, arrays: list[NDArray[Any]], wanted: list[str]
 ) -> list[NDArray[Any]]:
     """The wanted outputs of ``proto``, which is the engine's file with more of them."""
-    import onnxruntime
-
     options = session_options(read_onnx(engine.path), engine.settings)
-    session = onnxruntime.InferenceSession(proto.SerializeToString(), options, providers=["CPUExecutionProvider"])
+    session = library().InferenceSession(proto.SerializeToString(), options, providers=["CPUExecutionProvider"])
     fed = {value.name: array for value, array in zip(engine.inputs, arrays, strict=True)}
     return session.run(wanted, fed)
 

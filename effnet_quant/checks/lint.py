@@ -1,10 +1,9 @@
 """Checks a QDQ graph against TensorRT's documented placement rules for explicit quantization, without TensorRT.
 
 Source: TensorRT documentation, "Working with Quantized Types", explicit quantization. Values are symmetric int8 with zero
-point
-0. Weights have a scale per output channel, activations one per tensor. Inputs of quantizable layers have Q/DQ. Nothing
-   stands
-between a convolution and the operations fused with it.
+point 0; convolutions take neither INT4 weights nor 16-bit activations. Weights have a scale per output channel, activations
+one per tensor. Inputs of quantizable layers have Q/DQ. Nothing stands between a convolution and the operations fused with
+it.
 """
 
 from __future__ import annotations
@@ -16,6 +15,8 @@ import onnx
 from numpy.typing import NDArray
 from onnx import TensorProto, numpy_helper
 
+_PACKED = (TensorProto.INT4, TensorProto.UINT4)
+_UNPACKING = ("Cast", "Mul")  # between packed weights and their DequantizeLinear
 _LAYERS = ("Conv", "ConvTranspose", "Gemm", "MatMul")
 _FUSED = ("Relu", "Clip", "Sigmoid", "HardSigmoid", "HardSwish", "LeakyRelu", "Tanh")
 
@@ -35,6 +36,10 @@ class _Linter:
             if node.op_type == "Constant" and node.attribute[0].name == "value":
                 self._constants[node.output[0]] = numpy_helper.to_array(node.attribute[0].t)
         self._producers = {name: node for node in self._nodes for name in node.output}
+        self._packed = {entry.name for entry in model.graph.initializer if entry.data_type in _PACKED}
+        for node in self._nodes:  # in the order in which they run
+            if node.op_type in _UNPACKING and self._packed & set(node.input):
+                self._packed.update(node.output)
         self._consumers: dict[str, list[onnx.NodeProto]] = {}
         for node in self._nodes:
             for name in node.input:
@@ -58,6 +63,8 @@ class _Linter:
 
     def _encoding(self, node: onnx.NodeProto) -> list[str]:
         found = []
+        if node.input[0] in self._packed:
+            return [f"{node.name}: weights of 4 bits, but only int8 is taken; export with --weights int8"]
         scale = self._constants.get(node.input[1])
         given = len(node.input) > 2 and node.input[2]
         zero_point = self._constants.get(node.input[2]) if given else None

@@ -15,6 +15,8 @@ from effnet_quant.structure import in_float32, map_leaves
 from effnet_quant.tasks.classification import CLASSIFICATION
 from effnet_quant.tasks.task import Inputs, Outputs, Score, Targets, Task
 
+_Z = 1.959964  # of a two-sided 95 % interval
+
 
 @dataclass(frozen=True)
 class Comparison:
@@ -50,6 +52,22 @@ class Comparison:
     def simulation_score(self) -> float:
         """The simulation's score, in the score's unit."""
         return self.simulation[self.score.key]
+
+    @property
+    def interval(self) -> tuple[float, float]:
+        """The 95 % confidence interval of the agreement on further images of this kind, in percent (Wilson 1927)."""
+        share, spread = self.agreement / 100, _Z * _Z / self.images
+        middle = (share + spread / 2) / (1 + spread)
+        half = math.sqrt(share * (1 - share) * spread + spread * spread / 4) / (1 + spread)
+        return 100 * max(0.0, middle - half), 100 * min(1.0, middle + half)
+
+    def images_to_decide(self, gate: float) -> int | None:
+        """How many images with this agreement would put ``gate``, in percent, outside the interval; None for no number."""
+        share, wanted = self.agreement / 100, gate / 100
+        if share == wanted or not 0 < wanted < 1:
+            return None
+        # a share lies in Wilson's interval if it is not rejected by the score test
+        return math.ceil(_Z * _Z * wanted * (1 - wanted) / (share - wanted) ** 2 * (1 + 1e-9))
 
 
 @torch.no_grad()

@@ -41,9 +41,19 @@ def boolean(text: str) -> bool:
 
 def add_model_arguments(parser: argparse.ArgumentParser, default_arch: str | None) -> None:
     """Add the flags of the architecture, its options and its weights."""
-    parser.add_argument("--arch", "-a", default=default_arch, help="model name, e.g. efficientnet-b0, timm:resnet50")
+    default = f", else {default_arch}" if default_arch else ""
     parser.add_argument(
-        "--num-classes", "--num_classes", type=int, default=1000, help="number of classes (cifar-resnet*: 10)"
+        "--arch",
+        "-a",
+        default=default_arch,
+        help=f"model name, e.g. efficientnet-b0, timm:resnet50 (default: the weights file's{default})",
+    )
+    parser.add_argument(
+        "--num-classes",
+        "--num_classes",
+        type=int,
+        default=1000,
+        help="number of classes (default: the data's, else the weights')",
     )
     parser.add_argument(
         "--conv-init", "--conv_init", choices=("fan_in", "fan_out"), default="fan_in", help="convolution initialisation"
@@ -95,7 +105,7 @@ def _add_data_arguments(parser: argparse.ArgumentParser) -> None:
     add("--interpolation", choices=INTERPOLATIONS, default="bilinear", help="how images are resized")
     add("-j", "--workers", type=int, default=5, help="data loading processes")
     add("--prefetch", type=int, default=2, help="batches that each worker prepares ahead")
-    add("--image-size", type=int, help="image size in pixels (default: the model's)")
+    add("--image-size", type=int, help="image size in pixels (default: the weights', else the model's)")
     add(
         "--crop-pct",
         type=float,
@@ -171,6 +181,7 @@ def _add_run_arguments(parser: argparse.ArgumentParser) -> None:
     add("--no-checkpoints", dest="save_checkpoints", action="store_false", help="write no checkpoints")
     add("--checkpoint-filename", default="checkpoint.pth.tar", help="name of the latest checkpoint")
     add("--workspace", default="./", help="folder for checkpoints and logs")
+    add("--overwrite", action="store_true", help="replace the checkpoints of an earlier run in the workspace")
     add("--topk", type=int, default=5, help="k of the second accuracy, val.topk")
 
 

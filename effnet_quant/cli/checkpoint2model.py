@@ -6,6 +6,7 @@ from collections.abc import Sequence
 
 from effnet_quant.cli.arguments import Parser
 from effnet_quant.cli.process import run
+from effnet_quant.terminal import printable
 
 
 def job(arguments: Sequence[str]) -> int:
@@ -23,7 +24,7 @@ def job(arguments: Sequence[str]) -> int:
 
     weights = read_weights(parsed.checkpoint_path, ema=parsed.ema)
     write_weights(parsed.weight_path, weights.tensors, weights.card)
-    print(f"{parsed.weight_path}: {len(weights.tensors)} tensors")
+    print(f"{printable(parsed.weight_path)}: {len(weights.tensors)} tensors")
     return 0
 
 

@@ -15,11 +15,10 @@ from effnet_quant.cli.process import run
 from effnet_quant.cli.quantization import add_spec_arguments
 from effnet_quant.errors import UserError
 from effnet_quant.tasks import get_task
+from effnet_quant.terminal import printable
 
 if TYPE_CHECKING:
     from torch import Tensor
-
-    from effnet_quant.engines.engine import Engine
 
     Predict = Callable[[Tensor], Tensor]
 
@@ -88,7 +87,7 @@ def job(arguments: Sequence[str]) -> int:
                 if parsed.json:
                     print(json.dumps({"image": name, **answer}), flush=True)
                 else:
-                    print(name, task.answer_text(answer), sep="\n", flush=True)
+                    print(printable(name), task.answer_text(answer), sep="\n", flush=True)
     return 2 if unreadable else 0
 
 
@@ -96,6 +95,7 @@ def _classifier(parsed: argparse.Namespace) -> tuple[Predict, ModelCard, InputSp
     """A function from uint8 images (N, 3, H, W) to outputs, the model's card, and the input spec of its images."""
     import torch
 
+    from effnet_quant.cli.file_card import card_to_start_from
     from effnet_quant.cli.model_flags import load_model
     from effnet_quant.data.transforms import normalize
     from effnet_quant.jobs.inference import run_engine
@@ -103,7 +103,7 @@ def _classifier(parsed: argparse.Namespace) -> tuple[Predict, ModelCard, InputSp
     if is_engine(parsed.pretrained_from_file or ""):
         refuse_unused(parsed, _OF_WEIGHTS, "an engine is what it was exported as; give weights, or leave this out.")
         engine = chosen_engine(parsed.pretrained_from_file, parsed)
-        spec = _input_spec(engine)
+        spec = engine.image_spec
         if parsed.image_size is not None:
             if None not in engine.input.shape:
                 raise UserError(
@@ -118,6 +118,7 @@ def _classifier(parsed: argparse.Namespace) -> tuple[Predict, ModelCard, InputSp
         raise UserError(f"{parsed.backend} takes no weights; export them with model2onnx.py, or leave --backend out.")
     if parsed.device == "cuda" and not torch.cuda.is_available():
         raise UserError("PyTorch finds no CUDA card; leave --device out.")
+    card_to_start_from(parsed)
     model, card = load_model(parsed)
     assert card.input is not None
     spec = card.input
@@ -130,17 +131,6 @@ def _classifier(parsed: argparse.Namespace) -> tuple[Predict, ModelCard, InputSp
             return model(normalize(pixels.to(device), spec)).float().cpu()
 
     return predict, card, spec
-
-
-def _input_spec(engine: Engine) -> InputSpec:
-    from effnet_quant.models.registry import CROP_MARGIN
-
-    if engine.card.input is not None:
-        return engine.card.input
-    size = engine.metadata.get("image_size")
-    if size is None:
-        raise UserError("the engine does not say how its images are prepared; export it with model2onnx.py.")
-    return InputSpec(size, size + CROP_MARGIN)
 
 
 def main() -> None:

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING
 from effnet_quant.cli.arguments import Parser
 from effnet_quant.cli.process import run
 from effnet_quant.errors import UserError
+from effnet_quant.terminal import printable
 
 if TYPE_CHECKING:
     from effnet_quant.data.sources import ImageSource
@@ -43,7 +44,7 @@ def _run(arguments: argparse.Namespace) -> int:
         raise UserError("--images-per-shard must be at least 1 and --workers at least 0.")
     if arguments.index:
         index = write_index(arguments.data)
-        print(f"{sum(shard['images'] for shard in index['shards'])} images in {len(index['shards'])} shards")
+        print(f"{sum(index.images.values())} images in {len(index.images)} shards")
         return 0
     broken = 0
     splits = _splits(arguments.data)
@@ -93,7 +94,7 @@ def _describe(split: str, source: ImageSource, arguments: argparse.Namespace) ->
             f"median {statistics.median(widths):g} x {statistics.median(heights):g} pixels"
         )
     for sentence in findings.broken[:_SHOWN]:
-        print(f"  {sentence}")
+        print(f"  {printable(sentence)}")
     if len(findings.broken) > _SHOWN:
         print(f"  and {len(findings.broken) - _SHOWN} more")
     if arguments.check:
@@ -104,7 +105,7 @@ def _describe(split: str, source: ImageSource, arguments: argparse.Namespace) ->
 def _print_counts(classes: list[str], by_class: list[int]) -> None:
     print(f"  images a class: {min(by_class)} to {max(by_class)}, median {statistics.median(by_class):g}")
     if len(by_class) <= _SHOWN:
-        print("  " + ", ".join(f"{name} {count}" for name, count in zip(classes, by_class, strict=True)))
+        print("  " + ", ".join(f"{printable(name)} {count}" for name, count in zip(classes, by_class, strict=True)))
 
 
 def _pack(split: str, source: ImageSource, folder: Path, images_per_shard: int) -> None:
@@ -115,7 +116,7 @@ def _pack(split: str, source: ImageSource, folder: Path, images_per_shard: int) 
     for written in pack(source, folder / split, images_per_shard):
         if written % 1000 == 0:
             print(f"  {written} images written", file=sys.stderr, flush=True)
-    print(f"  packed into {folder / split}")
+    print(f"  packed into {printable(str(folder / split))}")
 
 
 def main() -> None:

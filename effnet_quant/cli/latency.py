@@ -16,7 +16,8 @@ from effnet_quant.cli.process import run
 from effnet_quant.engines.cpu import NOTABLE, cpu_flags
 from effnet_quant.engines.runtimes import BACKENDS, get_backend
 from effnet_quant.errors import UserError
-from effnet_quant.files import check_writable, replace_file
+from effnet_quant.files import check_writable, possible_path, replace_file
+from effnet_quant.terminal import printable
 
 if TYPE_CHECKING:
     from effnet_quant.checks.latency import Latency
@@ -57,7 +58,7 @@ def job(arguments: Sequence[str]) -> int:
         raise UserError("these engines take images of one size; leave --image-size out.")
     machine = describe_engines_machine(parsed.threads)
     print(f"{machine_line(machine)}\n")
-    columns = [[engine.path.name, engine.backend, engine.precision] for engine in engines]
+    columns = [[printable(engine.path.name), engine.backend, engine.precision] for engine in engines]
     widths = [max(map(len, column)) for column in zip(_TITLES, *columns, strict=False)]
     print(_line(_TITLES, widths))
     print(_line(["-" * len(title) for title in _TITLES], widths), flush=True)
@@ -99,7 +100,7 @@ def _load(text: str, device: str | None, threads: int | None) -> Engine:
     from effnet_quant.engines.engine import load_engine
 
     path, backend, precision = _ENGINE.fullmatch(text).groups()  # type: ignore[union-attr]  # any text matches
-    if backend is None and "@" in path and not Path(path).is_file():
+    if backend is None and "@" in path and not possible_path(path).is_file():
         raise UserError(f"there is no file {path}; a backend after the @ is one of: {', '.join(BACKENDS)}.")
     backend = backend or usual_backend(path)
     devices = get_backend(backend).DEVICES
@@ -119,7 +120,7 @@ def _version(package: str) -> str | None:
 def _cells(engine: Engine, latency: Latency, first: Latency) -> list[str]:
     times = (latency.average, latency.p50, latency.p95, latency.p99)
     return [
-        engine.path.name,
+        printable(engine.path.name),
         engine.backend,
         engine.precision,
         str(latency.batch_size),

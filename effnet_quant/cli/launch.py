@@ -14,6 +14,7 @@ from effnet_quant.cli.arguments import Parser
 from effnet_quant.cli.process import run, typed_command
 from effnet_quant.errors import UserError
 from effnet_quant.recipes.recipe import Recipes, load_recipes, nearest, resolve
+from effnet_quant.terminal import printable
 
 QUANTIZING_MODES = ("calibration", "qat")
 
@@ -128,10 +129,10 @@ def _listing(recipes: Recipes) -> str:
     lines = ["modes", *(f"  {mode}" for mode in recipes["mode"]), "models, platforms and precisions (batch size)"]
     for model, platforms in recipes["models"].items():
         lines.append(f"  {model}")
-        for platform, precisions in platforms.items():
-            cells = [f"{name} ({values.get('batch_size', 'default')})" for name, values in precisions.items()]
-            lines.append(f"    {platform:10} {', '.join(cells)}")
-    return "\n".join(lines)
+        for platform, precisions in (platforms or {}).items():
+            sizes = {name: (values or {}).get("batch_size", "default") for name, values in (precisions or {}).items()}
+            lines.append(f"    {platform:10} {', '.join(f'{name} ({size})' for name, size in sizes.items())}")
+    return "\n".join(map(printable, lines))
 
 
 def main() -> None:

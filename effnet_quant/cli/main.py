@@ -19,13 +19,15 @@ def build_parser() -> Parser:
 def job(arguments: Sequence[str]) -> int:
     """Train or evaluate as the command line says; returns the exit status."""
     parsed = build_parser().parse(arguments)
+    from effnet_quant.cli.file_card import card_to_start_from
     from effnet_quant.cli.training import say_what_is_used, settings, train_or_evaluate
     from effnet_quant.jobs.run import open_run
     from effnet_quant.models.registry import get_entry
 
+    said = card_to_start_from(parsed)
     if get_entry(parsed.arch).quantized:
         raise UserError(f"{parsed.arch} is a quantized model; use quant_main.py for it.")
-    asked = settings(parsed)
+    asked = settings(parsed, said)
     with open_run(asked.card, asked.data, asked.config, asked.place, asked.start, evaluate=parsed.evaluate) as ready:
         say_what_is_used(ready, parsed)
         return train_or_evaluate(ready, parsed)

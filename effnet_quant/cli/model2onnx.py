@@ -22,6 +22,7 @@ from effnet_quant.errors import UserError
 from effnet_quant.export.options import OPSETS, ExportOptions
 from effnet_quant.files import check_writable
 from effnet_quant.quantization.targets import TARGETS, get_target
+from effnet_quant.terminal import printable
 
 if TYPE_CHECKING:
     from torch import nn
@@ -43,7 +44,9 @@ def job(arguments: Sequence[str]) -> int:
         type=int,
         help="images per batch of --verify (default: 32) and --tune (default: 8); the file takes any batch size",
     )
-    parser.add_argument("--target", choices=tuple(TARGETS), default="onnxruntime", help="the runtime to export for")
+    parser.add_argument(
+        "--target", choices=tuple(TARGETS), help="the runtime to export for (default: see docs/deployment.md)"
+    )
     _add_form_arguments(parser)
     parser.add_argument("--output", metavar="FILE", help="file to write (default: <arch>.onnx, with : replaced by -)")
     parser.add_argument("--verify", metavar="DATA", dest="data", help="compare the engine with its simulation on DATA")
@@ -59,11 +62,14 @@ def job(arguments: Sequence[str]) -> int:
     )
     add_verify_arguments(parser)
     parsed = parser.parse(arguments)
+    from effnet_quant.cli.file_card import card_to_start_from
     from effnet_quant.cli.model_flags import load_model
     from effnet_quant.engines.engine import load_engine
     from effnet_quant.export.onnx import export_onnx
 
     _refuse_idle_flags(parsed)
+    said = card_to_start_from(parsed)
+    parsed.target = parsed.target or _usual_target(said)
     if (parsed.data or parsed.tune) and parsed.target == "tensorrt" and importlib.util.find_spec("tensorrt") is None:
         raise UserError(
             "--verify and --tune run the engine, and TensorRT is not installed; check the graph with "
@@ -82,6 +88,7 @@ def job(arguments: Sequence[str]) -> int:
         fp16=parsed.fp16,
         normalisation=card.input if parsed.with_preprocessing else None,
         float_weights=parsed.weights == "float",
+        int4_weights=parsed.weights != "int8",
     )
     tuning = _tune(model, card, card.input, options, parsed) if parsed.tune else None
     rules = tuning.target if tuning else get_target(parsed.target)
@@ -89,7 +96,7 @@ def job(arguments: Sequence[str]) -> int:
     if tuning:
         card = replace(card, tuned_precision=precision)
     export_onnx(model, output, image_size, target=rules, card=card, options=options)
-    print(f"{output}: {os.path.getsize(output):,} bytes, for {parsed.target}, any batch size")
+    print(f"{printable(output)}: {os.path.getsize(output):,} bytes, for {parsed.target}, any batch size")
     status = 0
     if tuning is not None and tuning.speedup < 1 and not parsed.allow_slower:
         print(
@@ -101,6 +108,13 @@ def job(arguments: Sequence[str]) -> int:
     if parsed.data and not verify_engine(model, card, load_engine(output, parsed.target, precision=precision), parsed):
         status = 1
     return status
+
+
+def _usual_target(said: ModelCard) -> str:
+    """The weights' target. ONNX Runtime in place of TensorRT where that is missing, and for weights without a target."""
+    if said.target == "tensorrt" and importlib.util.find_spec("tensorrt") is None:
+        return "onnxruntime"
+    return said.target or "onnxruntime"
 
 
 def _note_coarser_grids(model: nn.Module, card: ModelCard, target: str) -> None:
@@ -159,7 +173,13 @@ def _add_form_arguments(parser: argparse.ArgumentParser) -> None:
         action="store_true",
         help="take uint8 images (N, 3, H, W) and normalise them in the graph",
     )
-    add("--weights", choices=("int8", "float"), default="int8", help="how the file stores quantized weights")
+    add(
+        "--weights",
+        choices=("int4", "int8", "float"),
+        default="int4",
+        help="the smallest type in which the file stores quantized weights (int4, the default: those of 4 bits and fewer, "
+        "where the target takes them)",
+    )
 
 
 def main() -> None:

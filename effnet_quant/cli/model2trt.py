@@ -11,6 +11,7 @@ from effnet_quant.cli.process import run
 from effnet_quant.engines.tensorrt.build_options import HARDWARE_COMPATIBILITY, BuildOptions
 from effnet_quant.engines.tensorrt.inspector import format_layers, summarize
 from effnet_quant.errors import UserError
+from effnet_quant.terminal import printable
 
 _USUAL = BuildOptions()
 
@@ -60,8 +61,9 @@ def job(arguments: Sequence[str]) -> int:
     print("building the plan; unless it is kept from before, that takes minutes", file=sys.stderr, flush=True)
     plan = compile_engine(parsed.onnx, output, options, timing_cache=parsed.timing_cache)
     print(format_layers(plan.layers) if parsed.layers else summarize(plan.layers))
+    machine = f"{plan.machine.card} and TensorRT {plan.machine.tensorrt}"
     print(
-        f"{plan.path}: {plan.path.stat().st_size:,} bytes, for {plan.machine.card} and TensorRT {plan.machine.tensorrt}, "
+        f"{printable(str(plan.path))}: {plan.path.stat().st_size:,} bytes, for {machine}, "
         f"{plan.input.smallest_batch} to {plan.input.largest_batch} images a run"
     )
     return 0

@@ -16,19 +16,21 @@ from effnet_quant.errors import UserError
 from effnet_quant.jobs.config import StartConfig
 from effnet_quant.jobs.run import starting_weights
 from effnet_quant.models.registry import get_entry
+from effnet_quant.terminal import printable
 
 
 def load_model(parsed: argparse.Namespace) -> tuple[nn.Module, ModelCard]:
     """The model of ``--arch`` in eval mode and its card, with weights of ``--pretrained-from-file`` or ``--pretrained``.
 
-    The number of classes is the weights' unless the user gave another. A network whose name leaves open whether it is
-    quantized is, if the weights bring ranges.
+    ``--arch`` is the weights' if ``card_to_start_from`` took it from them. The number of classes is the weights' unless the
+    user gave another. A network whose name leaves open whether it is quantized is, if the weights bring ranges.
 
     Raises:
         UserError: unknown model, no weights, weights that do not fit, or a quantized model with float weights.
     """
     if not parsed.arch:
-        raise UserError("which model is it? Give its name with --arch.")
+        silent = f"{parsed.pretrained_from_file} does not say; give" if parsed.pretrained_from_file else "Give"
+        raise UserError(f"which model is it? {silent} its name with --arch.")
     start = StartConfig(weights=parsed.pretrained_from_file, ema=parsed.ema, pretrained=parsed.pretrained)
     weights = starting_weights(start, get_entry(parsed.arch))
     if weights is None:
@@ -46,7 +48,7 @@ def load_model(parsed: argparse.Namespace) -> tuple[nn.Module, ModelCard]:
         card = replace(card, input=card.input.resized(parsed.image_size))
     model = build(card, weights, **model_options(parsed))
     for sentence in left_out(weights, model, card):
-        print(f"note: {sentence}", file=sys.stderr)
+        print(f"note: {printable(sentence)}", file=sys.stderr)
     if not has_ranges(model):
         raise UserError(
             f"{weights.source} holds float weights without ranges; calibrate them with quant_main.py --epochs 0, or use "

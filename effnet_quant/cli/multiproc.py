@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, NoReturn
 
 from effnet_quant.cli.process import LOST_PEER_STATUS, run, typed_command
 from effnet_quant.errors import UserError
-from effnet_quant.files import create_folder
+from effnet_quant.files import create_folder, possible_path
 
 if TYPE_CHECKING:
     from torch.distributed.elastic.multiprocessing.errors import ProcessFailure
@@ -30,7 +30,7 @@ _LINES_SHOWN = 20
 def job(arguments: Sequence[str]) -> int:
     """Start the processes as the command line says and wait for them; returns the exit status."""
     parsed = _parser().parse_args(arguments)
-    if not Path(parsed.training_script).is_file():
+    if not possible_path(parsed.training_script).is_file():
         raise UserError(f"there is no script {parsed.training_script}; check the path.")
     if parsed.nproc_per_node < 1:
         raise UserError(f"--nproc_per_node must be at least 1, not {parsed.nproc_per_node}.")
@@ -46,6 +46,9 @@ def job(arguments: Sequence[str]) -> int:
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     os.environ.setdefault("OMP_NUM_THREADS", str(max(1, cores // parsed.nproc_per_node)))
     os.environ.setdefault("TORCH_ELASTIC_SHUTDOWN_TIMEOUT", str(_CHECKPOINT_SECONDS))  # torch after 2.8 reads it
+    # The engine's own store outlives a restart, and with it the addresses of processes that have ended. Which process
+    # comes first then decides whether the restart works. Without that store each start has a new one.
+    os.environ.setdefault("TORCH_DISABLE_SHARE_RDZV_TCP_STORE", "1")
     signal.signal(signal.SIGUSR1, _stop)  # the one signal that the engine leaves alone
     config = _launch_config(parsed)
     started = time.time()

@@ -70,6 +70,7 @@ def job(arguments: Sequence[str]) -> int:
     if parsed.auto:
         _default_to_short_training(parsed)
     from effnet_quant.api import has_ranges
+    from effnet_quant.cli.file_card import card_to_start_from
     from effnet_quant.cli.training import say_what_is_used, settings, train_or_evaluate
     from effnet_quant.jobs.quantization_report import float_network, write_quantization_report
     from effnet_quant.jobs.quantized_training import check_start, prepare_quantized
@@ -79,10 +80,11 @@ def job(arguments: Sequence[str]) -> int:
     from effnet_quant.report.calibration_page import FORMATS
     from effnet_quant.training.progress import lines_of_steps
 
+    said = card_to_start_from(parsed, quantized=True)
     if get_entry(parsed.arch).quantized is False:
         quantized = parsed.arch.replace("efficientnet-", "efficientnet-quant-", 1)
         raise UserError(f"{parsed.arch} is a float model; quant_main.py wants its quantized twin, --arch {quantized}.")
-    asked = settings(parsed, asked_spec(parsed), parsed.target)
+    asked = settings(parsed, said, asked_spec(parsed), parsed.target, quantized=True)
     check_start(asked.start)
     qat = qat_config(parsed)
     report = Path(parsed.report) if parsed.report else None

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from effnet_quant.errors import UserError
+from effnet_quant.files import is_special
 from effnet_quant.quantization.spec import PRESETS, QuantSpec, resolve_spec
 
 if TYPE_CHECKING:
@@ -172,6 +173,8 @@ def asked_overrides(parsed: argparse.Namespace) -> list[tuple[str, str]]:
 def _read_yaml(path: Path) -> Any:
     import yaml
 
+    if is_special(path):
+        raise UserError(f"--quant-spec {path} is a pipe or a device; give a file.")
     try:
         return yaml.safe_load(path.read_text(encoding="utf-8"))
     except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:

@@ -12,13 +12,14 @@ import torch
 
 from effnet_quant.card import HARD_SWISH, InputSpec, ModelCard
 from effnet_quant.cli.arguments import model_options
+from effnet_quant.cli.stopping import end_children
 from effnet_quant.data.data_argument import DIGITS
 from effnet_quant.jobs.config import DataConfig, PlaceConfig, StartConfig
 from effnet_quant.jobs.float_training import evaluate, fit
 from effnet_quant.jobs.run import Run
-from effnet_quant.models.entry import ModelEntry
 from effnet_quant.models.registry import get_entry
 from effnet_quant.quantization.spec import QuantSpec
+from effnet_quant.terminal import printable
 from effnet_quant.training.config import ABOVE_ZERO, AT_LEAST_ONE, SHARE, Allowed, TrainConfig, check_allowed
 from effnet_quant.training.signals import Interrupted
 
@@ -45,8 +46,21 @@ class Settings:
     start: StartConfig
 
 
-def settings(parsed: argparse.Namespace, quant_spec: QuantSpec | None = None, target: str | None = None) -> Settings:
+def settings(
+    parsed: argparse.Namespace,
+    said: ModelCard | None = None,
+    quant_spec: QuantSpec | None = None,
+    target: str | None = None,
+    *,
+    quantized: bool = False,
+) -> Settings:
     """Turn the flags of ``add_training_arguments`` into settings.
+
+    Args:
+        parsed: the flags.
+        said: the card of the weights that the run starts from; flags win over it.
+        quant_spec, target: the quantization and the runtime that the flags ask for.
+        quantized: whether the run quantizes the network. Then a new classifier is made only for ``--num-classes``.
 
     Raises:
         UserError: a flag's value is not allowed, or two flags exclude each other.
@@ -58,15 +72,15 @@ def settings(parsed: argparse.Namespace, quant_spec: QuantSpec | None = None, ta
         weights=parsed.pretrained_from_file,
         ema=parsed.ema,
         pretrained=parsed.pretrained,
-        new_classifier="num_classes" in parsed.explicit and not parsed.evaluate,
+        new_classifier=not parsed.evaluate and (not quantized or "num_classes" in parsed.explicit),
         resume=parsed.resume,
         options=model_options(parsed),
     )
     place = PlaceConfig(**{field.name: getattr(parsed, field.name) for field in fields(PlaceConfig)})
     card = ModelCard(
         arch=parsed.arch,
-        num_classes=parsed.num_classes if "num_classes" in parsed.explicit else entry.num_classes,
-        input=_input_spec(parsed, entry),
+        num_classes=parsed.num_classes if "num_classes" in parsed.explicit else None,
+        input=_input_spec(parsed, (said and said.input) or entry.input),
         activation=HARD_SWISH if parsed.hard_swish else None,
         quant_spec=None if quant_spec is None else quant_spec.to_json(),
         target=target,
@@ -93,8 +107,8 @@ def _train_config(parsed: argparse.Namespace) -> TrainConfig:
     return config
 
 
-def _input_spec(parsed: argparse.Namespace, entry: ModelEntry) -> InputSpec:
-    spec = entry.input
+def _input_spec(parsed: argparse.Namespace, spec: InputSpec) -> InputSpec:
+    """``spec`` with what the flags change."""
     if parsed.image_size:
         spec = spec.resized(parsed.image_size)
     if "interpolation" in parsed.explicit:
@@ -112,6 +126,8 @@ def say_what_is_used(run: Run, parsed: argparse.Namespace) -> None:
         print("no GPU: TF32 means FP32", flush=True)
     if "data_backend" not in parsed.explicit:
         print(f"data backend: {DEFAULT_BACKEND}", flush=True)
+    if "num_classes" not in parsed.explicit:
+        print(f"from {parsed.data}: {run.card.num_classes} classes", flush=True)
     if run.began_with is None or parsed.evaluate:
         return
     for name in ("weight_decay", "bn_weight_decay", "momentum", "nesterov", "rmsprop_alpha", "rmsprop_eps"):
@@ -119,7 +135,8 @@ def say_what_is_used(run: Run, parsed: argparse.Namespace) -> None:
         # a resumed optimizer keeps its own values
         if name in parsed.explicit and run.began_with.get(name, asked) != asked:
             flag = f"--{name.replace('_', '-')}"
-            print(f"note: {flag} stays {run.began_with[name]}, as {parsed.resume} says", file=sys.stderr)
+            said = f"note: {flag} stays {run.began_with[name]}, as {parsed.resume} says"
+            print(printable(said), file=sys.stderr)
 
 
 def train_or_evaluate(run: Run, parsed: argparse.Namespace) -> int:
@@ -131,8 +148,9 @@ def train_or_evaluate(run: Run, parsed: argparse.Namespace) -> int:
     try:
         fit(run)
     except Interrupted as interruption:
+        end_children()
         path = os.path.join(parsed.workspace, parsed.checkpoint_filename)
         kept = f"; go on with --resume {path}" if run.config.save_checkpoints else ", without a checkpoint"
-        print(f"{interruption}{kept}", file=sys.stderr)
+        print(f"{interruption}{printable(kept)}", file=sys.stderr)
         return 128 + interruption.signal_number
     return 0

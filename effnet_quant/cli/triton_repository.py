@@ -8,6 +8,7 @@ from effnet_quant.cli.arguments import Parser
 from effnet_quant.cli.engines import usual_backend
 from effnet_quant.cli.process import run
 from effnet_quant.serving.settings import FILE_NAMES, MAX_BATCH, QUEUE_DELAY_US, Serving
+from effnet_quant.terminal import printable
 
 
 def job(arguments: Sequence[str]) -> int:
@@ -39,9 +40,8 @@ def job(arguments: Sequence[str]) -> int:
     device = parsed.device or ("cuda" if backend == "tensorrt" else "cpu")
     serving = Serving(backend, device, parsed.instances, parsed.max_batch, parsed.queue_delay)
     folder = write_model(parsed.engine, parsed.repository, serving, name=parsed.name, version=parsed.version)
-    print(
-        f"{folder}: served by {backend} on the device {device}; start: tritonserver --model-repository={parsed.repository}"
-    )
+    start = f"tritonserver --model-repository={parsed.repository}"
+    print(printable(f"{folder}: served by {backend} on the device {device}; start: {start}"))
     return 0
 
 

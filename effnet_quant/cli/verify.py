@@ -11,6 +11,7 @@ from effnet_quant.cli.engines import add_engine_arguments, chosen_engine, refuse
 from effnet_quant.cli.process import run
 from effnet_quant.errors import UserError
 from effnet_quant.tasks import get_task
+from effnet_quant.terminal import printable
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
@@ -22,7 +23,6 @@ if TYPE_CHECKING:
 
 # percent of images on which engine and simulation must agree
 AGREEMENT = 99.5
-IMAGES = 1000
 BATCH = 32
 LAYER_IMAGES = 8
 _OF_COMPARISON = {
@@ -67,23 +67,25 @@ def job(arguments: Sequence[str]) -> int:
 
 
 def _lint(path: str) -> bool:
-    import onnx
-
     from effnet_quant.checks.lint import lint_tensorrt
-    from effnet_quant.engines.onnx_file import read_onnx
+    from effnet_quant.engines.onnx_file import load_onnx, read_onnx
 
     read_onnx(path)  # a file that is missing or damaged is said there
-    findings = lint_tensorrt(onnx.load(path))
+    findings = lint_tensorrt(load_onnx(path))
     for finding in findings:
-        print(finding)
-    print(f"{path}: {len(findings) or 'no'} finding{'s' * (len(findings) != 1)} against TensorRT's placement rules")
+        print(printable(finding))
+    print(
+        f"{printable(path)}: {len(findings) or 'no'} finding{'s' * (len(findings) != 1)} against TensorRT's placement rules"
+    )
     return not findings
 
 
 def _verify(parsed: argparse.Namespace) -> bool:
+    from effnet_quant.cli.file_card import card_to_start_from
     from effnet_quant.cli.model_flags import load_model
 
     engine = chosen_engine(parsed.engine, parsed)
+    card_to_start_from(parsed)
     if not parsed.arch:
         parsed.arch = engine.card.arch
     parsed.image_size = None  # the file's
@@ -95,9 +97,12 @@ def add_verify_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the flags of the comparison."""
     parser.add_argument("-j", "--workers", type=int, default=0, help="data loading processes")
     parser.add_argument(
-        "--min-agreement", type=float, default=AGREEMENT, help="percent of images with the same class, at least"
+        "--min-agreement",
+        type=float,
+        default=AGREEMENT,
+        help="percent of images with the same class; fails if it is above the 95 %% interval of the agreement",
     )
-    parser.add_argument("--min-images", type=int, default=IMAGES, help="images that a verdict needs; fewer fail")
+    parser.add_argument("--min-images", type=int, default=1, help="images that must be there; fewer fail")
     parser.add_argument("--layers", action="store_true", help="print the table of layers also if the engine passes")
 
 
@@ -116,7 +121,7 @@ def verify_engine(model: nn.Module, card: ModelCard, engine: Engine, parsed: arg
     ``model`` is changed to simulate the engine's target.
 
     Returns:
-        Whether they agree on enough images.
+        Whether there are enough images, and these do not exclude that the two agree often enough.
     """
     from effnet_quant.jobs.inference import compare_on, simulate_engine, validation_loader
     from effnet_quant.quantization.placement.insertion import output_quantizers
@@ -134,10 +139,9 @@ def verify_engine(model: nn.Module, card: ModelCard, engine: Engine, parsed: arg
     task = get_task(card.task)
     comparison = compare_on(loader, engine, model, spec, task)
     _print(comparison, task, engine, parsed)
-    agrees = comparison.agreement >= parsed.min_agreement
-    if parsed.layers or not agrees:
+    if parsed.layers or comparison.agreement < parsed.min_agreement:
         _print_layers(model, engine, next(iter(loader.epoch()))[0][:LAYER_IMAGES], spec, asked=parsed.layers)
-    return agrees and comparison.images >= parsed.min_images
+    return comparison.interval[1] >= parsed.min_agreement and comparison.images >= parsed.min_images
 
 
 def _print_layers(model: nn.Module, engine: Engine, pixels: Tensor, spec: InputSpec, *, asked: bool) -> None:
@@ -158,29 +162,33 @@ def _print_layers(model: nn.Module, engine: Engine, pixels: Tensor, spec: InputS
 
 
 def _print(comparison: Comparison, task: Task, engine: Engine, parsed: argparse.Namespace) -> None:
-    gate = parsed.min_agreement
-    score = comparison.score
+    gate, score = parsed.min_agreement, comparison.score
+    low, high = comparison.interval
     rows: dict[str, Any] = {
         "engine": f"{engine.backend}, {engine.precision}",
         "images": f"{comparison.images}",
         f"{score.title}, simulation": f"{comparison.simulation_score:.2f} {score.unit}",
         f"{score.title}, engine": f"{comparison.engine_score:.2f} {score.unit}",
-        task.agreement_title: f"{comparison.agreement:.2f} % (at least {gate:g} %)",
+        task.agreement_title: f"{comparison.agreement:.2f} % (95 % interval {low:.2f} to {high:.2f} %; gate {gate:g} %)",
         f"{task.error_title}, mean": f"{comparison.mean_error:.3g}",
         f"{task.error_title}, worst": f"{comparison.worst_error:.3g} (image {comparison.worst_image})",
         f"{task.error_title}, relative L2": f"{comparison.relative_error:.2e}",
     }
     for title, text in rows.items():
-        print(f"{title:<26} {text}")
-    if comparison.agreement < gate:
+        print(f"{title:<26} {printable(text)}")
+    if high < gate:
         print("the engine departs from the simulation")
     elif comparison.images < parsed.min_images:
-        print(
-            f"{comparison.images} images are too few for a verdict, which takes {parsed.min_images}; give more, or lower "
-            "--min-images."
-        )
-    else:
+        print(f"{comparison.images} images are fewer than {parsed.min_images}; give more, or lower --min-images.")
+    elif low >= gate:
         print("the engine does what the simulation says")
+    else:
+        count = comparison.images_to_decide(gate)
+        enough = f"{count:,} images like these would decide" if count else "no number of images like these would decide"
+        said = (
+            "does what the simulation says on" if comparison.agreement >= gate else "may depart from the simulation on"
+        )
+        print(f"the engine {said} these {comparison.images} images, too few for {gate:g} %; {enough}")
 
 
 def main() -> None:

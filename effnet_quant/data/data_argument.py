@@ -17,17 +17,20 @@ from effnet_quant.data.shards import is_shards, open_shards
 from effnet_quant.data.sources import ImageSource
 from effnet_quant.data.tars import TRAIN_TAR, VAL_TAR, ImageNetSource
 from effnet_quant.errors import UserError
+from effnet_quant.files import possible_path
 
 DIGITS = "digits"
 
 
-def open_sources(data: str) -> tuple[ImageSource, ImageSource]:
+def open_sources(data: str, classes: list[str] | None = None) -> tuple[ImageSource, ImageSource]:
     """Open the training and the validation images that ``data`` names; docs/data.md lists the possible names.
+
+    Labels are indices into ``classes``, or into the data's own classes if it is None.
 
     Raises:
         UserError: there is no such data, it holds no images, or the training images lack a class of the validation images.
     """
-    train = open_training(data)
+    train = _open(data, "train", classes)
     return train, _open(data, "val", train.classes)
 
 
@@ -42,12 +45,13 @@ def open_training(data: str) -> ImageSource:
 
 def fills_cache(data: str) -> bool:
     """Whether the first opening of ``data`` writes to the cache, so that one process must open it before the others."""
-    return data in CIFAR or any((Path(data) / tar).is_file() for tar in (TRAIN_TAR, VAL_TAR))
+    return data in CIFAR or (_is_folder(data) and any((Path(data) / tar).is_file() for tar in (TRAIN_TAR, VAL_TAR)))
 
 
 def is_split(data: str, split: str) -> bool:
     """Whether ``data`` is a local folder that holds ``split`` as images, shards or ImageNet's tar file."""
-    return (Path(data) / split).is_dir() or (Path(data) / (TRAIN_TAR if split == "train" else VAL_TAR)).is_file()
+    tar = TRAIN_TAR if split == "train" else VAL_TAR
+    return _is_folder(data) and ((Path(data) / split).is_dir() or (Path(data) / tar).is_file())
 
 
 def open_validation(data: str, classes: list[str] | None = None) -> ImageSource:
@@ -57,9 +61,13 @@ def open_validation(data: str, classes: list[str] | None = None) -> ImageSource:
         UserError: as ``open_sources``.
     """
     train = Path(data) / "train"
-    if classes is None and train.is_dir() and not is_shards(data):
+    if classes is None and _is_folder(data) and train.is_dir() and not is_shards(data):
         classes = class_folders(train)
     return _open(data, "val", classes)
+
+
+def _is_folder(data: str) -> bool:
+    return "://" not in data and not data.endswith(".tar") and possible_path(data).is_dir()
 
 
 def _open(data: str, split: str, classes: list[str] | None) -> ImageSource:

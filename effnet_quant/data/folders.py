@@ -14,6 +14,7 @@ import torch
 from effnet_quant.data.decoding import Bytes
 from effnet_quant.data.sources import EncodedSource, NameTable
 from effnet_quant.errors import UserError
+from effnet_quant.terminal import printable
 
 EXTENSIONS = frozenset({".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".ppm", ".pgm"})
 
@@ -93,7 +94,7 @@ def _is_above(folder: str, above: _Folders) -> bool:
     status = os.stat(folder)
     if (status.st_dev, status.st_ino) not in above:
         return False
-    print(f"warning: {folder} is a link to a folder that holds it; left out.", file=sys.stderr)
+    print(f"warning: {printable(str(folder))} is a link to a folder that holds it; left out.", file=sys.stderr)
     return True
 
 
@@ -103,7 +104,7 @@ def _is_folder(entry: os.DirEntry[str]) -> bool:
     except OSError as error:
         # a link to itself. If it has an image's name, reading it will report it
         if not _is_image(entry.name):
-            print(f"warning: {entry.path} can't be read ({error.strerror}); left out.", file=sys.stderr)
+            print(f"warning: {printable(entry.path)} can't be read ({error.strerror}); left out.", file=sys.stderr)
         return False
 
 
@@ -119,7 +120,7 @@ def _never_ends(entry: os.DirEntry[str]) -> bool:
         return False
     if stat.S_ISREG(mode):
         return False
-    print(f"warning: {entry.path} is no regular file; left out.", file=sys.stderr)
+    print(f"warning: {printable(entry.path)} is no regular file; left out.", file=sys.stderr)
     return True
 
 
@@ -135,4 +136,4 @@ def image_files(folder: str, above: _Folders = frozenset()) -> Iterator[str]:
                 elif _is_image(entry.name) and not _never_ends(entry):
                     yield entry.path
     except OSError as error:
-        print(f"warning: {folder} can't be read ({error.strerror}); left out.", file=sys.stderr)
+        print(f"warning: {printable(str(folder))} can't be read ({error.strerror}); left out.", file=sys.stderr)

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
-import hashlib
-import json
+import contextlib
+import math
 import os
 import posixpath
+import re
 import sys
 import tarfile
+import tempfile
 from collections.abc import Iterator
 from functools import cached_property
 from pathlib import Path
@@ -19,12 +21,13 @@ from torch import Tensor
 
 from effnet_quant.data.decoding import DecodeError, EncodedImage
 from effnet_quant.data.folders import EXTENSIONS
+from effnet_quant.data.shard_index import INDEX, ShardIndex, find_index, join, read_index, write_index_file
 from effnet_quant.data.sources import EncodedSource, unreadable
 from effnet_quant.errors import UserError
-from effnet_quant.files import cache_folder, check_writable, create_folder, replace_file
+from effnet_quant.files import cant_write, check_writable, create_folder, possible_path
 
-INDEX = "index.json"  # in the shards' folder: {"classes": [...], "shards": [{"file": ..., "images": ...}, ...]}
 _BETWEEN = ".tar::"  # separates training and validation shards; "::" alone also occurs in fsspec's chained URLs
+_MOST_SHARDS, _LONGEST_LABEL = 10**6, 12  # shards of a pattern, digits of a label
 _LABEL = "cls"  # WebDataset's extension of a file with a class number in decimal digits
 
 
@@ -50,17 +53,18 @@ class ShardSource:
 
     def __init__(self, location: str, classes: list[str] | None = None) -> None:
         root, wanted = _expand(location)
-        index = _read_index(root)
-        listed = {shard["file"]: int(shard["images"]) for shard in index["shards"]}
+        _webdataset()
+        index = read_index(root)
+        listed = index.images
         names = list(listed) if wanted is None else wanted
         if missing := [name for name in names if name not in listed]:
-            raise UserError(f"{missing[0]} is not in {_join(root, INDEX)}; correct the numbers in {location}.")
-        own = [str(name) for name in index["classes"]]
+            raise UserError(f"{missing[0]} is not in {join(root, INDEX)}; correct the numbers in {location}.")
+        own = index.classes
         self.classes = own if classes is None else classes
         if unknown := sorted(set(own) - set(self.classes)):
             raise UserError(f"{location} has classes that the training data lacks: {', '.join(unknown[:5])}.")
         self.remap = torch.tensor([self.classes.index(name) for name in own])
-        self.urls = [_join(root, name) for name in names]
+        self.urls = [join(root, name) for name in names]
         self.counts = [listed[name] for name in names]
 
     def __len__(self) -> int:
@@ -115,10 +119,19 @@ class ShardSource:
                     name = f"{url}:{sample['__key__']}.{extension}"
                     if _LABEL not in sample:
                         raise UserError(f"{name} has no label beside it; each image needs a .{_LABEL} file.")
-                    label = int(self.remap[int(sample[_LABEL])])
-                    yield name, _encoded(sample[extension]), label
-        except (OSError, ValueError, EOFError, IndexError, tarfile.TarError) as error:
-            raise UserError(f"{url} can't be read ({error}); check the URL, or make the shard again.") from error
+                    yield name, _encoded(sample[extension]), self._label(sample[_LABEL], name)
+        except (OSError, ValueError, EOFError, ImportError, tarfile.TarError) as error:
+            # webdataset joins the reader's words and the stream, which prints as an address
+            reason = error.args[0] if error.args and not isinstance(error, OSError) else error
+            raise UserError(f"{url} can't be read ({reason}); check the URL, or make the shard again.") from error
+
+    def _label(self, text: bytes, name: str) -> int:
+        """The label in ``classes`` for the text of a label's file."""
+        if not text.isdigit() or len(text) > _LONGEST_LABEL or int(text) >= len(self.remap):
+            raise UserError(
+                f"{name} has the label {text!r:.40}, which is none of its {len(self.remap)} classes; make the shard again."
+            )
+        return int(self.remap[int(text)])
 
 
 def _encoded(data: bytes) -> EncodedImage | DecodeError:
@@ -131,43 +144,55 @@ def _encoded(data: bytes) -> EncodedImage | DecodeError:
 def pack(source: EncodedSource, folder: Path, images_per_shard: int = 1000, seed: int = 0) -> Iterator[int]:
     """Write a source's encoded images, in random order, into shards of almost equal size; then write the index.
 
-    Shards without an index are incomplete. An image that can't be read is reported on standard error and left out.
+    Shards take their names when all are written. Until then earlier shards and their index stay as they were, and an error
+    leaves nothing behind. An image that can't be read is reported on standard error and left out.
 
     Yields:
         After each image, the number of images written so far.
 
     Raises:
-        UserError: webdataset is missing, or the folder can't be written to.
+        UserError: webdataset is missing, the folder can't be written to, or the disk is full.
     """
     wds = _webdataset()
+    created = [path for path in (folder, *folder.parents) if not path.exists()]
     create_folder(folder, "--pack")
     check_writable(folder / INDEX)
-    (folder / INDEX).unlink(missing_ok=True)
     order = torch.randperm(len(source), generator=torch.Generator().manual_seed(seed))
-    shards = []
+    shards: dict[str, int] = {}
     written = 0
-    for number, part in enumerate(order.tensor_split(-(-len(order) // images_per_shard))):
-        name = f"{number:06d}.tar"
-        partial = folder / f".{name}.partial"
-        images = 0
-        with wds.TarWriter(str(partial)) as tar:
-            for index in part.tolist():
-                extension = os.path.splitext(source.name(index))[1].lower().lstrip(".")
-                try:
-                    data = source.load(index).tobytes()
-                except OSError as error:
-                    print(f"warning: {unreadable(source.name(index), error)} It is left out.", file=sys.stderr)
-                    continue
-                tar.write({"__key__": f"{index:08d}", extension: data, _LABEL: str(int(source.labels[index])).encode()})
-                written += 1
-                images += 1
-                yield written
-        os.replace(partial, folder / name)
-        shards.append({"file": name, "images": images})
-    replace_file(folder / INDEX, _index(source.classes, shards))
+    try:
+        with tempfile.TemporaryDirectory(prefix=".packing-", dir=folder) as unfinished:
+            for number, part in enumerate(order.tensor_split(-(-len(order) // images_per_shard))):
+                name = f"{number:06d}.tar"
+                images = 0
+                with wds.TarWriter(os.path.join(unfinished, name)) as tar:
+                    for index in part.tolist():
+                        extension = os.path.splitext(source.name(index))[1].lower().lstrip(".")
+                        try:
+                            data = source.load(index).tobytes()
+                        except OSError as error:
+                            print(f"warning: {unreadable(source.name(index), error)} It is left out.", file=sys.stderr)
+                            continue
+                        label = str(int(source.labels[index])).encode()
+                        tar.write({"__key__": f"{index:08d}", extension: data, _LABEL: label})
+                        written += 1
+                        images += 1
+                        yield written
+                shards[name] = images
+            (folder / INDEX).unlink(missing_ok=True)
+            for shard in shards:
+                os.replace(os.path.join(unfinished, shard), folder / shard)
+        write_index_file(str(folder), ShardIndex(list(source.classes), shards))
+    except BaseException as error:
+        for path in created:  # unless there is something in it
+            with contextlib.suppress(OSError):
+                path.rmdir()
+        if isinstance(error, OSError):
+            raise cant_write(folder, error) from error
+        raise
 
 
-def write_index(location: str) -> dict[str, Any]:
+def write_index(location: str) -> ShardIndex:
     """Count the images and classes of existing shards, and write an index in their folder.
 
     Entries of an earlier index for other shards are kept. If the folder can't be written to, as over HTTP, the index is
@@ -182,22 +207,22 @@ def write_index(location: str) -> dict[str, Any]:
     root, names = _expand(location)
     if names is None:
         raise UserError(f"an index is made of shards named one by one, as in shards/{{000..146}}.tar; not {location}.")
-    shards, largest = [], 0
+    shards: dict[str, int] = {}
+    largest = 0
     for name in names:
         source = ShardSource.__new__(ShardSource)
         source.remap = torch.arange(1 << 20)  # labels stay as they are
-        labels = [label for _, _, label in source.samples(_join(root, name))]
+        labels = [label for _, _, label in source.samples(join(root, name))]
         largest = max([largest, *labels])
-        shards.append({"file": name, "images": len(labels)})
-    known = _find_index(root) or {"classes": [], "shards": []}
-    others = [shard for shard in known["shards"] if shard["file"] not in names]
-    classes = known["classes"] + [str(label) for label in range(len(known["classes"]), largest + 1)]
-    content = _index(classes, others + shards)
-    if "://" not in root:
-        replace_file(Path(root) / INDEX, content)
-    elif not _wrote(_join(root, INDEX), content):
-        replace_file(_cached_index(root), content)
-    return {"classes": classes, "shards": shards}
+        shards[name] = len(labels)
+    known = find_index(root) or ShardIndex([], {})
+    others = {file: count for file, count in known.images.items() if file not in shards}
+    classes = known.classes + [str(label) for label in range(len(known.classes), largest + 1)]
+    try:
+        write_index_file(root, ShardIndex(classes, others | shards))
+    except ValueError as error:
+        raise UserError(f"{location} can't have an index: {error}; remove {join(root, INDEX)} first.") from error
+    return ShardIndex(classes, shards)
 
 
 def is_shards(data: str) -> bool:
@@ -205,7 +230,7 @@ def is_shards(data: str) -> bool:
     return (
         "://" in data
         or data.endswith(".tar")
-        or any((Path(data) / split / INDEX).exists() for split in ("train", "val"))
+        or any((possible_path(data) / split / INDEX).exists() for split in ("train", "val"))
     )
 
 
@@ -216,7 +241,7 @@ def open_shards(data: str, split: str, classes: list[str] | None) -> ShardSource
         UserError: as ``ShardSource``.
     """
     if not data.endswith(".tar"):
-        return ShardSource(_join(data, split), classes)
+        return ShardSource(join(data, split), classes)
     train, separator, val = data.partition(_BETWEEN)
     if not separator and split == "train":
         raise UserError(f"{data} is one set of shards; give training and validation as {data}::<validation shards>.")
@@ -232,61 +257,23 @@ def _expand(location: str) -> tuple[str, list[str] | None]:
     """From a location to the folder of the shards and the names that its braces stand for; None for all."""
     if not location.endswith(".tar"):
         return location, None
-    urls = list(
-        _webdataset().shardlists.braceexpand.braceexpand(location)
-    )  # not expand_urls, which splits chained URLs
+    braces = _webdataset().shardlists.braceexpand
+    try:
+        # counted first, because expanding fills the memory
+        few = math.prod(map(_alternatives, re.findall(r"\{([^{}]*)\}", location))) <= _MOST_SHARDS
+        # not expand_urls, which splits chained URLs
+        urls = list(braces.braceexpand(location)) if few else []
+    except (ValueError, RecursionError) as error:
+        raise UserError(f"{location} is no pattern of shards; write {{first..last}} or {{one,other}}.") from error
+    if not urls:
+        raise UserError(f"{location} stands for more than {_MOST_SHARDS:,} shards; give fewer, or larger ones.")
     return posixpath.dirname(urls[0]) or ".", [posixpath.basename(url) for url in urls]
 
 
-def _read_index(root: str) -> dict[str, Any]:
-    index = _find_index(root)
-    if index is None:
-        raise UserError(
-            f"there is no {_join(root, INDEX)}, which says what the shards hold; "
-            "effnet-quant data PATTERN --index makes it."
-        )
-    return index
-
-
-def _find_index(root: str) -> dict[str, Any] | None:
-    _webdataset()
-    import fsspec
-
-    path = _join(root, INDEX)
-    try:
-        if "://" in root and _cached_index(root).exists():
-            path = str(_cached_index(root))
-        with fsspec.open(path, "r", encoding="utf-8") as file:
-            index = json.load(file)
-        return {"classes": list(index["classes"]), "shards": list(index["shards"])}
-    except FileNotFoundError:
-        return None
-    except (OSError, ValueError, KeyError, TypeError, ImportError) as error:
-        raise UserError(f"{path} can't be read ({error}); check the URL.") from error
-
-
-def _index(classes: list[str], shards: list[dict[str, Any]]) -> bytes:
-    return json.dumps({"classes": classes, "shards": shards}, indent=1).encode()
-
-
-def _cached_index(root: str) -> Path:
-    return cache_folder() / f"shards-{hashlib.sha256(root.encode()).hexdigest()[:24]}.json"
-
-
-def _wrote(url: str, content: bytes) -> bool:
-    """Try to write a file through fsspec; returns whether it worked."""
-    import fsspec
-
-    try:
-        with fsspec.open(url, "wb") as file:
-            file.write(content)
-    except Exception:  # each store's library raises its own kinds
-        return False
-    return True
-
-
-def _join(root: str, name: str) -> str:
-    return f"{root.rstrip('/')}/{name}"
+def _alternatives(braces: str) -> int:
+    """How many names a pair of braces without inner ones stands for, e.g. "0..9" or "a,b"."""
+    numbers = re.fullmatch(r"(-?\d+)\.\.(-?\d+)(?:\.\..*)?", braces)
+    return braces.count(",") + 1 if numbers is None else abs(int(numbers[2]) - int(numbers[1])) + 1
 
 
 def _webdataset() -> Any:

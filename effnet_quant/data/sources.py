@@ -13,6 +13,7 @@ from torch import Tensor
 
 from effnet_quant.data.decoding import Bytes, DecodeError, EncodedImage, decode
 from effnet_quant.errors import UserError
+from effnet_quant.files import is_special, possible_path
 
 
 class ImageSource(Protocol):
@@ -113,10 +114,14 @@ def read_image(path: str | Path) -> Tensor:
     """Decode an image file to uint8 (3, H, W), turned upright by its EXIF orientation.
 
     Raises:
-        UserError: the file is missing, no image, or damaged.
+        UserError: the file is missing, no regular file, no image, or damaged.
     """
+    if is_special(path):
+        raise UserError(
+            f"{path} is a pipe or a device, which may never end; give a file, or - and the image by a pipe."
+        )
     try:
-        return decode(np.fromfile(path, dtype=np.uint8))
+        return decode(np.fromfile(possible_path(path), dtype=np.uint8))
     except FileNotFoundError as error:
         raise UserError(f"there is no file {path}; check the path.") from error
     except (OSError, DecodeError) as error:

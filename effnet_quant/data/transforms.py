@@ -16,6 +16,7 @@ from torchvision.transforms.v2 import functional as F
 from effnet_quant.card import InputSpec
 from effnet_quant.data.choices import AUGMENTATIONS
 from effnet_quant.data.decoding import Box, EncodedImage
+from effnet_quant.errors import UserError
 
 _AREA = (0.08, 1.0)  # of a training crop, as a share of the image's
 _ASPECT = (3 / 4, 4 / 3)  # of a training crop, width to height
@@ -147,7 +148,15 @@ def normalize(images: Tensor, preprocessing: InputSpec) -> Tensor:
     """Normalise uint8 images (N, 3, H, W) to float32 by ``mean`` and ``std`` of ``preprocessing``, on their device.
 
     One pass over the pixels casts, scales and shifts. The result has the images' memory layout.
+
+    Raises:
+        UserError: the images have another number of channels.
     """
+    if preprocessing.channels not in (1, images.shape[-3]):
+        raise UserError(
+            f"the model takes images of {preprocessing.channels} channels, and these have {images.shape[-3]}; its mean "
+            "and std have one number per channel."
+        )
     scale, shift = _scale_and_shift(preprocessing.mean, preprocessing.std, images.device)
     return torch.addcmul(shift, images, scale)
 

@@ -2,18 +2,24 @@
 
 from __future__ import annotations
 
+import math
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
+from effnet_quant.card import InputSpec
 from effnet_quant.engines.compiled import Compiled, Settings, run_in_batches
 from effnet_quant.engines.cpu import cpu_has_bf16
 from effnet_quant.engines.onnx_file import read_onnx_card
 from effnet_quant.engines.runtimes import BACKENDS, get_backend
-from effnet_quant.engines.signature import ArrayInput, arrange
+from effnet_quant.engines.signature import MOST_NUMBERS, ArrayInput, arrange, has_nan
 from effnet_quant.errors import UserError
+from effnet_quant.files import existing_file
+from effnet_quant.structure import map_leaves
+
+PREDICTED_TOGETHER = 32  # images, so that a long list needs little memory
 
 __all__ = ["BACKENDS", "Engine", "load_engine"]
 
@@ -21,8 +27,8 @@ __all__ = ["BACKENDS", "Engine", "load_engine"]
 class Engine:
     """A compiled model. Called with the model's arguments as arrays, it returns the model's results as arrays.
 
-    Several threads may call one engine at the same time. Each gets the results that it would get alone. All methods may be
-    called from any thread.
+    Several threads may call one engine at the same time, and its ``predict``. Each gets the results that it
+    would get alone. All methods may be called from any thread.
 
     Attributes:
         path: the file it was compiled from.
@@ -35,7 +41,9 @@ class Engine:
         metadata: the card as plain values, and further values that the exporter stored.
     """
 
-    def __init__(self, compiled: Compiled, path: Path, backend: str, settings: Settings) -> None:
+    def __init__(
+        self, compiled: Compiled, path: Path, backend: str, settings: Settings, *, allow_nan: bool = False
+    ) -> None:
         self._run = compiled.run
         self._prepare = compiled.prepare
         self._forget = compiled.forget
@@ -49,11 +57,81 @@ class Engine:
         self.path = path
         self.backend = backend
         self.settings = settings
+        self._allow_nan = allow_nan
 
     @property
     def input(self) -> ArrayInput:
         """The first input."""
         return self.inputs[0]
+
+    @property
+    def classes(self) -> tuple[str, ...] | None:
+        """The names of the classes, in the order of the outputs; None if the file has none."""
+        return self.card.classes
+
+    @property
+    def image_spec(self) -> InputSpec:
+        """The images that the model takes, and how they are prepared.
+
+        Raises:
+            UserError: the file does not say.
+        """
+        from effnet_quant.models.registry import CROP_MARGIN
+
+        if self.card.input is not None:
+            return self.card.input
+        size = self.metadata.get("image_size")
+        if size is None:
+            raise UserError(
+                f"{self.path} does not say how its images are prepared; export it with model2onnx.py, or with a card that "
+                "has an InputSpec."
+            )
+        return InputSpec(size, size + CROP_MARGIN)
+
+    def __repr__(self) -> str:
+        def form(value: ArrayInput) -> str:
+            sizes = ("any" if size is None else str(size) for size in value.shape)
+            return f"{value.name} {value.dtype} ({', '.join(['N', *sizes])})"
+
+        arch = f"{self.card.arch}, " if self.card.arch else ""
+        classes = f", {len(self.classes)} classes" if self.classes else ""
+        runs = f"{self.backend}, {self.precision}, {self.settings.device}"
+        return f"Engine({str(self.path)!r}: {arch}{runs}; takes {', '.join(map(form, self.inputs))}{classes})"
+
+    def predict(self, images: Any, topk: int = 5) -> Any:
+        """The answers for images, prepared as the card says: for a classifier its likeliest classes and their probabilities.
+
+        Args:
+            images: a file's name or URL, a PIL image, an array of uint8 (H, W, 3), or a tensor of uint8 (3, H, W); or a list
+                of these. Arrays (N, H, W, 3) are lists too.
+            topk: classes in an answer, at most.
+
+        Returns:
+            ``{"top": [{"class": name, "index": 0 …, "probability": 0 … 1}, …]}`` for one image, the likeliest class first; a
+            list of answers for a list. Other tasks have answers of their own (``Task.answers``).
+
+        Raises:
+            UserError: an image can't be read, the engine takes no single image, or the file does not say how to prepare one.
+        """
+        import torch
+
+        from effnet_quant.data.image_arguments import as_pixels
+        from effnet_quant.data.transforms import evaluation_transform, normalize
+        from effnet_quant.tasks import get_task
+
+        if len(self.inputs) != 1 or not self.input.is_image:
+            raise UserError("predict is for engines that take one image; call this engine with its arrays.")
+        if topk < 1:
+            raise UserError("topk must be at least 1.")
+        several = isinstance(images, (list, tuple)) or getattr(images, "ndim", 0) == 4
+        given, spec, answers = list(images) if several else [images], self.image_spec, []
+        transform, task = evaluation_transform(spec), get_task(self.card.task)
+        for start in range(0, len(given), PREDICTED_TOGETHER):
+            pixels = torch.stack([transform(as_pixels(image)) for image in given[start : start + PREDICTED_TOGETHER]])
+            prepared = pixels if self.input.dtype == "uint8" else normalize(pixels, spec)
+            outputs = map_leaves(torch.from_numpy, self(prepared.numpy().astype(self.input.dtype)))
+            answers += task.answers(outputs, self.classes, topk)
+        return answers if several else answers[0]
 
     def __call__(self, *arrays: NDArray[Any]) -> Any:
         """What the model returns for its arguments: an array, or tuples, lists and dicts of arrays.
@@ -64,7 +142,8 @@ class Engine:
         float32.
 
         Raises:
-            UserError: the number, shape or type of the arrays is wrong, or the runtime fails.
+            UserError: the number, shape or type of the arrays is wrong, one holds NaN (unless ``load_engine`` was told
+                ``allow_nan``), or the runtime fails.
         """
         if len(arrays) != len(self.inputs):
             names = ", ".join(value.name for value in self.inputs)
@@ -83,7 +162,10 @@ class Engine:
         return arrange(outputs, self._signature.structure)
 
     def _checked(self, value: ArrayInput, array: NDArray[Any]) -> NDArray[Any]:
-        array = np.asarray(array)
+        try:
+            array = np.asarray(array)
+        except Exception as error:  # lists of unequal lengths, tensors on other devices or with gradients
+            raise UserError(f"the engine takes arrays, not this {type(array).__name__}: {_reason(error)}.") from error
         shape = value.shape
         fits = array.ndim == 1 + len(shape) and all(
             size in (None, own) for size, own in zip(shape, array.shape[1:], strict=True)
@@ -98,6 +180,13 @@ class Engine:
                 raise UserError(f"the engine takes the input '{value.name}' as {value.dtype}, not {array.dtype}.")
             remedy = "give it pixels" if value.dtype == "uint8" else "normalise and convert them first"
             raise UserError(f"the engine takes {value.dtype} images, not {array.dtype}; {remedy}.")
+        if array.size > MOST_NUMBERS and 0 in array.strides:
+            raise UserError(f"the array repeats a few numbers to fill {array.shape}; give the engine smaller batches.")
+        if not self._allow_nan and has_nan(array):
+            what = "the images hold" if images else f"the input '{value.name}' holds"
+            raise UserError(
+                f"{what} NaN, for which no answer means anything; correct them, or load_engine(allow_nan=True)."
+            )
         return np.ascontiguousarray(array)
 
     def warm_up(self, batch_size: int = 1, runs: int = 2, *, image_size: int | None = None) -> None:
@@ -131,7 +220,7 @@ class Engine:
         integers are 0 or 1, which are valid indices in any vocabulary.
 
         Raises:
-            UserError: as ``warm_up``.
+            UserError: as ``warm_up``, or there would be no numbers, or too many.
         """
         generator = np.random.default_rng(0)
         return tuple(self._noise(value, batch_size, image_size, generator) for value in self.inputs)
@@ -143,6 +232,10 @@ class Engine:
         if size is None and None in value.shape:
             raise UserError(f"{self.path} takes {'images' if value.is_image else value.name} of any size; say which.")
         shape = [batch_size, *(int(size or 0) if own is None else own for own in value.shape)]
+        if min(shape) < 1 or math.prod(shape) > MOST_NUMBERS:
+            raise UserError(
+                f"a batch of {batch_size} would have the shape {tuple(shape)}; take another one or image size."
+            )
         if np.issubdtype(value.dtype, np.floating):
             return generator.standard_normal(shape, np.float32).astype(value.dtype)
         return generator.integers(0, 256 if value.dtype == "uint8" and value.is_image else 2, shape).astype(value.dtype)
@@ -155,6 +248,7 @@ def load_engine(
     device: str | None = None,
     precision: str | None = None,
     threads: int | None = None,
+    allow_nan: bool = False,
 ) -> Engine:
     """Make a model ready to run on this machine. Several threads may call the engine at the same time.
 
@@ -168,19 +262,19 @@ def load_engine(
             for (``model2onnx.py --tune``) if the backend and the machine support it, else the backend's first.
         threads: CPU threads of one call; None leaves the number to the runtime. With "torch" and ``threads``, calls from
             several threads take turns, because PyTorch has one number of threads per process.
+        allow_nan: let arrays with NaN through; by default they are refused. 8-bit networks turn NaN into any number.
 
     Raises:
         UserError: the file is missing, damaged or of another kind, or the backend is unknown, not installed, does not run
             on this device or in this precision, or refuses the file.
     """
-    module, path = get_backend(backend), Path(path)
+    module = get_backend(backend)
     device = _choice(backend, "run on the device", device, module.DEVICES)
     if precision is not None:
         _choice(backend, "compute in", precision, module.PRECISIONS)
     if threads is not None and (threads < 1 or device != "cpu"):
         raise UserError(f"{threads} threads? They are those of the CPU, at least 1.")
-    if not path.is_file():
-        raise UserError(f"there is no file {path}; check the path.")
+    path = existing_file(path)
     settings = Settings(device, precision or _usual_precision(path, backend), threads)
     try:
         compiled = module.compile_file(path, settings)
@@ -190,7 +284,7 @@ def load_engine(
         raise UserError(
             f"{backend} can't compile {path}: {_reason(error)}; export it again for this backend."
         ) from error
-    return Engine(compiled, path, backend, settings)
+    return Engine(compiled, path, backend, settings, allow_nan=allow_nan)
 
 
 def usable_precisions(backend: str) -> tuple[str, ...]:

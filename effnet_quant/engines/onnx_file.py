@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import math
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import onnx
 
-from effnet_quant.card import CARD_KEY, EXTRA_KEY, SIGNATURE_KEY, ModelCard, parse_json
-from effnet_quant.engines.signature import ArrayInput, ArrayOutput, Signature
+from effnet_quant.card import CARD_KEY, EXTRA_KEY, LARGEST_IMAGE, SIGNATURE_KEY, ModelCard, parse_json
+from effnet_quant.engines.signature import MOST_NUMBERS, ArrayInput, ArrayOutput, Signature
 from effnet_quant.errors import UserError
+from effnet_quant.files import existing_file
 
 _IMAGE_TYPES = ("float32", "float16", "uint8")
 # the operators of a residual network of convolutions, ReLUs and additions; below, those that normalise its images
@@ -18,6 +21,16 @@ _PLAIN_OPERATORS = frozenset(
     {"Conv", "Gemm", "Relu", "Clip", "MaxPool", "AveragePool", "GlobalAveragePool", "ReduceMean", "Flatten", "Reshape"}
     | {"QuantizeLinear", "DequantizeLinear"}
 )
+# what the operators that are looked at here and in checks/lint.py can't be without
+_LEAST_INPUTS = dict.fromkeys(
+    ("QuantizeLinear", "DequantizeLinear", "Conv", "ConvTranspose", "Gemm", "MatMul", "Add"), 2
+)
+# types that store several numbers in a byte
+_BITS = {
+    getattr(onnx.TensorProto, name): bits
+    for name, bits in (("INT4", 4), ("UINT4", 4), ("FLOAT4E2M1", 4), ("INT2", 2), ("UINT2", 2))
+    if hasattr(onnx.TensorProto, name)
+}
 _SCALING_OPERATORS = frozenset({"Add", "Mul", "Cast"})
 
 
@@ -31,9 +44,9 @@ class OnnxFile:
         metadata: the card as plain values, and further values that ``export_onnx`` stored.
         quantized: whether it has QuantizeLinear and DequantizeLinear nodes.
         half: whether it has constants in float16.
+        packed: whether it has constants in INT4.
         fits_16_bits: whether all weights are integers of 7 bits or fewer. The sum of two products with 8-bit activations
-        then
-            fits 16 bits.
+            then fits 16 bits.
         adds_integers: whether it is a quantized ResNet: its only elementwise operations are ReLUs and additions of quantized
             shortcuts to convolutions.
     """
@@ -43,6 +56,7 @@ class OnnxFile:
     metadata: dict[str, Any]
     quantized: bool
     half: bool
+    packed: bool
     fits_16_bits: bool
     adds_integers: bool
 
@@ -59,20 +73,28 @@ def read_onnx(path: str | Path) -> OnnxFile:
         UserError: the file is missing, damaged, or holds something else.
     """
     path = Path(path)
-    model = _load(path)
+    model = load_onnx(path)
     card = read_card(model, str(path))  # its refusal says more than that the file is damaged
     try:
-        return OnnxFile(
+        file = OnnxFile(
             _signature(model),
             card,
             read_metadata(model),
             quantized=any(node.op_type == "DequantizeLinear" for node in model.graph.node),
             half=any(entry.data_type == onnx.TensorProto.FLOAT16 for entry in model.graph.initializer),
+            packed=any(entry.data_type == onnx.TensorProto.INT4 for entry in model.graph.initializer),
             fits_16_bits=_fits_16_bits(model),
             adds_integers=_adds_integers(model),
         )
     except Exception as error:  # nonsense fails in as many ways as there are fields
         raise _damaged(path) from error
+    image = file.signature.inputs[0]
+    if card.input is not None and image.is_image and image.shape[0] not in (None, card.input.channels):
+        raise UserError(
+            f"{path} contradicts itself: its graph takes images of {image.shape[0]} channels, and its card has mean and std "
+            f"of {card.input.channels}; export it again."
+        )
+    return file
 
 
 def read_onnx_card(path: Path) -> ModelCard:
@@ -81,16 +103,77 @@ def read_onnx_card(path: Path) -> ModelCard:
     Raises:
         UserError: the file is missing or damaged, or its card can't be used.
     """
-    return read_card(_load(path), str(path))
+    return read_card(load_onnx(path), str(path))
 
 
-def _load(path: Path) -> onnx.ModelProto:
-    if not path.is_file():
-        raise UserError(f"there is no file {path}; check the path.")
+def load_onnx(path: str | Path) -> onnx.ModelProto:
+    """The model in an ONNX file, and in files beside it that hold its weights.
+
+    Raises:
+        UserError: the file is missing or damaged, a tensor's size contradicts its numbers, or weights lie outside its
+            folder.
+    """
+    path = existing_file(path)
     try:
-        return onnx.load(path)
+        model = onnx.load(path, load_external_data=False)
+        tensors = list(_tensors(model.graph))
+        outside = [tensor for tensor in tensors if tensor.data_location == onnx.TensorProto.EXTERNAL]
+        for tensor in outside:
+            _check_external(tensor, path.parent)
+        if outside:
+            onnx.load_external_data_for_model(model, str(path.parent))
+        for tensor in tensors:
+            _check_size(tensor)
+        for node in model.graph.node:
+            _check_node(node)
+    except UserError:
+        raise
     except Exception as error:  # protobuf's DecodeError, whose module depends on its version, and onnx's own
         raise _damaged(path) from error
+    return model
+
+
+def _tensors(graph: onnx.GraphProto) -> Iterator[onnx.TensorProto]:
+    """All constants of a graph and of the graphs in it."""
+    yield from graph.initializer
+    for node in graph.node:
+        for attribute in node.attribute:
+            if attribute.HasField("t"):
+                yield attribute.t
+            yield from attribute.tensors
+            for inner in (attribute.g, *attribute.graphs) if attribute.HasField("g") else attribute.graphs:
+                yield from _tensors(inner)
+
+
+def _check_node(node: onnx.NodeProto) -> None:
+    """Raises ValueError if a node lacks what its operator can't be without."""
+    value = [attribute for attribute in node.attribute if attribute.name == "value"]
+    constant = node.op_type != "Constant" or (len(node.attribute) > 0 and all(entry.HasField("t") for entry in value))
+    if not node.output or not constant or len(node.input) < _LEAST_INPUTS.get(node.op_type, 0):
+        raise ValueError(f"{node.name} is no {node.op_type}")
+
+
+def _check_external(tensor: onnx.TensorProto, folder: Path) -> None:
+    """Raises UserError if a tensor's numbers lie outside the folder, or ValueError if there are not so many."""
+    said = {entry.key: entry.value for entry in tensor.external_data}
+    place = (folder / said["location"]).resolve()
+    if not place.is_relative_to(folder.resolve()) or not place.is_file():
+        raise UserError(f"{tensor.name} has its numbers in {said['location']}, which is no file beside the ONNX file.")
+    offset = int(said.get("offset", 0))
+    length = int(said.get("length", place.stat().st_size - offset))
+    if offset < 0 or not 0 <= length <= place.stat().st_size - offset:
+        raise ValueError(f"{tensor.name} is longer than its file")
+
+
+def _check_size(tensor: onnx.TensorProto) -> None:
+    """Raises ValueError if a tensor's dimensions promise other numbers than it has."""
+    if min(tensor.dims, default=0) < 0:
+        raise ValueError(f"{tensor.name} has negative dimensions")
+    bits = _BITS.get(tensor.data_type, 8 * onnx.helper.tensor_dtype_to_np_dtype(tensor.data_type).itemsize)
+    if tensor.HasField("raw_data") and -(-math.prod(tensor.dims) * bits // 8) != len(tensor.raw_data):
+        raise ValueError(f"{tensor.name} has other dimensions than numbers")
+    if not tensor.HasField("raw_data") and math.prod(tensor.dims) > MOST_NUMBERS:
+        raise ValueError(f"{tensor.name} has other dimensions than numbers")
 
 
 def read_card(model: onnx.ModelProto, source: str = "the file") -> ModelCard:
@@ -103,13 +186,30 @@ def read_card(model: onnx.ModelProto, source: str = "the file") -> ModelCard:
 
 
 def read_metadata(model: onnx.ModelProto) -> dict[str, Any]:
-    """The metadata that ``export_onnx`` stored, card included, as plain values; empty for models of other tools."""
+    """The metadata that ``export_onnx`` stored, card included, as plain values; empty for models of other tools.
+
+    Raises:
+        UserError: it is no JSON.
+        ValueError: its image size is none.
+    """
     properties = _properties(model)
     values: dict[str, Any] = {}
     for key in (EXTRA_KEY, CARD_KEY):
         entry = parse_json(properties.get(key, "{}"), "the file")
         values |= entry if isinstance(entry, dict) else {}
     values.pop("version", None)  # of the card's format
+    return checked_metadata(values)
+
+
+def checked_metadata(values: Any) -> dict[str, Any]:
+    """The metadata of a file, if its image size is one.
+
+    Raises:
+        ValueError: it is not.
+    """
+    size = values.get("image_size", 1) if isinstance(values, dict) else None
+    if not isinstance(size, int) or isinstance(size, bool) or not 1 <= size <= LARGEST_IMAGE:
+        raise ValueError(f"{size!r:.40} is no image size")
     return values
 
 
@@ -118,13 +218,11 @@ def _properties(model: onnx.ModelProto) -> dict[str, str]:
 
 
 def _fits_16_bits(model: onnx.ModelProto) -> bool:
-    weights = [
-        onnx.numpy_helper.to_array(entry)
-        for entry in model.graph.initializer
-        if entry.data_type == onnx.TensorProto.INT8 and len(entry.dims) > 1
-    ]
+    weights = [entry for entry in model.graph.initializer if len(entry.dims) > 1]
+    bytes_each = [onnx.numpy_helper.to_array(entry) for entry in weights if entry.data_type == onnx.TensorProto.INT8]
+    packed = any(entry.data_type == onnx.TensorProto.INT4 for entry in weights)
     # 2 * 255 * 64 = 32,640
-    return bool(weights) and all(values.min() >= -64 and values.max() <= 64 for values in weights)
+    return (packed or bool(bytes_each)) and all(values.min() >= -64 and values.max() <= 64 for values in bytes_each)
 
 
 def _adds_integers(model: onnx.ModelProto) -> bool:

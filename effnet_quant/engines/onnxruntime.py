@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,7 @@ from effnet_quant.errors import UserError
 DEVICES = ("cpu", "cuda")
 PRECISIONS = ("fp32",)
 _CUDA = "CUDAExecutionProvider"
+_FIRST_WITH_INT4 = (1, 23)  # whose Cast takes INT4
 
 
 def compile_file(path: Path, settings: Settings) -> Compiled:
@@ -22,10 +24,13 @@ def compile_file(path: Path, settings: Settings) -> Compiled:
         UserError: ONNX Runtime is missing or has no CUDA, or the file is missing or damaged.
     """
     file = read_onnx(path)
-    try:
-        import onnxruntime
-    except ImportError as error:
-        raise UserError("ONNX Runtime is not installed; pip install onnxruntime.") from error
+    onnxruntime = library()
+    version = onnxruntime.__version__
+    if file.packed and tuple(int(part) for part in re.findall(r"\d+", version)[:2]) < _FIRST_WITH_INT4:
+        raise UserError(
+            f"ONNX Runtime {version} can't read the 4-bit weights of {path}; install 1.23 or later, or export with "
+            "--weights int8."
+        )
     providers = ["CPUExecutionProvider"]
     if settings.device == "cuda":
         if _CUDA not in onnxruntime.get_available_providers():
@@ -46,10 +51,23 @@ def compile_file(path: Path, settings: Settings) -> Compiled:
     return Compiled(run_session, file.signature, file.precision("fp32"), file.card, file.metadata)
 
 
+def library() -> Any:
+    """The module onnxruntime, with its telemetry off: some of its wheels report events to their maker.
+
+    Raises:
+        UserError: it is not installed.
+    """
+    try:
+        import onnxruntime
+    except ImportError as error:
+        raise UserError("ONNX Runtime is not installed; pip install onnxruntime.") from error
+    onnxruntime.disable_telemetry_events()
+    return onnxruntime
+
+
 def session_options(file: OnnxFile, settings: Settings) -> Any:
     """The onnxruntime.SessionOptions for a file. They avoid kernels and optimizations that change its results."""
-    import onnxruntime
-
+    onnxruntime = library()
     options = onnxruntime.SessionOptions()
     options.log_severity_level = 3
     if settings.threads is not None:

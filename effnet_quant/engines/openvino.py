@@ -48,6 +48,8 @@ def compile_properties(file: OnnxFile, settings: Settings) -> dict[str, Any]:
     """The OpenVINO properties for a file. They avoid kernels and precisions that change its results."""
     # by default the plugin computes floating point in bfloat16 on CPUs with AMX
     properties: dict[str, Any] = {"INFERENCE_PRECISION_HINT": "bf16" if settings.precision == "bf16" else "f32"}
+    # by default the plugin rounds float inputs of linear layers with integer weights to 8 bits, in groups of 32
+    properties["DYNAMIC_QUANTIZATION_GROUP_SIZE"] = 0
     if not (cpu_has_exact_int8() or file.fits_16_bits):
         properties["LP_TRANSFORMS_MODE"] = "NO"
     elif file.adds_integers:

@@ -7,6 +7,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
+import numpy as np
 from numpy.typing import NDArray
 
 # The model's return value with an output's position at each leaf: an int, or one of the keys "tuple", "list" and "dict".
@@ -114,6 +115,14 @@ class Signature:
             ),
             values["structure"],
         )
+
+
+def has_nan(array: NDArray[Any]) -> bool:
+    """Whether a number is NaN. Costs one pass over the array."""
+    if array.dtype == np.float16:  # whose minimum is slow; above infinity's bits lie those of NaN
+        bits = np.ascontiguousarray(array).view(np.uint16) & 0x7FFF
+        return bool(bits.max() > 0x7C00)
+    return np.issubdtype(array.dtype, np.floating) and bool(np.isnan(array.min()))
 
 
 def arrange(outputs: Sequence[NDArray[Any]], structure: Structure) -> Any:

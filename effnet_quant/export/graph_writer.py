@@ -33,7 +33,7 @@ class GraphWriter:
         self.opset = opset
         self.half = options.fp16
         self.nodes: list[onnx.NodeProto] = []
-        self.initializers: dict[str, NDArray[Any]] = {}
+        self.initializers: dict[str, onnx.TensorProto] = {}
         self._names: set[str] = set()
 
     def constant(self, name: str, value: NDArray[Any], *, half: bool | None = None) -> str:
@@ -49,7 +49,17 @@ class GraphWriter:
                 raise UserError(f"{name} holds {np.abs(value).max():.3g}, more than float16 can; export without fp16.")
             value = value.astype(np.float16)
         name = self._unique(name)
-        self.initializers[name] = np.array(value, order="C")
+        self.initializers[name] = numpy_helper.from_array(np.array(value, order="C"), name)
+        return name
+
+    def packed_constant(self, name: str, integers: NDArray[np.int8]) -> str:
+        """Add an initializer of type INT4 and return its name, made unique. The integers are -8 … 7."""
+        name = self._unique(name)
+        nibbles = integers.astype(np.uint8).reshape(-1) & 15
+        low, high = nibbles[::2], np.append(nibbles, np.uint8(0))[1::2]  # two in a byte, the first in its low half
+        self.initializers[name] = onnx.TensorProto(
+            name=name, data_type=TensorProto.INT4, dims=integers.shape, raw_data=(low | high << 4).tobytes()
+        )
         return name
 
     def element_type(self, dtype: torch.dtype) -> int:
@@ -101,7 +111,8 @@ class GraphWriter:
 
         If the grid ``low`` … ``high`` is smaller than the target's integer type, a Clip of integers stands between them.
         """
-        dtype = np.dtype(self.target.activation_dtype)
+        wide = high - low > 255
+        dtype = np.dtype(self.target.wide_activation_dtype if wide else self.target.activation_dtype)
         limits = np.iinfo(dtype)
         parameters = [
             self.constant(f"{path}.scale", np.array(scale, np.float32)),
@@ -125,15 +136,52 @@ class GraphWriter:
         return self.node("DequantizeLinear", [integers, step, zero_point], path)
 
     def dequantized(
-        self, integers: NDArray[Any], scale: NDArray[np.float32], zero_point: int, path: str, axis: int
+        self,
+        integers: NDArray[Any],
+        scale: NDArray[np.float32],
+        zero_point: int,
+        path: str,
+        axis: int,
+        *,
+        packed: bool = False,
     ) -> str:
-        """Append DequantizeLinear of stored integers. ``scale`` has one entry per index of ``axis``, or is one number."""
+        """Append DequantizeLinear of stored integers. ``scale`` has one entry per index of ``axis``, or is one number.
+
+        ``packed`` stores integers from -8 to 8 as INT4.
+        """
         inputs = [
-            self.constant(path, integers),
+            self._unpacked(integers, path, axis) if packed else self.constant(path, integers),
             self.constant(f"{path}_scale", scale),
             self.constant(f"{path}_zero_point", np.full(scale.shape, zero_point, integers.dtype)),
         ]
         return self.node("DequantizeLinear", inputs, path, **({"axis": axis} if scale.ndim else {}))
+
+    def scaled(
+        self, integers: NDArray[np.int8], scale: NDArray[np.float32], path: str, axis: int, *, packed: bool
+    ) -> str:
+        """Append what ``dequantized`` computes as a Cast and a Mul, which runtimes compute once.
+
+        It is for weights of a MatMul in float. From a DequantizeLinear ONNX Runtime makes a MatMulNBits, which rounds the
+        other operand to 8 bits (session.qdq_matmulnbits_accuracy_level, 4 by default).
+        """
+        source = self._unpacked(integers, path, axis) if packed else self.constant(path, integers)
+        shape = [-1 if dimension == axis else 1 for dimension in range(integers.ndim)]
+        numbers = self.node("Cast", [source], path, to=self.element_type(torch.float32))
+        return self.node("Mul", [numbers, self.constant(f"{path}_scale", scale.reshape(shape))], path)
+
+    def _unpacked(self, integers: NDArray[np.int8], path: str, axis: int) -> str:
+        """Store int8 integers from -8 to 8 as INT4 and append a Cast to int8; returns its output.
+
+        An 8 comes from a -8 whose sign a negative factor of BatchNorm turned. The file holds the -8 and turns the sign.
+        """
+        others = tuple(other for other in range(integers.ndim) if other != axis)
+        sign = np.where(integers.max(axis=others, keepdims=True) > 7, -1, 1).astype(np.int8)
+        stored = self.packed_constant(path, integers * sign)
+        if bool((sign > 0).all()):
+            return self.node("Cast", [stored], path, to=TensorProto.INT8)
+        wide = self.node("Cast", [stored], path, to=TensorProto.INT32)  # runtimes multiply int32, not int8
+        turned = self.node("Mul", [wide, self.constant(f"{path}_sign", sign.astype(np.int32))], path)
+        return self.node("Cast", [turned], path, to=TensorProto.INT8)
 
     def rounded(self, weight: NDArray[np.float32], scale: NDArray[np.float32], path: str, axis: int) -> str:
         """Append float weights with QuantizeLinear and DequantizeLinear; ``scale`` has one entry per index of ``axis``."""
@@ -165,7 +213,7 @@ class GraphWriter:
             "effnet_quant",
             inputs,
             outputs,
-            [numpy_helper.from_array(value, name) for name, value in self.initializers.items()],
+            list(self.initializers.values()),
         )
         opsets = [helper.make_opsetid("", self.opset)]
         return helper.make_model(graph, opset_imports=opsets, ir_version=helper.find_min_ir_version_for(opsets))

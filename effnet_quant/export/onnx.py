@@ -31,6 +31,7 @@ from effnet_quant.files import replace_file
 from effnet_quant.models.input_channels import image_channels
 from effnet_quant.quantization.placement.insertion import quantizers
 from effnet_quant.quantization.targets import Target, get_target
+from effnet_quant.saved_model import card_of
 from effnet_quant.tasks import get_task
 
 PLAIN = ExportOptions()
@@ -56,9 +57,9 @@ def export_onnx(
     file's inputs have the names of the arguments. The model may return tensors, or tuples, lists or dicts of tensors.
     Outputs are named after a dict's keys, else "output_0", "output_1" and so on.
 
-    BatchNorm is folded into the convolutions. A quantized model gets int8 weights, and QDQ nodes where ``target`` wants
-    them. The same ranges serve every target. For ONNX Runtime, outputs of convolutions are quantized too, so that integer
-    kernels run. Calibrated ranges of outputs are used as the simulation uses them. Missing ones are computed by
+    BatchNorm is folded into the convolutions. A quantized model gets int8 or INT4 weights, and QDQ nodes where ``target``
+    wants them. The same ranges serve every target. For ONNX Runtime, outputs of convolutions are quantized too, so that
+    integer kernels run. Calibrated ranges of outputs are used as the simulation uses them. Missing ones are computed by
     passes/needed_ranges.py.
 
     Args:
@@ -68,6 +69,7 @@ def export_onnx(
         inputs: an example tensor of each argument. Their values do not matter.
         target: "onnxruntime", "openvino" or "tensorrt", or changed rules of one (``Target.leaving_in_float``).
         card: describes the model. ``target`` and the operations left in float are added. None makes a card of ``metadata``.
+            If that describes no model, the card is what ``create_model`` and ``quantize`` know.
         metadata: further JSON values to store in the file; ``Engine.metadata`` has them.
         options: the form of the file.
 
@@ -107,7 +109,12 @@ def build_onnx(
         traced = trace_inputs(model, rules, examples)
         described = value_infos(traced.inputs, names, {})
     left = tuple(sorted(get_target(rules.name).quantized - rules.quantized))
-    card = replace(card or ModelCard.from_json(metadata or {}, "metadata"), target=rules.name, float_operations=left)
+    card = card or ModelCard.from_json(metadata or {}, "metadata")
+    if card == ModelCard():  # nothing was said
+        card = card_of(model)
+        if card.input is not None and image_size is not None:
+            card = replace(card, input=card.input.resized(image_size))
+    card = replace(card, target=rules.name, float_operations=left)
     known = get_task(card.task).output_names if inputs is None else ()
     proto = _write(run_passes(traced, rules, options), described, rules, options, quantized, known)
     if inputs is None:
@@ -143,7 +150,9 @@ def _write(
     names = output_names(traced, known)
     if clash := {value.name for value in inputs} & set(names):
         raise UserError(f"{', '.join(sorted(clash))} is an input and an output; rename the key of the result.")
-    writer = GraphWriter(target, options.opset_for(quantized), options)
+    packs = target.int4_weights and options.packs
+    opset = options.opset_for(quantized, packed=packs and traced.has_narrow_weights, wide=traced.has_wide_activations)
+    writer = GraphWriter(target, opset, options)
     writer.reserve([*(value.name for value in inputs), *names])
     entered = [
         write_input(writer, value.name, options) if is_float else value.name
@@ -151,7 +160,7 @@ def _write(
             inputs, (node.meta["val"].is_floating_point() for node in traced.inputs), strict=True
         )
     ]
-    values = OnnxWriter(traced, writer, float_weights=options.float_weights).run(entered)
+    values = OnnxWriter(traced, writer, float_weights=options.float_weights, packs=packs).run(entered)
     if options.fp16:
         values = [
             writer.node("Cast", [value], name, to=TensorProto.FLOAT) if node.meta["val"].is_floating_point() else value

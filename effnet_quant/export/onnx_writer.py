@@ -29,12 +29,14 @@ class OnnxWriter:
         traced: the graph.
         writer: takes the ONNX nodes.
         float_weights: store quantized weights as floats with a QuantizeLinear behind them.
+        packs: store weights of 4 bits and fewer as INT4.
     """
 
-    def __init__(self, traced: TracedGraph, writer: GraphWriter, *, float_weights: bool) -> None:
+    def __init__(self, traced: TracedGraph, writer: GraphWriter, *, float_weights: bool, packs: bool) -> None:
         self.traced = traced
         self.writer = writer
         self.float_weights = float_weights
+        self.packs = packs
         self.names: dict[fx.Node, str] = {}
         self.parts: dict[fx.Node, list[str]] = {}  # of operations with several results
 
@@ -132,28 +134,39 @@ class OnnxWriter:
                 f"{path or 'the model'}: a convolution whose weights are computed from the image "
                 "(a conditional convolution) can't be exported; choose a network with fixed weights."
             )
-        names = [self._parameter(node.args[1], f"{path}.weight", transposed=transposed, as_floats=self.float_weights)]
+        product = transposed and not self.traced.is_byte(node.args[0])
+        names = [self._parameter(node.args[1], f"{path}.weight", transposed=transposed, layer=True, product=product)]
         if len(node.args) > 2 and node.args[2] is not None:
             names.append(self._parameter(node.args[2], f"{path}.bias"))
         return names
 
-    def _parameter(self, node: Any, path: str, *, transposed: bool = False, as_floats: bool = False) -> str:
+    def _parameter(
+        self, node: Any, path: str, *, transposed: bool = False, layer: bool = False, product: bool = False
+    ) -> str:
+        """Write a constant. ``layer``: it is a layer's weights; ``product``: of a MatMul that computes in float."""
         if node.target is QUANTIZE:
-            return self._stored(node, path, transposed=transposed, as_floats=as_floats)
+            return self._stored(node, path, transposed=transposed, layer=layer, product=product)
         value = self.traced.constants[node].float().numpy()
         return self.writer.constant(path, np.ascontiguousarray(value.T) if transposed else value)
 
-    def _stored(self, node: fx.Node, path: str, *, transposed: bool = False, as_floats: bool = False) -> str:
+    def _stored(
+        self, node: fx.Node, path: str, *, transposed: bool = False, layer: bool = False, product: bool = False
+    ) -> str:
         """Write a quantized constant as integers, with one scale for each index of its first dimension."""
         grid, value = self.traced.grid(node), self.traced.constants[node.args[0]].float()  # type: ignore[index]
         scale = grid.scale if not value.ndim else grid.scale.flatten().expand(len(value)).contiguous()
         steps = scale.double().reshape((-1,) + (1,) * (value.ndim - 1)) if value.ndim else scale.double()
         axis = 1 if transposed else 0
-        if as_floats:
+        if layer and self.float_weights and not product:
+            if (grid.low, grid.high) != (-128, 127):  # QuantizeLinear saturates at the ends of int8
+                value = torch.clamp(value, grid.low * steps, grid.high * steps).float()
             return self.writer.rounded(_oriented(value, transposed), scale.numpy(), path, axis)
         integers = torch.clamp(torch.round(value.double() / steps) + grid.zero_point, grid.low, grid.high)
         stored = _oriented(integers.to(_integer_type(grid.low, grid.high)), transposed)
-        return self.writer.dequantized(stored, scale.numpy(), grid.zero_point, path, axis)
+        packed = self.packs and layer and grid.narrow
+        if product and grid.zero_point == 0:
+            return self.writer.scaled(stored, scale.numpy(), path, axis, packed=packed)
+        return self.writer.dequantized(stored, scale.numpy(), grid.zero_point, path, axis, packed=packed)
 
 
 def _oriented(value: torch.Tensor, transposed: bool) -> np.ndarray:

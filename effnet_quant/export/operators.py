@@ -210,6 +210,28 @@ def _einsum(op: Operation) -> str:
     return op.emit("Einsum", *(op.tensor(value) for value in op["tensors"]), equation=op["equation"])
 
 
+def _transposed_convolution(op: Operation) -> str:
+    dims = rank(op["weight"]) - 2
+
+    def each(name: str) -> list[int]:
+        given = list(op[name])
+        return given * dims if len(given) == 1 else given
+
+    inputs = [op.x, op.tensor(op["weight"])]
+    if op["bias"] is not None:
+        inputs.append(op.tensor(op["bias"]))
+    return op.emit(
+        "ConvTranspose",
+        *inputs,
+        kernel_shape=op.sizes(op["weight"])[2:],
+        strides=each("stride"),
+        pads=each("padding") * 2,
+        output_padding=each("output_padding"),
+        dilations=each("dilation"),
+        group=op["groups"],
+    )
+
+
 def _softmax(op: Operation) -> str:
     return op.emit("Softmax", op.x, axis=op["dim"])
 
@@ -261,6 +283,9 @@ OPERATIONS: dict[Any, Emit] = {
     aten.adaptive_max_pool2d.default: _adaptive_max_pool,
     aten.upsample_nearest2d.vec: shapes.resize("nearest"),
     aten.upsample_bilinear2d.vec: shapes.resize("linear"),
+    aten.conv_transpose1d.default: _transposed_convolution,
+    aten.conv_transpose2d.input: _transposed_convolution,
+    aten.conv_transpose3d.input: _transposed_convolution,
     aten.mean.dim: _mean,
     aten.var.correction: _variance,
     aten.var.dim: _variance,

@@ -33,6 +33,16 @@ class Grid:
     low: int
     high: int
 
+    @property
+    def wide(self) -> bool:
+        """Whether it has more integers than 8 bits hold."""
+        return self.high - self.low > 255
+
+    @property
+    def narrow(self) -> bool:
+        """Whether it has at most 4 bits and zero point 0. One with turned signs, up to 8, is narrow too."""
+        return self.zero_point == 0 and self.low >= -8 and self.high <= 8
+
     def same_as(self, other: Grid) -> bool:
         """Whether scale, zero point and bounds are equal."""
         integers = (self.zero_point, self.low, self.high) == (other.zero_point, other.low, other.high)
@@ -102,6 +112,10 @@ class TracedGraph:
         """Whether ``value`` is a quantize node of a value that depends on the inputs. Numbers and None are not."""
         return isinstance(value, fx.Node) and value.target is QUANTIZE and value.args[0] not in self.constants
 
+    def is_byte(self, value: Any) -> bool:
+        """Whether ``value`` is quantized to 8 bits or fewer, as integer kernels need it."""
+        return self.is_quantized(value) and not self.grid(value).wide
+
     def grid(self, node: fx.Node) -> Grid:
         """The grid of a quantize node."""
         _, scale, zero_point, low, high = node.args
@@ -118,6 +132,17 @@ class TracedGraph:
         """The weights of a quantized layer, and their grid; None for other operations."""
         weight, grid = (self.weights(layer) if is_layer(layer) else None) or (None, None)
         return None if weight is None or grid is None else (weight, grid)
+
+    @property
+    def has_wide_activations(self) -> bool:
+        """Whether a value is quantized to more than 8 bits."""
+        return any(self.is_quantized(node) and not self.is_byte(node) for node in self.operations())
+
+    @property
+    def has_narrow_weights(self) -> bool:
+        """Whether a layer has weights of 4 bits or fewer."""
+        found = [self.quantized_weights(node) for node in self.operations()]
+        return any(weights is not None and weights[1].narrow for weights in found)
 
     def weights(self, layer: fx.Node) -> tuple[Tensor, Grid | None] | None:
         """The weights of a layer, and their grid or None. None if the weights are computed from the inputs."""

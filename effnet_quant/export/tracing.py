@@ -7,6 +7,7 @@ import copy
 import inspect
 import io
 import logging
+import re
 from collections.abc import Iterator
 from typing import Any
 
@@ -19,6 +20,7 @@ from effnet_quant.errors import UserError
 from effnet_quant.export.custom_ops import conv_same, quantize
 from effnet_quant.export.traced_graph import TracedGraph
 from effnet_quant.quantization.placement.insertion import quantizers, simulate_target
+from effnet_quant.quantization.placement.summary import refused_by_export
 from effnet_quant.quantization.quantized_layers import QuantGate
 from effnet_quant.quantization.quantizer import TensorQuantizer
 from effnet_quant.quantization.targets import Target
@@ -37,7 +39,7 @@ class _MarkedQuantizer(nn.Module):
         self.register_buffer("scale", scale.clone())
 
     def forward(self, x: Tensor) -> Tensor:
-        return quantize(x, self.scale, *self.integers)
+        return quantize(x, self.scale, *self.integers) if isinstance(x, Tensor) else x
 
 
 class _MarkedSameConv(nn.Module):
@@ -77,7 +79,8 @@ def trace_image(
     With ``dynamic_size`` height and width stay open too.
 
     Raises:
-        UserError: the model has quantizers without ranges, can't be traced, or takes images of one size only.
+        UserError: the model has quantizers without ranges or a layer that no file holds, can't be traced, or takes images of
+            one size only.
     """
     marked = _marked(model, target, same_convolutions=dynamic_size)
     images = torch.zeros(BATCH, in_channels, image_size, image_size)
@@ -88,7 +91,9 @@ def trace_image(
         traced = _traced(marked, (images,), (dimensions,))
     except Exception as error:  # whatever a model's own code raises, and torch.export
         why = _reason(marked, error)
-        if _is_about_sizes(error):
+        if _wants_other_dimensions(error):
+            why += "; if it takes no square images, give examples of its arguments as inputs="
+        elif _is_about_sizes(error):
             why += "; is the image size large enough for it?"
         raise UserError(f"the model can't be traced at {image_size} px: {why}") from error
     open_sizes = [isinstance(size, torch.SymInt) for size in traced.inputs[0].meta["val"].shape[2:]]
@@ -147,6 +152,8 @@ def _rows(example: Tensor) -> Tensor:
 
 def _marked(model: nn.Module, target: Target, *, same_convolutions: bool = False) -> nn.Module:
     """A copy of ``model`` in which each quantizer of ``target`` is one ``quantize`` operation."""
+    for name, kind in refused_by_export(model):
+        raise UserError(f"{name}: an ONNX file can't hold a layer of the kind {kind}; export the part without it.")
     marked = simulate_target(copy.deepcopy(model), target)
     wanted = {name: quantizer for name, quantizer in quantizers(marked) if quantizer.simulated}
     missing = [name for name, quantizer in wanted.items() if not quantizer.calibrated]
@@ -179,7 +186,7 @@ def _marked(model: nn.Module, target: Target, *, same_convolutions: bool = False
 
 
 def _traced(model: nn.Module, examples: tuple[Tensor, ...], dimensions: tuple[Any, ...]) -> TracedGraph:
-    with torch.no_grad(), _quiet():
+    with torch.no_grad(), _quiet(), _plain_attention():
         program = torch.export.export(model, examples, dynamic_shapes=_by_parameter(model, dimensions), strict=False)
     signature = program.graph_signature
     values = {**dict(program.state_dict), **program.constants}
@@ -232,6 +239,17 @@ def _quiet() -> Iterator[None]:
         logging.disable(before)
 
 
+@contextlib.contextmanager
+def _plain_attention() -> Iterator[None]:
+    """Have nn.MultiheadAttention compute with operations that a file can hold, not with its fused one."""
+    before = torch.backends.mha.get_fastpath_enabled()
+    torch.backends.mha.set_fastpath_enabled(False)
+    try:
+        yield
+    finally:
+        torch.backends.mha.set_fastpath_enabled(before)
+
+
 def _first_line(error: Exception) -> str:
     return next(iter(str(error).strip().splitlines()), "") or type(error).__name__
 
@@ -244,7 +262,18 @@ def _reason(model: nn.Module, error: Exception) -> str:
         owner = frame.tb_frame.f_locals.get("self")
         where = names.get(id(owner), where) if frame.tb_frame.f_code.co_name == "forward" else where
         frame = frame.tb_next
-    return f"{where}: {_first_line(error)}" if where else _first_line(error)
+    said = _first_line(error)
+    if "data-dependent" in said:
+        said = (
+            "its Python code decides by the values of a tensor, which a file can't; use torch.where, or export the part "
+            "before that"
+        )
+    return f"{where}: {said}" if where else said
+
+
+def _wants_other_dimensions(error: Exception) -> bool:
+    """Whether a layer got another number of dimensions or channels than it takes, as Conv1d and Conv3d do of images."""
+    return bool(re.search(r"expected .*(\b[1-6]-?d\b|\bchannels\b)", _first_line(error).lower()))
 
 
 def _is_about_sizes(error: Exception) -> bool:

@@ -42,6 +42,7 @@ class PlaceConfig:
 
     Attributes:
         workspace: folder of checkpoints and logs.
+        overwrite: whether a new run may replace the checkpoints of an earlier one.
         raport_file: name of the metrics log in the workspace.
         tensorboard: whether metrics go to TensorBoard too.
         wandb: project of Weights & Biases that gets the metrics, or None.
@@ -50,6 +51,7 @@ class PlaceConfig:
     """
 
     workspace: str = "./"
+    overwrite: bool = False
     raport_file: str = "experiment_raport.json"
     tensorboard: bool = False
     wandb: str | None = None

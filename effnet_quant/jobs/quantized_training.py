@@ -18,6 +18,7 @@ from effnet_quant.jobs.float_training import fit
 from effnet_quant.jobs.run import Run, calibration_loader, open_run
 from effnet_quant.models.weights import Weights
 from effnet_quant.quantization.calibration import collect, report_ranges, set_ranges, track_outputs
+from effnet_quant.quantization.placement.summary import summarize
 from effnet_quant.quantization.qat import (
     Distillation,
     QatConfig,
@@ -113,6 +114,8 @@ def calibrate_run(run: Run, qat: QatConfig, report: str | Path | None = None) ->
         UserError: calibration finds no range for a quantizer.
     """
     loader, world = calibration_loader(run, qat.calibration_images), run.world
+    if world.is_main:
+        print(summarize(run.model), flush=True)
     stopwatch = Stopwatch(world.size)
     seen = torch.zeros((), dtype=torch.int64, device=run.device)
     assert run.card.input is not None

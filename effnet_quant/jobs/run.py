@@ -6,7 +6,7 @@ import os
 import random
 import sys
 from collections.abc import Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import asdict, dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -20,25 +20,30 @@ from effnet_quant.card import HARD_SWISH, ModelCard
 from effnet_quant.data.arrays import SYNTHETIC, SYNTHETIC_IMAGES, SyntheticSource
 from effnet_quant.data.backends import open_loader
 from effnet_quant.data.data_argument import fills_cache, open_sources, open_validation
+from effnet_quant.data.identity import identity
 from effnet_quant.data.loaders import Loader
 from effnet_quant.data.seeding import mix
 from effnet_quant.data.shards import ShardSource
 from effnet_quant.data.sources import ImageSource
 from effnet_quant.data.transforms import evaluation_transform, training_transform
 from effnet_quant.errors import UserError
+from effnet_quant.jobs.classes import check_classes, check_count, label_order
 from effnet_quant.jobs.config import DataConfig, PlaceConfig, StartConfig
+from effnet_quant.jobs.same_data import check_same_classes, say_other_images
 from effnet_quant.models.entry import ModelEntry
 from effnet_quant.models.registry import get_entry
-from effnet_quant.models.weights import Weights, read_weights
+from effnet_quant.models.weights import Weights, read_card, read_weights
 from effnet_quant.quantization.spec import resolve_spec, same_grids
+from effnet_quant.terminal import printable
 from effnet_quant.training.affinity import bind_to_gpu
-from effnet_quant.training.checkpoint import load_checkpoint, prepare_workspace
+from effnet_quant.training.checkpoint import BEST_FILENAME, load_checkpoint, prepare_workspace
 from effnet_quant.training.config import TrainConfig
-from effnet_quant.training.distributed import World, joined_world
+from effnet_quant.training.distributed import SHARED_NAMES, World, joined_world
 from effnet_quant.training.machine import describe_machine
 from effnet_quant.training.metrics import Recorder
 from effnet_quant.training.sinks import Sink, TensorBoard, WandB
 from effnet_quant.training.trainer import Trainer
+from effnet_quant.training.workspace import check_unused, locked
 
 
 @dataclass
@@ -84,8 +89,8 @@ def open_run(
     All settings are checked before anything is written.
 
     Args:
-        card: the arch, and other fields that override the weights' card and the network's defaults. Without
-            ``num_classes``, the data's number of classes is used.
+        card: fields that override the weights' card and the network's defaults. Without ``arch``, the weights' card names
+            it. Without ``num_classes``, the data's number of classes is used.
         data: the images' settings.
         config: hyperparameters and run control.
         place: where the run writes; None for the working directory.
@@ -97,7 +102,7 @@ def open_run(
     Raises:
         UserError: a setting or the data can't be used.
     """
-    with joined_world() as world:
+    with joined_world() as world, ExitStack() as held:
         yield _prepare(
             card,
             data,
@@ -105,6 +110,7 @@ def open_run(
             place or PlaceConfig(),
             start or StartConfig(),
             world,
+            held,
             quantized=quantized,
             overrides=overrides,
             evaluate=evaluate,
@@ -118,59 +124,62 @@ def _prepare(
     place: PlaceConfig,
     start: StartConfig,
     world: World,
+    held: ExitStack,
     *,
     quantized: bool,
     overrides: Overrides,
     evaluate: bool,
 ) -> Run:
-    if asked.arch is None:
-        raise UserError("which model is it? The card names no arch; give one.")
-    entry = get_entry(asked.arch)
-    asked = replace(asked, input=asked.input or entry.input)
+    workspace = Path(place.workspace)
     start = _started_again(start, config, place, world)
-    checkpoint = load_checkpoint(start.resume) if start.resume else None
-    if checkpoint is not None and (start.weights or start.pretrained):
-        raise UserError("--resume and --pretrained-from-file (or --pretrained) both bring weights; give one of them.")
+    writes_new = config.save_checkpoints and not evaluate and not start.resume
+    if world.is_main and writes_new and not place.overwrite:
+        check_unused(workspace, (config.checkpoint_filename, BEST_FILENAME))
+    checkpoint = _resumed_checkpoint(start)
     config = _with_seed(config, checkpoint, world)
     config.check_processes(world.size)
+    said = _card_to_start_from(start, checkpoint)
+    asked = replace(asked, arch=asked.arch or said.arch)
+    if asked.arch is None:
+        raise UserError("which model is it? Neither the card nor the weights name an arch; give one.")
+    entry = get_entry(asked.arch)
+    asked = replace(asked, input=asked.input or said.input or entry.input)
     with world.main_first() if fills_cache(data.data) else nullcontext():
-        train_source, val_source = _open_sources(data, asked, entry, evaluate=evaluate)
+        train_source, val_source = _open_sources(data, asked, said, entry, evaluate=evaluate)
     classes = val_source.classes
-    if asked.num_classes is not None and len(classes) != asked.num_classes:
-        raise UserError(
-            f"{data.data} has {len(classes)} classes, but the model has {asked.num_classes}; "
-            f"pass --num-classes {len(classes)}."
-        )
+    check_same_classes(checkpoint, str(start.resume), classes, data.data, evaluate=evaluate)
+    check_count(asked.num_classes, classes, data.data)
     asked = replace(asked, num_classes=len(classes), classes=tuple(classes))
     device = _device(config, place, world)  # binds cores, so it comes before memory is allocated
     assert config.seed is not None
     torch.manual_seed(config.seed)
     if checkpoint is not None:
-        said = ModelCard.from_json(checkpoint.get("metadata") or {}, str(start.resume))
         weights: Weights | None = Weights(checkpoint["state_dict"], said, str(start.resume))
     else:
         with world.main_first():
             weights = starting_weights(start, entry)
+    if weights is not None and (checkpoint is not None or not start.new_classifier):
+        check_classes(weights, entry, classes, data.data)
     card = _card(asked, weights, quantized=quantized, overrides=overrides)
     if weights is not None and checkpoint is not None:
         _check_resumed_card(asked, card, weights)
     model = build(card, weights, new_classifier=start.new_classifier and checkpoint is None, **start.options)
     if weights is not None and checkpoint is None:
         for sentence in left_out(weights, model, card):
-            print(f"note: {sentence}", file=sys.stderr)
-    workspace = Path(place.workspace)
+            print(f"note: {printable(sentence)}", file=sys.stderr)
     if world.is_main:
         prepare_workspace(workspace)
+        held.enter_context(nullcontext() if evaluate else locked(workspace, world.job))
     recorder = _recorder(place, config, workspace, world)
     world.wait()
     if world.rank > 0:  # dropout must differ between processes; process 0 draws like a single process
         torch.manual_seed(mix(config.seed, world.rank))
     trainer = Trainer(model, config, card, device, workspace, recorder, world)
-    if checkpoint is not None and evaluate:
-        trainer.load(checkpoint, str(start.resume))
-    elif checkpoint is not None:
-        _check_same_workers(train_source, checkpoint, config, str(start.resume))
-        trainer.resume(checkpoint, str(start.resume))
+    if checkpoint is not None:
+        _resume(trainer, checkpoint, str(start.resume), train_source, config)
+    if train_source is not None and world.is_main:
+        trainer.entries["data"] = identity(train_source)
+        say_other_images(checkpoint, str(start.resume), trainer.entries["data"], data.data)
     train, val = _loaders(data, config, card, train_source, val_source, device, world)
     return Run(
         card,
@@ -187,6 +196,25 @@ def _prepare(
         None if checkpoint is None else checkpoint.get("config") or {},
         dict(start.options),
     )
+
+
+def _resumed_checkpoint(start: StartConfig) -> dict[str, Any] | None:
+    """The checkpoint that the run resumes, if it resumes one."""
+    checkpoint = load_checkpoint(start.resume) if start.resume else None
+    if checkpoint is not None and (start.weights or start.pretrained):
+        raise UserError("--resume and --pretrained-from-file (or --pretrained) both bring weights; give one of them.")
+    return checkpoint
+
+
+def _resume(
+    trainer: Trainer, checkpoint: dict[str, Any], path: str, train: ImageSource | None, config: TrainConfig
+) -> None:
+    """Let the trainer go on from a checkpoint; for an evaluation, which has no training images, load only weights."""
+    if train is None:
+        trainer.load(checkpoint, path)
+    else:
+        _check_same_workers(train, checkpoint, config, path)
+        trainer.resume(checkpoint, path)
 
 
 def starting_weights(start: StartConfig, entry: ModelEntry) -> Weights | None:
@@ -234,9 +262,14 @@ def _check_resumed_card(asked: ModelCard, card: ModelCard, checkpoint: Weights) 
 
 
 def _started_again(start: StartConfig, config: TrainConfig, place: PlaceConfig, world: World) -> StartConfig:
-    """If torchrun has restarted the job, start from the job's own latest checkpoint."""
+    """If torchrun has started the job again, start from the job's own latest checkpoint. All processes call this.
+
+    torchrun counts the restarts of each machine by itself, and none after a machine has joined. So the name of the job
+    decides, except where all jobs have the same.
+    """
     latest = os.path.join(place.workspace, config.checkpoint_filename)
-    if int(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")) == 0 or not os.path.isfile(latest):
+    counted = world.any(int(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")))
+    if (counted == 0 and world.job in SHARED_NAMES) or not os.path.isfile(latest):
         return start
     if load_checkpoint(latest).get("job") != world.job:  # it belongs to an earlier job
         return start
@@ -263,16 +296,26 @@ def _check_same_workers(source: ImageSource | None, checkpoint: dict[str, Any], 
         )
 
 
+def _card_to_start_from(start: StartConfig, checkpoint: dict[str, Any] | None) -> ModelCard:
+    """What the file of a run's first weights says of its model; an empty card without such a file."""
+    if checkpoint is not None:
+        return ModelCard.from_json(checkpoint.get("metadata") or {}, str(start.resume))
+    return read_card(start.weights) if start.weights else ModelCard()
+
+
 def _open_sources(
-    data: DataConfig, card: ModelCard, entry: ModelEntry, *, evaluate: bool
+    data: DataConfig, card: ModelCard, said: ModelCard, entry: ModelEntry, *, evaluate: bool
 ) -> tuple[ImageSource | None, ImageSource]:
+    """The images of a run. Labels count the classes of ``said``, the weights' card, if the data has no others."""
     if SYNTHETIC in (data.backend, data.data):
         assert card.input is not None
-        source = SyntheticSource(SYNTHETIC_IMAGES, card.num_classes or entry.num_classes, card.input.image_size)
-        return source, source
+        count = card.num_classes or said.num_classes or entry.num_classes
+        source = SyntheticSource(SYNTHETIC_IMAGES, count, card.input.image_size)
+        return None if evaluate else source, source
+    classes = label_order(data.data, said, evaluate=evaluate)
     if evaluate:
-        return None, open_validation(data.data)
-    return open_sources(data.data)
+        return None, open_validation(data.data, classes)
+    return open_sources(data.data, classes)
 
 
 def _device(config: TrainConfig, place: PlaceConfig, world: World) -> torch.device:

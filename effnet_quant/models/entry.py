@@ -65,10 +65,12 @@ class ModelEntry:
         """The number of classes of ``weights``; the default if neither their card nor their shapes tell it."""
         return weights.card.num_classes or other_class_count(self.shapes(), weights) or self.num_classes
 
-    def shapes(self) -> nn.Module:
-        """The float network with the default number of classes, for its names and shapes. Without values if possible."""
+    def shapes(self, num_classes: int | None = None) -> nn.Module:
+        """The float network, for its names and shapes, by default with the default number of classes. Without values if
+        possible."""
+        count = self.num_classes if num_classes is None else num_classes
         try:
             with torch.device("meta"):
-                return self.build(num_classes=self.num_classes)
+                return self.build(num_classes=count)
         except NotImplementedError:  # torchvision's RegNets compute with tensors when they are built
-            return self.build(num_classes=self.num_classes)
+            return self.build(num_classes=count)

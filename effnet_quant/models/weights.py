@@ -6,6 +6,7 @@ import io
 import json
 import pickle
 import re
+import warnings
 from collections import OrderedDict
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -19,10 +20,11 @@ from torch import Tensor, nn
 
 from effnet_quant.card import CARD_KEY, ModelCard
 from effnet_quant.errors import UserError
-from effnet_quant.files import replace_file
+from effnet_quant.files import existing_file, possible_path, replace_file
+from effnet_quant.models.efficientnet_pytorch import has_package_names, takes_package_weights, with_timm_names
+from effnet_quant.models.foreign_tensors import RANGE_SUFFIXES, check_tensors
 
 EMA_KEY = "state_dict_ema"  # in checkpoints, as in NVIDIA's
-_RANGE_SUFFIXES = ("_quantizer._amax", "_quantizer._amin")
 # In torchvision's published files: auxiliary classifiers, which only training from scratch needs, and DenseNet's old names
 _AUXILIARY_PREFIXES = ("aux1.", "aux2.", "AuxLogits.")
 _OLD_DENSENET = re.compile(r"(\.denselayer\d+\.(?:norm|conv))\.([12])(?=\.)")
@@ -56,11 +58,11 @@ class Weights:
     @property
     def has_ranges(self) -> bool:
         """Whether the weights hold ranges, as a quantized network's do."""
-        return any(name.endswith(_RANGE_SUFFIXES) for name in self.tensors)
+        return any(name.endswith(RANGE_SUFFIXES) for name in self.tensors)
 
     def without_ranges(self) -> Weights:
         """A copy without ranges, as of a float network."""
-        left_out = _RANGE_SUFFIXES + _TRACKED_SUFFIXES
+        left_out = RANGE_SUFFIXES + _TRACKED_SUFFIXES
         return replace(
             self, tensors={name: value for name, value in self.tensors.items() if not name.endswith(left_out)}
         )
@@ -72,9 +74,10 @@ def read_torch_file(path: str | Path) -> Any:
     Raises:
         UserError: the file is missing, truncated, not a PyTorch file, or a pickle that wants to run code.
     """
-    path = _existing_file(path)
+    path = existing_file(path)
     try:
-        with torch.serialization.safe_globals(_NUMPY_SCALARS):
+        with torch.serialization.safe_globals(_NUMPY_SCALARS), warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # on files that torch then refuses; the sentence below says more
             return torch.load(path, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError as error:
         wanted = re.search(r"(?:GLOBAL|global|class) `?([\w.]+)", str(error))
@@ -102,9 +105,10 @@ def read_weights(path: str | Path, *, ema: bool = False) -> Weights:
         ema: read a checkpoint's exponential moving average of the weights instead of its weights.
 
     Raises:
-        UserError: the file is missing, damaged or refused, or it holds no tensors or no moving average.
+        UserError: the file is missing, damaged or refused, it holds no tensors or no moving average, a tensor is nothing
+            that a network computes with (``check_tensors``), or the card contradicts them.
     """
-    path = _existing_file(path)
+    path = existing_file(path)
     if path.suffix == ".safetensors":
         if ema:
             raise _no_average(path)
@@ -113,10 +117,8 @@ def read_weights(path: str | Path, *, ema: bool = False) -> Weights:
                 tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
                 text = (file.metadata() or {}).get(CARD_KEY, "{}")
         except (safetensors.SafetensorError, OSError, ValueError) as error:
-            raise UserError(
-                f"{path} is truncated, damaged or no safetensors file; get it again from where it came from."
-            ) from error
-        return Weights(tensors, ModelCard.from_text(text, str(path)), str(path))
+            raise _damaged(path) from error
+        return _checked(tensors, ModelCard.from_text(text, str(path)), str(path))
     content = read_torch_file(path)
     said: Any = None
     if ema and not (isinstance(content, dict) and isinstance(content.get(EMA_KEY), dict)):
@@ -124,23 +126,53 @@ def read_weights(path: str | Path, *, ema: bool = False) -> Weights:
     if isinstance(content, dict) and isinstance(content.get("state_dict"), dict):
         said = content.get("metadata")
         content = content[EMA_KEY if ema else "state_dict"]
-    if not isinstance(content, dict) or not content or not all(isinstance(value, Tensor) for value in content.values()):
-        raise UserError(f"{path} holds no weights: expected a state_dict of tensors or a checkpoint with one.")
-    return Weights(dict(content), ModelCard.from_json({} if said is None else said, str(path)), str(path))
+    return _checked(content, ModelCard.from_json({} if said is None else said, str(path)), str(path))
 
 
-def write_weights(path: str | Path, tensors: dict[str, Tensor], card: ModelCard | None = None) -> None:
+def _checked(content: Any, card: ModelCard, source: str) -> Weights:
+    """The weights of a file of unknown origin."""
+    tensors = check_tensors(content, source)
+    count = card.num_classes
+    # before a network for so many classes is built
+    if count is not None and not any(len(tensor) == count for tensor in tensors.values() if tensor.dim() > 0):
+        raise UserError(
+            f"{source} contradicts itself: it names {count} classes, and no layer has so many; get it again."
+        )
+    return Weights(tensors, card, source)
+
+
+def read_card(path: str | Path) -> ModelCard:
+    """The card of a weights file or a checkpoint; an empty card if the file has none.
+
+    Raises:
+        UserError: as ``read_weights``.
+    """
+    path = existing_file(path)
+    if path.suffix != ".safetensors":
+        return read_weights(path).card
+    try:
+        with safetensors.safe_open(path, framework="pt") as file:  # reads the header alone
+            text = (file.metadata() or {}).get(CARD_KEY, "{}")
+    except (safetensors.SafetensorError, OSError, ValueError) as error:
+        raise _damaged(path) from error
+    return ModelCard.from_text(text, str(path))
+
+
+def write_weights(
+    path: str | Path, tensors: dict[str, Tensor], card: ModelCard | None = None, entries: dict[str, str] | None = None
+) -> None:
     """Write a state dict. The extension chooses ``.safetensors`` (with the card) or ``.pth`` (a plain state dict).
+
+    ``entries`` are further texts by name, which a ``.safetensors`` file keeps beside the card.
 
     Raises:
         UserError: another extension, or the file can't be written.
     """
-    path = Path(path)
+    path = possible_path(path)
     tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
     if path.suffix == ".safetensors":
-        content = safetensors.torch.save(
-            tensors, {CARD_KEY: json.dumps((card or ModelCard()).to_json(), sort_keys=True)}
-        )
+        said = json.dumps((card or ModelCard()).to_json(), sort_keys=True)
+        content = safetensors.torch.save(tensors, {**(entries or {}), CARD_KEY: said})
     elif path.suffix == ".pth":
         buffer = io.BytesIO()
         torch.save(tensors, buffer)
@@ -155,6 +187,7 @@ def load_weights(model: nn.Module, weights: Weights, *, new_classifier: bool = F
 
     - The prefixes ``module.`` and ``_orig_mod.`` are removed.
     - EfficientNet's stages may be called ``layer1`` instead of ``layers.0``.
+    - timm's tf_efficientnet_* take the names of the EfficientNet-PyTorch package.
     - Weights of squeeze-and-excitation may have the shape of linear layers (out, in) or 1x1 convolutions (out, in, 1, 1).
     - Auxiliary classifiers in torchvision's files are left out.
     - Float weights fit a quantized model; its ranges stay unset.
@@ -170,11 +203,12 @@ def load_weights(model: nn.Module, weights: Weights, *, new_classifier: bool = F
         Whether every quantizer of the model has a range now (True for a float model).
 
     Raises:
-        UserError: another class count, or entries that are missing, unexpected or of another shape; nothing is loaded.
+        UserError: another class count, entries that are missing, unexpected, of another shape or integers in place of
+            floats, or a range that is none; nothing is loaded.
     """
     own = model.state_dict()
-    given = _as_named_by(own, weights)
-    ranges = {name for name in own if name.endswith(_RANGE_SUFFIXES)}
+    given = _as_named_by(own, weights, model)
+    ranges = {name for name in own if name.endswith(RANGE_SUFFIXES)}
     reshaped = _reshaped(own, given)
     classifier = _classifier(own, given)
     if classifier and not new_classifier:
@@ -191,17 +225,30 @@ def load_weights(model: nn.Module, weights: Weights, *, new_classifier: bool = F
     if given_ranges:  # a file has all ranges or, if it is a float network's, none
         missing += [name for name in own if name in ranges and name not in given]
     missing = [name for name in missing if not name.endswith(_COUNT_SUFFIX)]
+    integers = [name for name in given if name in own and _is_float(own[name]) and not _is_float(given[name])]
     unexpected = [name for name in given if name not in own and not name.endswith(_TRACKED_SUFFIXES)]
-    if missing or unexpected or reshaped:
+    if has_package_names(given):
+        raise UserError(
+            f"{weights.source} has the names of the EfficientNet-PyTorch package; load it into timm:tf_efficientnet_b0 to "
+            "b7 or timm:tf_efficientnet_lite0 to lite4 (--arch), which pad images as that package does."
+        )
+    if missing or unexpected or reshaped or integers:
         raise UserError(
             f"{weights.source} does not fit the model: "
             + "; ".join(
                 f"{len(names)} {what} ({', '.join(names[:3])}{', …' if len(names) > 3 else ''})"
-                for what, names in (("missing", missing), ("unexpected", unexpected), ("of another shape", reshaped))
+                for what, names in (
+                    ("missing", missing),
+                    ("unexpected", unexpected),
+                    ("of another shape", reshaped),
+                    ("stored as integers", integers),
+                )
                 if names
             )
-            + "; check --arch."
+            + (f"; it is for {weights.card.arch}, so" if weights.card.arch else ";")
+            + " check --arch."
         )
+    _check_ranges(model, given, weights.source)
     tensors = OrderedDict(given)
     # Versions of the modules' state dicts. torchvision's MNASNets refuse a state dict without them.
     tensors._metadata = getattr(own, "_metadata", None)  # type: ignore[attr-defined]
@@ -212,21 +259,23 @@ def load_weights(model: nn.Module, weights: Weights, *, new_classifier: bool = F
 def other_class_count(model: nn.Module, weights: Weights) -> int | None:
     """The number of classes of ``weights`` if it is all that keeps them from fitting ``model``; else None."""
     own = model.state_dict()
-    given = _as_named_by(own, weights)
+    given = _as_named_by(own, weights, model)
     classifier = _classifier(own, given)
     return len(given[classifier[0]]) if classifier else None
 
 
-def _as_named_by(own: dict[str, Tensor], weights: Weights) -> dict[str, Tensor]:
-    """The entries of ``weights``, with names and shapes translated to those of a model's state dict ``own``."""
+def _as_named_by(own: dict[str, Tensor], weights: Weights, model: nn.Module) -> dict[str, Tensor]:
+    """The entries of ``weights``, with names and shapes translated to those of the state dict ``own`` of ``model``."""
     stages = any(name.startswith("layers.") for name in own)
     # Ranges without a place in the model are dropped. Only an _amin stays, as an error, in a quantized model: an affine
     # range means something else on a symmetric grid.
-    dropped = _RANGE_SUFFIXES[:1] if any(name.endswith(_RANGE_SUFFIXES) for name in own) else _RANGE_SUFFIXES
+    dropped = RANGE_SUFFIXES[:1] if any(name.endswith(RANGE_SUFFIXES) for name in own) else RANGE_SUFFIXES
     given = {}
-    for name, published in weights.tensors.items():
-        tensor = published
-        known = re.sub(r"^(?:module\.|_orig_mod\.)+", "", name)
+    published = {re.sub(r"^(?:module\.|_orig_mod\.)+", "", name): value for name, value in weights.tensors.items()}
+    if has_package_names(published) and takes_package_weights(model):
+        published = with_timm_names(published, own)
+    for name, value in published.items():
+        tensor, known = value, name
         if stages:
             known = re.sub(r"^layer(\d+)\.", lambda match: f"layers.{int(match.group(1)) - 1}.", known)
         known = _OLD_DENSENET.sub(r"\1\2", known)
@@ -261,11 +310,24 @@ def _same_matrix(given: Tensor, own: Tensor) -> bool:
     return len(short) == 2 and long == (*short, 1, 1)
 
 
-def _existing_file(path: str | Path) -> Path:
-    path = Path(path)
-    if not path.is_file():
-        raise UserError(f"there is no file {path}; check the path.")
-    return path
+def _is_float(tensor: Tensor) -> bool:
+    return tensor.is_floating_point()
+
+
+def _check_ranges(model: nn.Module, given: dict[str, Tensor], source: str) -> None:
+    """Raises UserError if a fixed range is negative or its ends are swapped. Learned ranges may pass zero in training."""
+    learned = {name for name, _ in model.named_parameters()}
+    for name, upper in given.items():
+        lower_name = re.sub(r"\._amax$", "._amin", re.sub(r"\._high$", "._low", name))
+        if lower_name == name or name in learned:
+            continue
+        lower = given.get(lower_name, torch.zeros(()))  # the largest magnitude, on a symmetric grid
+        if bool((upper.float() < lower.float()).any()):
+            raise UserError(f"{source} can't be used: {name} is no upper end of a range; calibrate the network again.")
+
+
+def _damaged(path: Path) -> UserError:
+    return UserError(f"{path} is truncated, damaged or no safetensors file; get it again from where it came from.")
 
 
 def _no_average(path: Path) -> UserError:

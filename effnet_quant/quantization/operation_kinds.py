@@ -167,7 +167,15 @@ _TABLE = (
     ),
     _Row(Kind.CONCATENATES, (torch.cat, torch.concat), (), (), (aten.cat.default,)),
     _Row(
-        Kind.CONVOLVES, overloads=(aten.conv2d.default, aten.conv2d.padding, aten.conv1d.default, aten.conv1d.padding)
+        Kind.CONVOLVES,
+        overloads=(
+            aten.conv2d.default,
+            aten.conv2d.padding,
+            aten.conv1d.default,
+            aten.conv1d.padding,
+            aten.conv3d.default,
+            aten.conv3d.padding,
+        ),
     ),
 )
 NOTHING = Kind(0)

@@ -6,14 +6,16 @@ import copy
 import math
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, distributed, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from effnet_quant.errors import UserError
+from effnet_quant.quantization.batches import Key, argument_batches
 from effnet_quant.quantization.calibration.methods import DEFAULT_METHOD, calibrator_factory
-from effnet_quant.quantization.eager_evaluation import Batch, device_of, eager_pass, model_arguments
+from effnet_quant.quantization.eager_evaluation import device_of, eager_pass
 from effnet_quant.quantization.extremes import extremes
 from effnet_quant.quantization.placement.insertion import output_quantizers, quantizers
 from effnet_quant.quantization.quantizer import TensorQuantizer
@@ -135,7 +137,7 @@ def freeze_batch_norm(model: nn.Module) -> None:
         module.eval()
 
 
-def reestimate_batch_norm(model: nn.Module, batches: Iterable[Batch]) -> None:
+def reestimate_batch_norm(model: nn.Module, batches: Iterable[Any], *, key: Key = None) -> None:
     """Measure BatchNorm's running statistics again, as the mean over all images of ``batches``.
 
     Quantized weights that oscillate between two values of the grid spoil the running averages (Nagel et al. 2022).
@@ -145,7 +147,8 @@ def reestimate_batch_norm(model: nn.Module, batches: Iterable[Batch]) -> None:
 
     Args:
         model: any model with BatchNorm layers.
-        batches: float images (N, C, H, W) as the model takes them, or a tuple of the model's arguments for each batch.
+        batches: a DataLoader or other batches, as ``argument_batches`` takes them.
+        key: for batches that are dicts, the entries with the model's arguments.
 
     Raises:
         UserError: there are no images, or a batch has another form.
@@ -161,8 +164,7 @@ def reestimate_batch_norm(model: nn.Module, batches: Iterable[Batch]) -> None:
         with eager_pass(model):
             for layer in layers:
                 layer.train()
-            for batch in batches:
-                arguments, examples = model_arguments(batch, device)
+            for arguments, examples in argument_batches(model, batches, key):
                 images += examples
                 for layer in layers:
                     layer.momentum = examples / images  # 1 for the first batch, which replaces the old statistics

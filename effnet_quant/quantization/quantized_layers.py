@@ -7,6 +7,7 @@ dicts are exchangeable. Elementwise operations have no twin. A QuantPoint marks 
 
 from __future__ import annotations
 
+import copy
 import types
 from abc import abstractmethod
 from collections.abc import Callable
@@ -17,6 +18,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.overrides import TorchFunctionMode
 
+from effnet_quant.errors import UserError
 from effnet_quant.quantization.biases import layer_bias
 from effnet_quant.quantization.quantizer import AFFINE_UINT8, TensorQuantizer
 from effnet_quant.quantization.spec import SpecLookup
@@ -70,7 +72,30 @@ class QuantConv2d(FollowsTarget, nn.Conv2d):
         return self._conv_forward(input, weight, layer_bias(self) if rounds else self.bias)
 
 
-class QuantSubclass(nn.Module):
+class MadeHere:
+    """Base class of classes that are made at run time. Python can copy their objects, but not pickle them."""
+
+    def __copy__(self) -> Any:
+        return self._blank(dict(self.__dict__))
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Any:
+        twin = memo[id(self)] = self._blank({})
+        twin.__dict__.update(copy.deepcopy(self.__dict__, memo))
+        return twin
+
+    def _blank(self, state: dict[str, Any]) -> Any:
+        twin = self.__class__.__new__(self.__class__)
+        twin.__dict__.update(state)
+        return twin
+
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        raise UserError(
+            "a quantized model can't be pickled, because its forward was made by quantize; write it with "
+            "effnet_quant.save(model, path), or write model.state_dict()."
+        )
+
+
+class QuantSubclass(MadeHere, nn.Module):
     """Base class put before a subclass of Conv2d or Linear that has its own forward, e.g. timm's standardised convolutions.
 
     It quantizes the input, and the weights that the forward passes to the convolution or linear function.

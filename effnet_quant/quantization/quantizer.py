@@ -194,6 +194,10 @@ class TensorQuantizer(FollowsTarget, nn.Module):
         self.spec = replace(given, signed=False, narrow=False) if unsigned else given
 
     def forward(self, x: Tensor) -> Tensor:
+        if not isinstance(x, Tensor):  # a number that the model takes as an argument stays as it is
+            if self.observer is not None:
+                self.observer.observe(torch.zeros(()))
+            return x
         if self.observer is not None:
             self.observer.observe(x)
         if not self.rounds:

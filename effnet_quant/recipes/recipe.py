@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import difflib
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from importlib import resources
 from pathlib import Path
 from typing import Any
@@ -11,9 +11,12 @@ from typing import Any
 import yaml
 
 from effnet_quant.errors import UserError
+from effnet_quant.files import possible_path
 
 SECTIONS = ("precision", "platform", "models", "mode", "model_mode")
 Recipes = dict[str, dict[str, Any]]
+_LEVELS = {"precision": 2, "platform": 2, "models": 4, "mode": 2, "model_mode": 3}  # of names, above the values
+_LONGEST, _DEEPEST, _MOST_VALUES = 2**20, 16, 2**16  # of a file; the package's largest has 5,000 values
 
 
 def load_recipes(path: str | Path | None = None) -> Recipes:
@@ -31,12 +34,13 @@ def load_recipes(path: str | Path | None = None) -> Recipes:
         if file.name.endswith(".yml"):
             _merge(recipes, _read(file.read_text(encoding="utf-8"), file.name))
     if path is not None:
-        if not Path(path).is_file():
+        if not possible_path(path).is_file():
             raise UserError(f"there is no recipe file {path}; check the path.")
         try:
             text = Path(path).read_text(encoding="utf-8")
         except (OSError, UnicodeDecodeError) as error:
             raise UserError(f"{path} can't be read: {error}; a recipe file is YAML in UTF-8.") from error
+        _check_size(text, str(path))
         own = _read(text, str(path))
         if not any(own.values()):
             raise UserError(f"{path} holds no recipes: it has none of the sections {', '.join(SECTIONS)}.")
@@ -81,17 +85,70 @@ def _pick(values: dict[str, Any], name: str, what: str, *, optional: bool = Fals
 def _read(text: str, source: str) -> Recipes:
     try:
         content = yaml.safe_load(text)
-    except yaml.YAMLError as error:
-        raise UserError(f"{source} is no YAML: {' '.join(str(error).split())}; correct it.") from error
+    except (yaml.YAMLError, ValueError, TypeError, AttributeError, KeyError, IndexError) as error:
+        # ValueError and the like: values that contradict their tags, e.g. a date in month 13
+        raise _no_yaml(source, error) from error
     if not isinstance(content, dict):
         raise UserError(f"{source} holds no recipes: it has none of the sections {', '.join(SECTIONS)}.")
     for name in content:  # sections of other names may hold YAML anchors
         if name not in SECTIONS and (close := difflib.get_close_matches(str(name), SECTIONS)):
             raise UserError(f"{source} has an unknown section '{name}'; did you mean: {close[0]}?")
     sections = {section: content.get(section) or {} for section in SECTIONS}
-    if not all(isinstance(section, dict) for section in sections.values()):
-        raise UserError(f"{source}: each of the sections {', '.join(SECTIONS)} is a mapping from names to values.")
+    for name, section in sections.items():
+        if not isinstance(section, dict):
+            raise UserError(f"{source}: each of the sections {', '.join(SECTIONS)} is a mapping from names to values.")
+        _check_values(section, _LEVELS[name], f"{source}: {name}")
     return sections
+
+
+def _check_size(text: str, source: str) -> None:
+    """Raises UserError before the YAML is built, if it is nested too deep or would grow too large by its aliases."""
+    if len(text) > _LONGEST:
+        raise UserError(f"{source} is longer than {_LONGEST:,} characters; recipes are not, so give another file.")
+    sizes: dict[str, int] = {}  # of the values with an anchor, aliases in them written out
+    opened: list[tuple[str | None, int]] = [(None, 0)]  # anchor and size of each value that is not complete yet
+    for event in _events(text, source):
+        size = 0
+        if isinstance(event, yaml.CollectionStartEvent):
+            opened.append((event.anchor, 1))
+        elif isinstance(event, yaml.CollectionEndEvent):
+            anchor, size = opened.pop()
+            sizes |= {} if anchor is None else {anchor: size}
+        elif isinstance(event, yaml.AliasEvent):
+            size = sizes.get(event.anchor or "", _MOST_VALUES)  # an alias to a value around itself never ends
+        elif isinstance(event, yaml.ScalarEvent):
+            size = 1
+            sizes |= {} if event.anchor is None else {event.anchor: 1}
+        opened[-1] = (opened[-1][0], opened[-1][1] + size)
+        if len(opened) > _DEEPEST or opened[-1][1] >= _MOST_VALUES:
+            raise UserError(
+                f"{source} is nested more than {_DEEPEST} deep, or has more than {_MOST_VALUES:,} values with its aliases "
+                "written out; recipes need neither."
+            )
+
+
+def _events(text: str, source: str) -> Iterator[yaml.Event]:
+    try:
+        yield from yaml.parse(text, Loader=yaml.SafeLoader)
+    except yaml.YAMLError as error:
+        raise _no_yaml(source, error) from error
+
+
+def _no_yaml(source: str, error: Exception) -> UserError:
+    return UserError(f"{source} is no YAML: {' '.join(str(error).split())}; correct it.")
+
+
+def _check_values(values: dict[Any, Any], levels: int, place: str) -> None:
+    """Raises UserError unless single values stand below ``levels`` of names. Their keys are checked elsewhere."""
+    for name, value in values.items():
+        if levels > 1 and not isinstance(name, str):
+            raise UserError(f"{place}: {name!r:.40} is no name; put it in quotes.")
+        if levels > 1 and isinstance(value, dict):
+            _check_values(value, levels - 1, f"{place}: {name}")
+        elif levels > 1 and value is not None:
+            raise UserError(f"{place}: '{name}' is {value!r:.40}, not a mapping from names to values; correct it.")
+        elif isinstance(value, (dict, list, tuple, set, bytes)):
+            raise UserError(f"{place}: {name} is {value!r:.40}, not a single value; correct it.")
 
 
 def _merge(base: dict[str, Any], own: dict[str, Any]) -> None:

@@ -19,7 +19,7 @@ from effnet_quant.engines.onnx_file import read_onnx
 from effnet_quant.engines.signature import ArrayOutput, Signature
 from effnet_quant.engines.tensorrt.plans import find_plan
 from effnet_quant.errors import UserError
-from effnet_quant.files import replace_file
+from effnet_quant.files import existing_file, possible_path, replace_file
 from effnet_quant.serving.settings import FILE_NAMES, MAX_BATCH, QUEUE_DELAY_US, Serving
 
 _TYPES = {
@@ -62,10 +62,11 @@ def write_model(
     Raises:
         UserError: the file is missing, damaged or not this backend's, the version exists, or a folder can't be written.
     """
-    path, repository = Path(path), Path(repository)
+    path, repository = possible_path(path), possible_path(repository)
     name = name or path.stem
     if not name or "/" in name or name.startswith("."):
         raise UserError(f"'{name}' can't be the name of a model; choose another with --name.")
+    possible_path(repository / name)
     model = _read(path, serving.backend)
     config = model_config(name, model.signature, model.card, serving)
     folder = repository / name
@@ -140,9 +141,7 @@ def model_config(name: str, signature: Signature, card: ModelCard, serving: Serv
 
 def _read(path: Path, backend: str) -> _Model:
     if backend == "tensorrt":
-        if not path.is_file():
-            raise UserError(f"there is no file {path}; check the path.")
-        plan = find_plan(path)
+        plan = find_plan(existing_file(path))
         if plan is None:
             raise UserError(
                 f"{path} is no plan with its description {path.name}.json beside it; build it with model2trt.py."

@@ -12,6 +12,7 @@ from torch.nn import functional as F
 
 from effnet_quant.errors import UserError
 from effnet_quant.tasks.task import Metric, Processes, Score, Task
+from effnet_quant.terminal import printable
 
 
 @dataclass(frozen=True)
@@ -73,7 +74,13 @@ class Classification(Task):
         return (one == other).double()
 
     def answers(self, outputs: Tensor, classes: Sequence[str] | None, count: int) -> list[dict[str, Any]]:
-        """``{"top": [{"class": name, "index": label, "probability": 0 … 1}, …]}``, the likeliest class first."""
+        """``{"top": [{"class": name, "index": label, "probability": 0 … 1}, …]}``, the likeliest class first.
+
+        Raises:
+            UserError: a logit is no number.
+        """
+        if not bool(outputs.isfinite().all()):
+            raise UserError("the network answers with NaN or infinity: its weights are too large; get or train others.")
         values, indices = outputs.softmax(1).topk(min(count, outputs.shape[1]))
         return [
             {
@@ -86,8 +93,10 @@ class Classification(Task):
         ]
 
     def answer_text(self, answer: dict[str, Any]) -> str:
-        """One line per class, with its probability in percent."""
-        return "\n".join(f"  {100 * entry['probability']:6.2f} %  {entry['class']}" for entry in answer["top"])
+        """One line per class, with its probability in percent. Control characters in names are escaped."""
+        return "\n".join(
+            f"  {100 * entry['probability']:6.2f} %  {printable(entry['class'])}" for entry in answer["top"]
+        )
 
 
 class Accuracy(Metric):

@@ -142,4 +142,4 @@ class Task(ABC):
 
     @abstractmethod
     def answer_text(self, answer: dict[str, Any]) -> str:
-        """One entry of ``answers`` as lines of text."""
+        """One entry of ``answers`` as lines of text, with names from files made ``printable``."""

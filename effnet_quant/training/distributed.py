@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import ctypes
 import os
+import signal
+import sys
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -12,6 +15,10 @@ import torch.distributed as dist
 from torch import Tensor
 
 from effnet_quant.errors import PeerLost, UserError
+
+_PR_SET_PDEATHSIG = 1  # of sys/prctl.h
+# names that many jobs have: that of a process without torchrun, torchrun's default, and multiproc.py's on several machines
+SHARED_NAMES = ("", "none", "effnet_quant")
 
 
 @dataclass(frozen=True)
@@ -88,11 +95,12 @@ ALONE = World()
 def joined_world() -> Iterator[World]:
     """Join the processes that torchrun or multiproc.py started together, for the duration of the block.
 
-    GPU tensors use NCCL, CPU tensors Gloo. A process that was started alone gets ``ALONE``.
+    GPU tensors use NCCL, CPU tensors Gloo. A process that was started alone gets ``ALONE``. If the process that started
+    this one is killed, this one gets SIGTERM.
 
     Raises:
         UserError: there are more processes than GPUs.
-        PeerLost: another process ended while this one waited for it.
+        PeerLost: another process ended while this one waited for it, or did not come.
     """
     size = int(os.environ.get("WORLD_SIZE", "1"))
     if size == 1:
@@ -101,6 +109,7 @@ def joined_world() -> Iterator[World]:
     world = World(
         int(os.environ["RANK"]), size, int(os.environ["LOCAL_RANK"]), os.environ.get("TORCHELASTIC_RUN_ID", "")
     )
+    _get_sigterm_at_parents_end()
     if torch.cuda.is_available():
         if world.local_rank >= torch.cuda.device_count():
             raise UserError(
@@ -108,14 +117,19 @@ def joined_world() -> Iterator[World]:
                 "start as many with --nproc_per_node."
             )
         torch.cuda.set_device(world.local_rank)
-        dist.init_process_group("cpu:gloo,cuda:nccl")
-    else:
-        dist.init_process_group("gloo")
     try:
+        dist.init_process_group("cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo")
         yield world
     except RuntimeError as error:
-        if isinstance(error, dist.DistError) or "gloo" in str(error):
+        if isinstance(error, dist.DistError) or "gloo" in str(error).lower():
             raise PeerLost(f"process {world.rank} lost the others: {str(error).splitlines()[0]}") from error
         raise
     finally:
-        dist.destroy_process_group()
+        if dist.is_initialized():
+            dist.destroy_process_group()
+
+
+def _get_sigterm_at_parents_end() -> None:
+    """Have the kernel send SIGTERM when torchrun or multiproc.py is killed, which would leave this process behind."""
+    if sys.platform == "linux":
+        ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGTERM)

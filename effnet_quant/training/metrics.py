@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from effnet_quant.errors import UserError
+from effnet_quant.files import possible_path
 from effnet_quant.training.distributed import ALONE, World
 from effnet_quant.training.sinks import Sink
 
@@ -37,6 +38,9 @@ class Recorder:
         self._sinks = sinks
         self._machine = {} if machine is None else {"machine": machine}
         if path is not None:
+            possible_path(path)
+            if path.is_fifo():  # opening it would wait for a reader
+                raise UserError(f"can't write the raport file {path}: it is a pipe; choose another with --raport-file.")
             try:
                 path.open("a", encoding="utf-8").close()
             except OSError as error:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+from numbers import Real
 from typing import Any
 
 import torch
@@ -74,26 +76,50 @@ def load_optimizer_state(
         if checkpoint.get("optimizer"):
             optimizer.load_state_dict(checkpoint["optimizer"])
             for group in optimizer.param_groups:
-                if missing := sorted(optimizer.defaults.keys() - group.keys()):
-                    raise ValueError(f"it has no {missing[0]}")
+                _check_group(group, optimizer.defaults)
             for parameter, state in optimizer.state.items():
+                if not isinstance(parameter, Tensor):
+                    raise ValueError("it has a state without a parameter")
                 for name, value in state.items():
-                    if isinstance(value, Tensor) and value.dim() > 0:
-                        state[name] = _laid_out_as(parameter, value, name)
+                    state[name] = _checked_state(parameter, value, name)
             for group, own in zip(optimizer.param_groups, kernels, strict=True):
                 group.update(own)  # the kernel is this run's choice
         if checkpoint.get("scaler") and scaler.is_enabled():
             growth_interval = scaler.get_growth_interval()
             scaler.load_state_dict(checkpoint["scaler"])
             scaler.set_growth_interval(growth_interval)  # so is whether the scale grows
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
+    except (ValueError, KeyError, TypeError, AttributeError, IndexError, RuntimeError) as error:
         raise UserError(
             f"the optimizer state in {source} does not fit: {error}; resume with the --optimizer it was made with."
         ) from error
 
 
-def _laid_out_as(parameter: Tensor, value: Tensor, name: str) -> Tensor:
-    """``value`` in the memory layout of its parameter, which fused kernels assume."""
+def _check_group(group: dict[str, Any], defaults: dict[str, Any]) -> None:
+    """Raises ValueError if a setting of a parameter group is missing or of another kind than the optimizer's own."""
+    for name, own in defaults.items():
+        if name not in group:
+            raise ValueError(f"it has no {name}")
+        value = group[name]
+        switch = isinstance(own, (bool, type(None)))
+        is_right = isinstance(value, (bool, type(None))) if switch else isinstance(value, Real) and math.isfinite(value)
+        if not is_right:
+            raise ValueError(f"{name} is {value!r:.40}")
+
+
+def _checked_state(parameter: Tensor, value: Any, name: str) -> Any:
+    """A value of a parameter's state, in the memory layout that fused kernels assume. They check nothing themselves.
+
+    Raises:
+        ValueError: it has another shape, type or kind than the optimizer's own.
+    """
+    if name == "step" or value is None:
+        if not isinstance(value, (Real, type(None))) and not (isinstance(value, Tensor) and value.numel() == 1):
+            raise ValueError(f"{name} is {value!r:.40}")
+        return value
+    if not isinstance(value, Tensor) or value.layout is not torch.strided or value.dtype != parameter.dtype:
+        raise ValueError(f"{name} is no {parameter.dtype} tensor")
     if value.shape != parameter.shape:
         raise ValueError(f"{name} of shape {tuple(value.shape)} for a parameter of {tuple(parameter.shape)}")
+    if not bool(torch.isfinite(value).all()):
+        raise ValueError(f"{name} holds NaN or infinity")
     return value if value.stride() == parameter.stride() else torch.empty_like(parameter).copy_(value)

@@ -109,10 +109,18 @@ def random_states(world: World, device: torch.device) -> dict[str, Any]:
     }
 
 
-def restore_random_state(checkpoint: dict[str, Any], world: World, device: torch.device) -> None:
-    """Restore this process's random state, if the checkpoint has as many processes."""
-    states = checkpoint.get("rng")
-    if isinstance(states, list) and len(states) == world.size:
+def restore_random_state(checkpoint: dict[str, Any], source: str, world: World, device: torch.device) -> None:
+    """Restore this process's random state, if the checkpoint has as many processes.
+
+    Raises:
+        UserError: it is none. The sentence names ``source``.
+    """
+    states, cuda_states = checkpoint.get("rng") or [], checkpoint.get("cuda_rng") or []
+    if len(states) != world.size:
+        return
+    try:
         torch.set_rng_state(states[world.rank])
-        if device.type == "cuda" and checkpoint.get("cuda_rng"):
-            torch.cuda.set_rng_state(checkpoint["cuda_rng"][world.rank])
+        if device.type == "cuda" and len(cuda_states) == world.size:
+            torch.cuda.set_rng_state(cuda_states[world.rank])
+    except RuntimeError as error:
+        raise UserError(f"{source} can't be used: its random states are damaged ({error}); get it again.") from error

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from contextlib import nullcontext
+from contextlib import AbstractContextManager, nullcontext
 from functools import partial
 from itertools import islice
 from pathlib import Path
@@ -36,7 +36,8 @@ from effnet_quant.training.precision import choose_precision
 from effnet_quant.training.progress import progress
 from effnet_quant.training.resume_point import Position, check_same_batches, random_states, restore_random_state
 from effnet_quant.training.schedules import learning_rate
-from effnet_quant.training.signals import Interrupted, SignalWatch
+from effnet_quant.training.signals import Abandoned, Interrupted, SignalWatch
+from effnet_quant.training.step_start import StepStart, interruptible_backward
 
 
 class Trainer:
@@ -58,6 +59,7 @@ class Trainer:
         task: the task, with the options of the configuration.
         loss: what training minimises; at first the task's loss.
         callbacks: called in this order when training reaches certain points; empty at first.
+        entries: further entries of the checkpoints, plain values; empty at first.
     """
 
     def __init__(
@@ -81,6 +83,7 @@ class Trainer:
         self.optimizer = build_optimizer(model, config)
         self.loss: Loss = self.task.loss
         self.callbacks: list[Callback] = []
+        self.entries: dict[str, Any] = {}
         assert card.input is not None and config.seed is not None
         self._seed = config.seed
         self._input_spec = card.input
@@ -102,7 +105,7 @@ class Trainer:
         self._effective_steps: int | Tensor = 0  # without the steps that overflowed, which the scaler skips
         self.optimizer.register_step_post_hook(self._count_step)
         self._loss_sums: Tensor | None = None  # of the epoch in which a resumed run starts
-        self._signals = SignalWatch()
+        self._signals = SignalWatch(abandons=world.size == 1)  # several processes stop after the same step
         if config.compile:
             self.model.compile()
 
@@ -115,13 +118,15 @@ class Trainer:
     def fit(self, train: Loader, val: Loader) -> None:
         """Train to the end of the configured epochs. Validate and write a checkpoint after each.
 
-        SIGINT, SIGTERM and SIGUSR1 end the run after the current step, with a checkpoint to resume from.
+        SIGINT, SIGTERM and SIGUSR1 end the run after the current step, with a checkpoint to resume from. A single process
+        gives up a step, or any other work, that takes more than two seconds longer; its checkpoint is that of the step
+        before.
 
         Raises:
             Interrupted: a signal arrived.
             UserError: too many images can't be read, a checkpoint can't be written, or the loss is not finite.
         """
-        config, position, score = self.config, self._position, self.task.score
+        config, position = self.config, self._position
         position.check_agreement(self._world)
         if 0 < config.epochs <= position.epoch:
             print(f"nothing left to train: {position.epoch} of {config.epochs} epochs are done", flush=True)
@@ -133,21 +138,34 @@ class Trainer:
         if self._average is None:
             self._average = self._new_average()
         network = self._network()
-        with self._signals:
-            while position.epoch < last and not self._stopped_early():
-                metrics = self._train_epoch(network, train)
-                title = f"epoch {position.epoch + 1}/{config.epochs}"
-                if not config.training_only:
-                    metrics |= self.validate(val, f"{title} val")
-                self._recorder.record(metrics, epoch=position.epoch)
-                print(f"{title}: {describe(metrics)}", flush=True)
-                reached = metrics.get(f"val.{score.key}")
-                is_best = reached is not None and position.note_score(score.ranked(reached))
-                position.epoch, position.batch, self._loss_sums = position.epoch + 1, 0, None
-                self.save(is_best=is_best)
-                self._stop_if_signalled(save=False)
+        start = StepStart(self.models, self.device)
+        with self._signals, self._interruptible_backward():
+            try:
+                while position.epoch < last and not self._stopped_early():
+                    self._whole_epoch(network, train, val, start)
+            except Abandoned:
+                position.batch = start.restore()
+                self._stop_if_signalled()
         if position.epoch < last:
-            print(f"stopped early: {position.epochs_since_best} epochs without a better {score.title}", flush=True)
+            print(
+                f"stopped early: {position.epochs_since_best} epochs without a better {self.task.score.title}",
+                flush=True,
+            )
+
+    def _whole_epoch(self, network: nn.Module, train: Loader, val: Loader, start: StepStart) -> None:
+        """Train for an epoch, or what is left of it, validate, record the metrics and write a checkpoint."""
+        config, position, score = self.config, self._position, self.task.score
+        metrics = self._train_epoch(network, train, start)
+        title = f"epoch {position.epoch + 1}/{config.epochs}"
+        if not config.training_only:
+            metrics |= self.validate(val, f"{title} val")
+        self._recorder.record(metrics, epoch=position.epoch)
+        print(f"{title}: {describe(metrics)}", flush=True)
+        reached = metrics.get(f"val.{score.key}")
+        is_best = reached is not None and position.note_score(score.ranked(reached))
+        position.epoch, position.batch, self._loss_sums = position.epoch + 1, 0, None
+        self.save(is_best=is_best)
+        self._stop_if_signalled(save=False)
 
     def validate(self, loader: Loader, title: str = "evaluate") -> dict[str, float]:
         """Evaluate the model under ``val.`` and the averaged weights, if there are any, under ``val_ema.``."""
@@ -171,10 +189,11 @@ class Trainer:
         most = self._world.any(total)
         stopwatch = self._stopwatch(total)
         done = 0
-        for images, targets in progress(islice(loader.epoch(), total), total, title, self.config.print_freq):
+        batches = self._signals.waiting_for(islice(loader.epoch(), total))
+        for images, targets in progress(batches, total, title, self.config.print_freq):
             done += 1
             stopwatch.data_ready()
-            with self._precision.autocast():
+            with self._signals.abandonable(), self._precision.autocast():
                 outputs = model(self._inputs(images))
             metric.add(in_float32(outputs), self._targets(targets))
             self._synchronize()
@@ -219,7 +238,7 @@ class Trainer:
         self._position = position
         if position.batch > 0 and self._world.is_main:
             self._loss_sums = checkpoint.get("loss_sums")
-        restore_random_state(checkpoint, self._world, self.device)
+        restore_random_state(checkpoint, source, self._world, self.device)
         return has_ranges
 
     def save(self, *, is_best: bool = False) -> None:
@@ -241,6 +260,7 @@ class Trainer:
         averaged = {} if self._average is None else {"state_dict_ema": _on_cpu(self._average.model)}
         save_checkpoint(
             {
+                **self.entries,
                 **self._position.entries(),
                 "arch": self._card.arch,
                 "state_dict": _on_cpu(self.model),
@@ -271,6 +291,11 @@ class Trainer:
             average.model.compile()
         return average
 
+    def _interruptible_backward(self) -> AbstractContextManager[None]:
+        # a GPU's passes are short for the main thread, and torch.compile would compile the hooks
+        plain = self.device.type == "cpu" and self._world.size == 1 and not self.config.compile
+        return interruptible_backward(self.model) if plain else nullcontext()
+
     def _network(self) -> nn.Module:
         """The model for training: gradients are averaged over the processes, and buffers are those of process 0."""
         if self._world.size == 1:
@@ -282,7 +307,7 @@ class Trainer:
             find_unused_parameters=bool(learned_ranges(self.model)),  # unused while their quantizers are off
         )
 
-    def _train_epoch(self, network: nn.Module, loader: Loader) -> dict[str, float]:
+    def _train_epoch(self, network: nn.Module, loader: Loader, start: StepStart) -> dict[str, float]:
         config, position = self.config, self._position
         lr = learning_rate(
             config.lr_schedule,
@@ -308,19 +333,23 @@ class Trainer:
         )
         stopwatch = self._stopwatch(total - first)
         title = f"epoch {position.epoch + 1}/{config.epochs} train"
-        batches = islice(loader.epoch(position.epoch, first), max(0, total - first))
+        batches = self._signals.waiting_for(islice(loader.epoch(position.epoch, first), max(0, total - first)))
+        start.note(position.batch, meter.sums)
         for images, targets in progress(batches, total - first, title, config.print_freq):
             stopwatch.data_ready()
             before = position.batch % self._batches_per_step
             # the last step of an epoch may have fewer batches
             accumulated = min(self._batches_per_step, total - (position.batch - before))
             complete = before + 1 == accumulated
-            self._forward_backward(network, images, targets, accumulated, complete, meter, watch)
+            with self._signals.abandonable():
+                self._forward_backward(network, images, targets, accumulated, complete, meter, watch)
             if complete:
                 self._optimizer_step()
             self._synchronize()
             stopwatch.batch_done(len(images))
             position.batch += 1
+            if complete:
+                start.note(position.batch, meter.sums)
             if complete and position.batch < total:
                 every = config.checkpoint_every_steps
                 if every > 0 and position.step % every == 0:
@@ -335,7 +364,8 @@ class Trainer:
             if self._average is not None:
                 self._world.broadcast(self._average.model.buffers())
         for callback in self.callbacks:
-            callback.on_epoch_end(position.epoch)
+            with self._signals.abandonable():
+                callback.on_epoch_end(position.epoch)
         metrics = {"train.loss": meter.mean(self._world), "train.lr": lr, **self._speeds(stopwatch, "train")}
         if scaled:
             steps = position.step - steps_before

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 
-from effnet_quant.checks.verify import compare
+from effnet_quant.checks.verify import Comparison, compare
 from effnet_quant.errors import UserError
 from effnet_quant.tasks.task import Metric, Score, Task
 
@@ -132,3 +132,37 @@ def test_what_can_not_be_compared_is_one_sentence() -> None:
         compare(lambda x: x, lambda x: x, [])
     with pytest.raises(UserError, match="the network tells 3 classes apart, and the data has a label 7"):
         compare(lambda x: x, lambda x: x, [(torch.zeros(2, 3), torch.tensor([0, 7]))])
+
+
+def compared(agreeing: int, images: int) -> Comparison:
+    """A comparison of two classifiers that agree on the first images and on no other."""
+    logits = torch.eye(2).repeat(images, 1)[:images]
+    engine = logits.clone()
+    engine[agreeing:] = engine[agreeing:].flip(1)
+    batch = (torch.arange(images)[:, None], torch.zeros(images, dtype=torch.int64))
+    return compare(lambda rows: engine.numpy()[rows[:, 0]], lambda rows: logits[rows[:, 0]], [batch])
+
+
+@pytest.mark.parametrize(("agreeing", "images"), [(400, 400), (1, 3), (0, 7), (995, 1000), (81, 263)])
+def test_the_interval_is_that_of_the_score_test(agreeing: int, images: int) -> None:
+    """Its ends are the shares p at which (agreement - p)^2 n = z^2 p (1 - p)."""
+    low, high = (end / 100 for end in compared(agreeing, images).interval)
+    share, z = agreeing / images, 1.959964
+    for end in (low, high):
+        assert (share - end) ** 2 * images == pytest.approx(z * z * end * (1 - end), abs=1e-9)
+    assert low <= share <= high
+    # Newcombe (1998), table I, method 3: 81 of 263 is 0.2553 to 0.3662
+    if images == 263:
+        assert (low, high) == pytest.approx((0.2553, 0.3662), abs=5e-5)
+
+
+def test_so_many_images_decide_and_no_fewer() -> None:
+    assert compared(400, 400).images_to_decide(99.5) == 765
+    assert compared(764, 764).interval[0] < 99.5 <= compared(765, 765).interval[0]
+    below = compared(98, 100)
+    count = below.images_to_decide(99.5)
+    assert count is not None
+    assert Comparison(count, {}, {}, below.score, 98.0, 0, 0, 0, 0).interval[1] < 99.5
+    assert Comparison(count - 1, {}, {}, below.score, 98.0, 0, 0, 0, 0).interval[1] >= 99.5
+    assert compared(199, 200).images_to_decide(99.5) is None
+    assert compared(200, 200).images_to_decide(100) is None

@@ -187,7 +187,7 @@ def test_shards_of_others_get_an_index(shards, tmp_path):
     pattern = f"{tmp_path}/{{000000..000001}}.tar"
     with pytest.raises(UserError, match="--index makes it"):
         ShardSource(pattern)
-    assert write_index(pattern)["shards"] == [{"file": f"00000{n}.tar", "images": 4} for n in range(2)]
+    assert write_index(pattern).images == {f"00000{n}.tar": 4 for n in range(2)}
     assert len(ShardSource(pattern)) == 8
 
 

@@ -42,6 +42,9 @@ def network(spec: str | QuantSpec) -> nn.Module:
         "w7a8",
         "w4a8",
         "w4a4",
+        "w8a16",
+        QuantSpec(activation=TensorSpec(bits=16, narrow=True)),
+        QuantSpec(activation=TensorSpec(bits=16, symmetric=False, signed=False)),
         QuantSpec(weight=TensorSpec(), activation=TensorSpec(signed=False)),
         QuantSpec(weight=TensorSpec(narrow=True), activation=TensorSpec(narrow=True)),
     ],
@@ -60,7 +63,7 @@ def test_what_a_runtime_can_not_store_is_said() -> None:
     with pytest.raises(UserError, match="takes no zero point"):
         build_onnx(network("w8a8-affine"), 9, target="tensorrt")
     with pytest.raises(UserError, match="8 bits or fewer"):
-        build_onnx(network("w8a16"), 9)
+        build_onnx(network("w8a16"), 9, target="tensorrt")
     with pytest.raises(UserError, match="int8 can"):
         build_onnx(network(QuantSpec(weight=TensorSpec(bits=16))), 9)
 

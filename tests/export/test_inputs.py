@@ -209,3 +209,30 @@ def test_an_image_that_is_too_small_is_said_to_be(tmp_path: Path) -> None:
 def test_wrong_inputs_are_refused(given: dict[str, Any], message: str, tmp_path: Path) -> None:
     with pytest.raises(UserError, match=message):
         export_onnx(Branching().eval(), tmp_path / "model.onnx", **given)
+
+
+class Deciding(nn.Module):
+    """A module that decides by the values of a tensor."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv = nn.Conv2d(3, 4, 1)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        y = self.conv(x)
+        return y if y.mean() > 0 else -y
+
+
+def test_the_reason_of_a_refusal_is_the_reason_and_nothing_else_is_printed(tmp_path: Path, capfd) -> None:  # type: ignore[no-untyped-def]
+    model = nn.Sequential(nn.Conv2d(3, 3, 1), Deciding())
+    says = r"can't be traced at 8 px: 1: its Python code decides by the values of a tensor.*torch\.where"
+    with pytest.raises(UserError, match=says):
+        export_onnx(model, tmp_path / "model.onnx", 8)
+    assert capfd.readouterr() == ("", "")
+
+
+@pytest.mark.parametrize("layer", [nn.Conv1d(3, 4, 3), nn.Conv3d(3, 4, 3), nn.BatchNorm1d(3)], ids=str)
+def test_a_model_that_takes_no_images_is_told_of_inputs(layer: nn.Module, tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=r"give examples of its arguments as inputs=") as raised:
+        export_onnx(nn.Sequential(layer).eval(), tmp_path / "model.onnx", 8)
+    assert "large enough" not in str(raised.value)

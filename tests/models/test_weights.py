@@ -321,6 +321,16 @@ def test_hostile_bare_pickle_is_refused_and_not_executed(tmp_path, protocol):
     assert not (tmp_path / "marker").exists()
 
 
+@pytest.mark.parametrize("protocol", range(6))
+@pytest.mark.parametrize("content", [Hostile("marker"), {"a": 1}, [1, 2]])
+def test_a_bare_pickle_is_refused_without_words_of_torchs(tmp_path, protocol, content):
+    (tmp_path / "bare.pth").write_bytes(pickle.dumps(content, protocol))
+    with warnings.catch_warnings(record=True) as said, pytest.raises(UserError, match=r"bare\.pth"):
+        warnings.simplefilter("always")
+        read_weights(tmp_path / "bare.pth")
+    assert said == []
+
+
 @pytest.mark.parametrize("suffix", [".safetensors", ".pth"])
 @pytest.mark.parametrize("share", [0.0, 0.001, 0.5, 0.999])
 def test_truncated_file_is_named(tmp_path, published, suffix, share):

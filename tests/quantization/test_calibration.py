@@ -406,8 +406,6 @@ def test_a_batch_may_be_a_tuple_of_the_models_arguments() -> None:
 @pytest.mark.parametrize(
     ("batch", "said"),
     [
-        ([torch.randn(2, 3, 8, 8), torch.zeros(2)], "not a list"),
-        (np.zeros((2, 3, 8, 8), np.float32), "not a ndarray"),
         (None, "not a NoneType"),
         (("a", 1), "a tuple without"),
         (torch.tensor(1.0), "a single number"),
@@ -484,6 +482,6 @@ def test_what_can_go_wrong_is_said() -> None:
     with pytest.raises(UserError, match="no quantizers"):
         calibrate(nn.Conv2d(3, 4, 3), [images])
     model = tiny()
-    with pytest.raises(UserError, match=r"0\._input_quantizer.*saw NaN"):
+    with pytest.raises(UserError, match="batch 1 holds NaN"):
         calibrate(model, [images * torch.nan])
     assert not any(quantizer.enabled for _, quantizer in quantizers(model))

@@ -207,3 +207,119 @@ def test_a_layer_that_two_modules_share_gets_one_twin() -> None:
     assert sum(name.endswith("_weight_quantizer") for name, _ in quantizers(model)) == 3
     images = torch.randn(2, 3, 8, 8)
     assert calibrate(model, [images])(images).shape == (2, 4, 8, 8)
+
+
+class Scaled(nn.Module):
+    """Its second argument is a number, by position, annotation or default; the third decides what runs."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv = nn.Conv2d(3, 4, 3)
+        self.other = nn.Conv2d(3, 4, 3)
+
+    def forward(self, x, factor, mask=None):  # type: ignore[no-untyped-def]
+        y = self.conv(x) * factor + self.other(x)
+        if mask is not None:
+            y = y * mask
+        return y.mean((2, 3))
+
+
+class Annotated(Scaled):
+    def forward(self, x: Tensor, factor: float) -> Tensor:
+        return super().forward(x, factor)
+
+
+class Default(Scaled):
+    def forward(self, x: Tensor, factor: int = 2) -> Tensor:
+        return super().forward(x, factor)
+
+
+@pytest.mark.parametrize("kind", [Scaled, Annotated, Default])
+def test_a_number_that_the_model_takes_is_not_rounded(kind: type[Scaled], images: Tensor) -> None:
+    torch.manual_seed(0)
+    model = kind().eval()
+    expected = model(images, 0.3)
+    quantize(model, target="tensorrt")
+    assert torch.equal(model(images, 0.3), expected)
+    calibrate(model, [(images, 0.3)], method="max")
+    assert torch.allclose(model(images, 0.3), expected, atol=0.02)
+    names = [name for name, _ in quantizers(model) if name.startswith("mul")]
+    assert names == (["mul_a_quantizer", "mul_b_quantizer"] if kind is Scaled else [])
+
+
+def test_an_argument_that_decides_what_runs_is_fixed_to_its_default(images: Tensor) -> None:
+    torch.manual_seed(0)
+    model = Scaled().eval()
+    expected = model(images, 1.0)
+    assert torch.equal(quantize(model, target="tensorrt")(images, factor=1.0, mask=None), expected)
+    with pytest.raises(UserError, match="mask has been specialized to have value None"):
+        calibrate(model, [(images, 1.0, images.mean())])
+
+
+def test_attention_and_its_weights_stay_in_float() -> None:
+    torch.manual_seed(0)
+    model = nn.TransformerEncoder(nn.TransformerEncoderLayer(8, 2, 16, batch_first=True), 2).eval()
+    tokens = torch.randn(2, 3, 8)
+    with torch.no_grad():
+        expected = model(tokens)
+        calibrate(quantize(model), [tokens])
+        assert sorted({name.rpartition(".")[0] for name, _ in quantizers(model)}) == [
+            f"layers.{layer}.linear{index}" for layer in (0, 1) for index in (1, 2)
+        ]
+        difference = (model(tokens) - expected).norm() / expected.norm()
+    assert 1e-4 < difference < 0.05
+
+
+def test_a_question_for_the_size_does_not_add_a_rounding(tmp_path) -> None:  # type: ignore[no-untyped-def]
+    """As in timm's vision transformers: two roundings in a row are one, on another grid, in ONNX Runtime."""
+    from effnet_quant import export_onnx, load_engine
+
+    class Tokens(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.patches = nn.Conv2d(3, 8, 4, 4)
+            self.cls = nn.Parameter(torch.randn(1, 1, 8))
+            self.head = nn.Linear(8, 5)
+
+        def forward(self, x: Tensor) -> Tensor:
+            x = self.patches(x).flatten(2).transpose(1, 2)
+            return self.head(torch.cat([self.cls.expand(x.shape[0], -1, -1), x], dim=1))
+
+    torch.manual_seed(0)
+    pictures = torch.randn(16, 3, 32, 32)
+    model = calibrate(quantize(Tokens()), [pictures]).eval()
+    assert not list(output_quantizers(model))
+    export_onnx(model, tmp_path / "tokens.onnx", inputs=(pictures,))
+    with torch.no_grad():
+        expected = model(pictures)
+    got = torch.from_numpy(load_engine(tmp_path / "tokens.onnx")(pictures.numpy()))
+    assert (got - expected).norm() < 1e-3 * expected.norm()
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        "vit_tiny_patch16_224",
+        pytest.param("deit_tiny_patch16_224", marks=pytest.mark.slow),
+        "swin_tiny_patch4_window7_224",
+    ],
+)
+def test_engines_of_vision_transformers_do_what_the_simulation_says(name: str, tmp_path) -> None:  # type: ignore[no-untyped-def]
+    """Untrained networks amplify every flipped rounding from block to block, so each layer is compared by itself."""
+    timm = pytest.importorskip("timm")
+    from effnet_quant import export_onnx, load_engine
+    from effnet_quant.checks.layer_comparison import compare_layers
+
+    torch.manual_seed(0)
+    small = {"depths": (1, 1, 2, 1), "window_size": 4} if name.startswith("swin") else {"depth": 2}
+    model = timm.create_model(name, num_classes=5, img_size=64, **small).eval()
+    pictures = torch.randn(4, 3, 64, 64)
+    calibrate(quantize(model), pictures.split(2), method="max").eval()
+    export_onnx(model, tmp_path / "model.onnx", 64)
+    engine = load_engine(tmp_path / "model.onnx")
+    rows = compare_layers(engine, model, pictures)
+    assert min(row.by_itself for row in rows) > 60
+    with torch.no_grad():
+        expected = model(pictures)
+    got = torch.from_numpy(engine(pictures.numpy()))
+    assert (got - expected).norm() < 0.05 * expected.norm()

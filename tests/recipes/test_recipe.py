@@ -143,6 +143,43 @@ def test_a_recipe_that_is_no_mapping_is_named(tmp_path, text):
         resolve(load_recipes(path), model="efficientnet-b0", mode="evaluate", platform="T4", precision="FP32")
 
 
+ALIASES = "".join(f"k{n}: &k{n} [{', '.join([f'*k{n - 1}' if n else 'x'] * 9)}]\n" for n in range(12))
+MERGES = "".join(
+    f"k{n}: &k{n} {{{', '.join(f'x{m}: *k{n - 1}' if n else f'x{m}: 1' for m in range(9))}}}\n" for n in range(12)
+)
+
+
+@pytest.mark.parametrize(
+    ("text", "says"),
+    [
+        (ALIASES, "more than 65,536 values with its aliases written out"),
+        (MERGES + "mode: {evaluate: *k11}", "more than 65,536 values"),
+        ("mode: &m {evaluate: *m}", "more than 65,536 values"),
+        ("mode: {evaluate: {lr: &x [*x]}}", "more than 65,536 values"),
+        ("[" * 50_000, "nested more than 16 deep"),
+        ("{a: " * 50_000, "nested more than 16 deep"),
+        ("".join(" " * n + "a:\n" for n in range(3000)), "nested more than 16 deep|longer than"),
+        ("a: " + "x" * 2**21, "longer than 1,048,576 characters"),
+        ("mode: {evaluate: {lr: 2001-99-99}}", "is no YAML"),
+        ("mode: {evaluate: {lr: " + "9" * 5000 + "}}", "is no YAML"),
+        ("mode: {evaluate: {lr: !!int x}}", "is no YAML"),
+        ("mode: {evaluate: {lr: !!bool x}}", "is no YAML"),
+        ("mode: {evaluate: !!python/object/apply:os.system [true]}", "is no YAML"),
+        ("? {a: b}\n: c", "is no YAML"),
+        ("mode: {evaluate: {lr: [1, 2]}}", r"mode: evaluate: lr is \[1, 2\], not a single value"),
+        ("mode: {evaluate: {lr: {a: 1}}}", "not a single value"),
+        ("models: {3: {CPU: {FP32: {lr: 1}}}}", "3 is no name; put it in quotes"),
+        ("models: {x: {CPU: [1]}}", r"models: x: 'CPU' is \[1\], not a mapping"),
+        ('"mode\\e[2J": 3', r"unknown section 'mode\\x1b\[2J'"),
+    ],
+)
+def test_bombs_and_values_of_no_recipe_are_refused_at_once(tmp_path, text, says):
+    path = tmp_path / "own.yml"
+    path.write_text(text)
+    with pytest.raises(UserError, match=says):
+        load_recipes(path)
+
+
 def test_a_missing_file_is_named(tmp_path):
     with pytest.raises(UserError, match=r"no recipe file .*gone\.yml"):
         load_recipes(tmp_path / "gone.yml")

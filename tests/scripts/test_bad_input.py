@@ -129,7 +129,7 @@ def mistakes(stage, write_images):
         "another class count": Mistake(
             "quant_main.py",
             ["digits", *QUANTIZED, "--num-classes", 10, "--evaluate", "--pretrained-from-file", stage.weights],
-            r"/good\.safetensors has 3 classes, but the model has 10; pass --num-classes 3",
+            r"/good\.safetensors has 3 classes, but digits has 10; give data of these classes",
         ),
         "hostile pickle": Mistake(
             "main.py",
@@ -306,7 +306,7 @@ def test_damaged_or_hostile_file_yields_no_weights(assert_refused, stage, tmp_pa
 
 @pytest.mark.parametrize("how", [["--resume"], ["--evaluate", "--pretrained-from-file"]])
 def test_weights_of_another_class_count_are_refused(assert_refused, stage, how):
-    says = r"/good\.pth\.tar has 3 classes, but the model has 10; pass --num-classes 3"
+    says = r"/good\.pth\.tar has 3 classes, but digits has 10; give data of these classes"
     assert_refused(says, "main.py", "digits", *FLOAT, "--num-classes", 10, *how, stage.checkpoint)
 
 
@@ -364,6 +364,10 @@ def test_checkpoint_resumes_with_the_other_form_of_squeeze_and_excitation_or_is_
         {"optimizer": [1, 2]},
         {"optimizer": {"state": {}, "param_groups": [{"params": [0]}]}},
         {"rng": torch.ones(3)},
+        {"rng": [torch.zeros(5056, dtype=torch.uint8)]},
+        {"batch": -1},
+        {"config": "x"},
+        {"metadata": [1]},
     ],
     ids=lambda damage: str(next(iter(damage))),
 )

@@ -136,7 +136,7 @@ def test_a_disk_that_fills_up_leaves_the_previous_checkpoint(run_script, start_p
     assert run_script("main.py", *RUN, "--prof", 1, "--momentum", 0, "--workspace", workspace).code == 0
     checkpoint = workspace / "checkpoint.pth.tar"
     before = checkpoint.read_bytes()
-    run = [*RUN, "--prof", 1, "--use-ema", 0.9, "--workspace", workspace]
+    run = [*RUN, "--prof", 1, "--use-ema", 0.9, "--workspace", workspace, "--overwrite"]
     limit = f"import resource; resource.setrlimit(resource.RLIMIT_FSIZE, ({len(before) + 1000},) * 2)"
     script = tmp_path / "limited.py"
     script.write_text(f"""import signal, sys

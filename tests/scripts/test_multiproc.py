@@ -292,6 +292,36 @@ def test_processes_start_again_as_often_as_allowed(run_process, script, tmp_path
     assert (result.code, result.out) == (0, "start 0\nstart 1\n")
 
 
+def test_processes_that_start_again_do_not_meet_their_dead_selves(run_process, repository, script, tmp_path):
+    # torch's shared store keeps the address of process 0; process 1, which comes first, must not try it
+    path = script(
+        f"""
+        import os, sys, time
+        sys.path.insert(0, {str(repository)!r})
+        import torch
+        from effnet_quant.cli.process import run
+        from effnet_quant.training.distributed import joined_world
+
+        def job(arguments):
+            again, main = os.environ["TORCHELASTIC_RESTART_COUNT"] == "1", os.environ["RANK"] == "0"
+            if again and main:
+                time.sleep(2)
+            with joined_world() as world:
+                total = world.sum(torch.ones(3))
+                if not again and not main:
+                    os.kill(os.getpid(), 9)
+                world.wait()
+            if main:
+                print(total.tolist(), flush=True)
+            return 0
+
+        run(job)
+        """
+    )
+    result = run_process("multiproc.py", *TOGETHER, "--max-restarts", 1, path, cwd=tmp_path)
+    assert (result.code, result.out) == (0, "[2.0, 2.0, 2.0]\n"), result.err
+
+
 @pytest.mark.parametrize(
     ("arguments", "says"),
     [
@@ -355,7 +385,7 @@ def test_a_job_that_is_started_again_leaves_an_earlier_jobs_checkpoint_alone(run
     path = tmp_path / "checkpoint.pth.tar"
     torch.save({**torch.load(path, weights_only=True), "job": "an earlier one"}, path)
     monkeypatch.setenv("TORCHELASTIC_RESTART_COUNT", "1")
-    result = run_script("main.py", *run)
+    result = run_script("main.py", *run, "--overwrite")
     assert result.code == 0, result.err
     assert "started again" not in result.out
     assert "epoch 1/1: train.loss" in result.out

@@ -11,6 +11,7 @@ import torch
 
 from effnet_quant.errors import UserError
 from effnet_quant.training.checkpoint import load_checkpoint, prepare_workspace, save_checkpoint
+from effnet_quant.training.resume_point import Position
 
 
 def state(epoch):
@@ -123,3 +124,45 @@ def test_what_a_killed_run_left_half_written_is_cleared(tmp_path):
     os.utime(old, (0, 0))
     prepare_workspace(tmp_path)
     assert names(tmp_path) == [young.name]
+
+
+WRONG = {
+    "epoch": (-1, 10**30, 1.5, "x", float("nan"), True, torch.ones(2), [1]),
+    "batch": (-1, 2**70, 1.5, True, "x"),
+    "step": (-1, float("inf"), torch.tensor(3)),
+    "epochs_since_best": (-1, "x"),
+    "best_prec1": (float("nan"), "x", [1], torch.ones(3), torch.tensor(float("nan")), {}),
+    "processes": (0, -1, "x"),
+    "optimizer": ("x", [1], 3),
+    "scaler": ("x", [], 3),
+    "loss_sums": ("x", 3, [torch.ones(2)], torch.ones(7), torch.ones(2, 2), torch.full((2,), torch.nan)),
+    "rng": ("x", 3, {}, torch.ones(3), [torch.ones(3)], ["x"], [None], [[]]),
+    "cuda_rng": ("x", [1]),
+    "config": (
+        "x",
+        [1],
+        3,
+        torch.ones(2),
+        {"seed": "x"},
+        {"seed": -1},
+        {"seed": 2**80},
+        {"batch_size": [1]},
+        {"workers": "x"},
+    ),
+    "state_dict": ("x", 3, [], {}, {"a": 1}, {3: torch.ones(1)}, {"a": torch.tensor(float("nan"))}),
+    "state_dict_ema": ("x", {}, {"a": {}}, {"a": torch.zeros(1).expand(10**9)}),
+}
+
+
+@pytest.mark.parametrize(("name", "value"), [(name, value) for name, values in WRONG.items() for value in values])
+def test_an_entry_that_is_not_what_it_must_be_is_named(tmp_path, name, value):
+    torch.save({"epoch": 1, "state_dict": {"a": torch.ones(1)}, name: value}, tmp_path / "c.pth.tar")
+    says = "holds no weights|can't be used: a (holds|repeats)" if name.startswith("state_dict") else name
+    with pytest.raises(UserError, match=rf"c\.pth\.tar .*({says})|c\.pth\.tar ({says})"):
+        load_checkpoint(tmp_path / "c.pth.tar")
+
+
+@pytest.mark.parametrize("best", [None, 77.1, 3, torch.tensor(77.1), float("-inf"), np.float64(77.1)])
+def test_scores_of_nvidias_and_our_checkpoints_are_taken(tmp_path, best):
+    torch.save({"epoch": 1, "state_dict": {"a": torch.ones(1)}, "best_prec1": best}, tmp_path / "c.pth.tar")
+    assert Position.of(load_checkpoint(tmp_path / "c.pth.tar"), "c").epoch == 1

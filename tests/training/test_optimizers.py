@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import nn
 
-from effnet_quant import calibrate, create_model, quantize
+from effnet_quant import UserError, calibrate, create_model, quantize
 from effnet_quant.training.config import TrainConfig
 from effnet_quant.training.optimizers import build_optimizer, load_optimizer_state
 
@@ -170,3 +170,40 @@ def test_a_state_of_another_memory_layout_gives_the_same_step(tiny_network):
         torch.testing.assert_close(before - model[0].weight, 0.1 * 0.9 * momentum)
         weights[memory_format] = model[0].weight.detach()
     assert torch.equal(*weights.values())
+
+
+HOSTILE_BUFFERS = {
+    "another shape": lambda buffer: buffer.flatten()[:1],
+    "a single number": lambda buffer: buffer.sum(),  # the fused kernel would write beyond its end
+    "sparse": lambda buffer: buffer.to_sparse(),
+    "NaN": lambda buffer: buffer * torch.nan,
+    "text": lambda buffer: "x",
+    "a list": lambda buffer: [1],
+}
+
+
+@pytest.mark.parametrize("optimizer", ["sgd", "rmsprop"])
+@pytest.mark.parametrize("kind", HOSTILE_BUFFERS)
+def test_a_state_that_would_break_the_kernels_is_refused(tiny_network, optimizer, kind):
+    model = tiny_network()
+    own = build_optimizer(model, TrainConfig(optimizer=optimizer))
+    for parameter in model.parameters():
+        parameter.grad = torch.ones_like(parameter)
+    own.step()
+    state = own.state_dict()
+    state["state"][1]["momentum_buffer"] = HOSTILE_BUFFERS[kind](state["state"][1]["momentum_buffer"])
+    fresh = build_optimizer(model, TrainConfig(optimizer=optimizer))
+    with pytest.raises(UserError, match=r"the optimizer state in c\.pth\.tar does not fit: momentum_buffer"):
+        load_optimizer_state(fresh, torch.amp.GradScaler("cpu", enabled=False), {"optimizer": state}, "c.pth.tar")
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [("lr", "x"), ("lr", float("nan")), ("momentum", "x"), ("weight_decay", [1]), ("nesterov", "yes"), ("maximize", 3)],
+)
+def test_a_setting_of_another_kind_is_refused(tiny_network, name, value):
+    own = build_optimizer(tiny_network(), TrainConfig())
+    state = own.state_dict()
+    state["param_groups"][0][name] = value
+    with pytest.raises(UserError, match=f"does not fit: {name} is"):
+        load_optimizer_state(own, torch.amp.GradScaler("cpu", enabled=False), {"optimizer": state}, "c.pth.tar")

@@ -8,6 +8,8 @@ from collections import Counter
 from dataclasses import dataclass
 from typing import Any
 
+from effnet_quant.terminal import printable
+
 UNKNOWN = "?"
 # TensorRT 11 has "DataType": "Half"; TensorRT 10 has "Format/Datatype": "Channel major FP16 format where channel % 8 == 0".
 _TYPES = (
@@ -66,7 +68,7 @@ def format_layers(layers: list[LayerPrecision]) -> str:
     lines = [f"{'in':<12} {'weights':<8} {'out':<12} {'kind':<24} layer"]
     for layer in layers:
         inputs, outputs = (", ".join(types) for types in (layer.inputs, layer.outputs))
-        lines.append(f"{inputs:<12} {layer.weights or '':<8} {outputs:<12} {layer.kind:<24} {layer.name}")
+        lines.append(f"{inputs:<12} {layer.weights or '':<8} {outputs:<12} {layer.kind:<24} {printable(layer.name)}")
     return "\n".join(lines)
 
 

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from effnet_quant.card import ModelCard
-from effnet_quant.engines.onnx_file import read_onnx
+from effnet_quant.engines.onnx_file import checked_metadata, read_onnx
 from effnet_quant.engines.signature import ArrayInput, ArrayOutput, Signature
 from effnet_quant.engines.tensorrt import library
 from effnet_quant.engines.tensorrt.build_options import BuildOptions, Machine, plan_key
@@ -148,13 +148,13 @@ def find_plan(path: Path) -> Plan | None:
             BuildOptions(**values["options"]),
             Signature.from_json(values) if "inputs" in values else _one_image(values),
             ModelCard.from_json(values.get("card", {}), str(_description(path))),
-            values["metadata"],
+            checked_metadata(values["metadata"]),
             [
                 LayerPrecision(**{**layer, "inputs": tuple(layer["inputs"]), "outputs": tuple(layer["outputs"])})
                 for layer in values["layers"]
             ],
         )
-    except (ValueError, KeyError, TypeError, RecursionError):
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
         return None
     return plan if hashlib.sha256(path.read_bytes()).hexdigest() == plan.sha256 else None
 

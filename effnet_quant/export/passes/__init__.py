@@ -35,7 +35,7 @@ Pass = Callable[[TracedGraph], None]
 def passes_for(target: Target, options: ExportOptions) -> list[Pass]:
     """The passes for a target and the options of a file, in order."""
     passes: list[Pass] = [make_functional, fold_constants, remove_dead_code, join_silu, merge_padding]
-    passes.append(partial(encode_activations, dtype=target.activation_dtype))
+    passes.append(partial(encode_activations, target=target))
     if not options.float_weights:
         passes.append(round_weights)
     passes.append(fold_batch_norm)
@@ -46,6 +46,8 @@ def passes_for(target: Target, options: ExportOptions) -> list[Pass]:
     if options.fp16:
         passes.append(fit_scales_to_half)
     passes.append(merge_equal_quantizers)
+    if target.wide_activation_dtype is not None:
+        passes.append(partial(clip_before_rounding, dtype=target.wide_activation_dtype, always=target.clips_wide))
     if target.quantized_outputs:
         passes += [partial(round_before_activations, dtype=target.activation_dtype), quantize_layer_outputs]
     else:

@@ -55,8 +55,10 @@ def _fold(traced: TracedGraph, layer: fx.Node, factor: Tensor, offset: Tensor) -
         gone = scale == 0  # a channel of zeros; runtimes refuse a scale of 0
         steps = torch.clamp(weight / old, grid.low, grid.high)
         scale = torch.where(gone, old, scale)
-        weight = torch.where(gone, 0, torch.clamp(steps * factors.sign(), -128, 127)).float() * scale
-        grid = Grid(scale, 0, -128, 127)
+        reach = max(-grid.low, grid.high)
+        low, high = max(-reach, -128), min(reach, 127)
+        weight = torch.where(gone, 0, torch.clamp(steps * factors.sign(), low, high)).float() * scale
+        grid = Grid(scale, 0, low, high)
     traced.set_weights(layer, weight, grid)
     bias = layer.args[2] if len(layer.args) > 2 else None
     inner = traced.constants[bias].float() if isinstance(bias, fx.Node) else 0.0

@@ -11,7 +11,9 @@ from effnet_quant.export.custom_ops import CONV_PADDED
 from effnet_quant.export.traced_graph import TracedGraph, argument, shape_of
 
 aten = torch.ops.aten
-_CONVOLUTIONS = (aten.conv2d.default, aten.conv2d.padding, aten.conv1d.default, aten.conv1d.padding)
+_CONVOLUTIONS = tuple(
+    overload for packet in (aten.conv1d, aten.conv2d, aten.conv3d) for overload in (packet.default, packet.padding)
+)
 _PADS = (aten.pad.default, aten.constant_pad_nd.default)
 
 

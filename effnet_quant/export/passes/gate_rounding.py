@@ -30,13 +30,13 @@ def join_silu(traced: TracedGraph) -> None:
 
 
 def round_gates(traced: TracedGraph) -> None:
-    """Write each SiLU and hard-swish with a quantized input as a product of the input and a quantized gate.
+    """Write each SiLU and hard-swish with an input of 8 bits as a product of the input and a quantized gate.
 
     The gate of SiLU is a sigmoid, in integers a table of 256 entries. The gate of hard-swish is a hard sigmoid.
     """
     for node in traced.operations():
         x = node.args[0] if node.target in _GATES else None
-        if not traced.is_quantized(x):
+        if not traced.is_byte(x):
             continue
         assert isinstance(x, fx.Node)
         gate = traced.insert_after(x, _GATES[node.target], (x,), node, module_path(node))

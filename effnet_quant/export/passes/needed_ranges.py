@@ -2,7 +2,7 @@
 
 ONNX Runtime's integer convolution writes 8-bit integers, so its output needs a range. NVIDIA's placement has none
 there: the quantizer comes after the activation. Weights that were calibrated elsewhere therefore lack this range.
-Weights calibrated here have it (see TensorQuantizer).
+Weights calibrated here have it (see TensorQuantizer). A convolution that a 16-bit quantizer follows stays in float.
 
 The next quantizer saturates at both ends of its range. A sigmoid, SiLU, hard-swish or addition between can be inverted.
 This gives an interval for the convolution's output. Each value outside leads to the same integer as the nearer end of
@@ -44,7 +44,7 @@ def quantize_layer_outputs(traced: TracedGraph) -> None:
     Without a needed range (all values matter) the convolution stays in float.
     """
     for node in traced.operations():
-        if Kind.CONVOLVES not in kind_of(node) or not traced.is_quantized(node.args[0]):
+        if Kind.CONVOLVES not in kind_of(node) or not traced.is_byte(node.args[0]):
             continue
         if traced.quantized_weights(node) is None or [user.target for user in node.users] == [QUANTIZE]:
             continue
@@ -74,7 +74,8 @@ def needed_of(traced: TracedGraph, value: fx.Node) -> Needed | None:
 
 def _through(traced: TracedGraph, node: fx.Node, value: fx.Node) -> Needed | None:
     if node.target is QUANTIZE:
-        return _reach(traced.grid(node))
+        grid = traced.grid(node)
+        return None if grid.wide else _reach(grid)  # 8 bits in front of 16 would cost the other 8
     if node.target is aten.silu.default:
         return _through_swish(needed_of(traced, node), _silu, SILU_MINIMUM_AT)
     if node.target is aten.sigmoid.default:

@@ -31,10 +31,11 @@ def round_before_activations(traced: TracedGraph, dtype: str) -> None:
     """Move quantize nodes in front of operations that clip, and add one in front of operations that move values.
 
     An operation that clips disappears: the grid gets its bounds. Behind an operation that moves values the quantize node
-    stays, because runtimes compute on integers only between two quantize nodes.
+    stays, because runtimes compute on integers only between two quantize nodes. Quantize nodes of more than 8 bits stay
+    where they are: such operations have integer kernels for 8 bits only.
     """
     limits = torch.iinfo(getattr(torch, dtype))
-    pending = [node for node in traced.operations() if traced.is_quantized(node)]
+    pending = [node for node in traced.operations() if traced.is_byte(node)]
     while pending:
         node = pending.pop()
         source = node.args[0]

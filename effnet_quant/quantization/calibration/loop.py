@@ -3,17 +3,18 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Mapping
 
 import torch
 from torch import Tensor, nn
 
 from effnet_quant.errors import UserError
+from effnet_quant.quantization.batches import Data, Key, run_on
 from effnet_quant.quantization.calibration.calibrator import Calibrator
 from effnet_quant.quantization.calibration.histogram import SeenTensors
 from effnet_quant.quantization.calibration.methods import DEFAULT_METHOD, Method, calibrator_factory
 from effnet_quant.quantization.calibration.process_group import gathered, reduce_extremes, total_over_ranks
-from effnet_quant.quantization.eager_evaluation import Batch, device_of, eager_pass, model_arguments
+from effnet_quant.quantization.eager_evaluation import device_of, eager_pass
 from effnet_quant.quantization.placement.insertion import output_quantizers, quantizers
 from effnet_quant.quantization.quantized_layers import float_weight
 from effnet_quant.quantization.quantizer import TensorQuantizer
@@ -21,10 +22,12 @@ from effnet_quant.quantization.quantizer import TensorQuantizer
 
 def calibrate(
     model: nn.Module,
-    batches: Iterable[Batch],
+    batches: Data,
     method: Method = DEFAULT_METHOD,
     percentile: float | None = None,
     progress: Callable[[int], None] | None = None,
+    *,
+    key: Key = None,
 ) -> nn.Module:
     """Choose the range of every quantizer of ``model``, in place, in one pass over ``batches``.
 
@@ -37,29 +40,32 @@ def calibrate(
 
     Args:
         model: a model that ``quantize`` has been through.
-        batches: float images (N, C, H, W) as the model takes them, or a tuple of the model's arguments for each batch; on
-            any device.
+        batches: a DataLoader or another iterable of batches, as ``argument_batches`` takes them; on any device. Images are
+            float, (N, C, H, W), as the model takes them. A function is called with the model, which it runs on its own data.
         method: "max", "percentile", "entropy", "mse", "moving-average" or "lsq", or a callable that returns a Calibrator.
         percentile: 0 < percentile <= 100, for the method "percentile".
         progress: called with the number of examples after each batch.
+        key: for batches that are dicts, the entries with the model's arguments. None: those named like the arguments.
 
     Returns:
         The same model, with its quantizers switched on.
 
     Raises:
-        UserError: no quantizers, no images, a batch of another form, an unknown method, or a quantizer that saw nothing,
-            NaN or infinity.
+        UserError: no quantizers, no images, a batch that the model can't run, an unknown method, or a quantizer that saw
+            nothing, NaN or infinity.
     """
     make = calibrator_factory(method, percentile)
-    set_ranges(model, collect(model, batches, make, progress), make)
+    set_ranges(model, collect(model, batches, make, progress, key=key), make)
     return model
 
 
 def collect(
     model: nn.Module,
-    batches: Iterable[Batch],
+    batches: Data,
     method: Method = "mse",
     progress: Callable[[int], None] | None = None,
+    *,
+    key: Key = None,
 ) -> dict[str, Calibrator]:
     """The calibrators of the activation quantizers, by name, after one pass over ``batches`` with all quantizers off.
 
@@ -67,6 +73,8 @@ def collect(
     methods, or "max". The arguments and errors are those of ``calibrate``.
     """
     make = calibrator_factory(method)
+    if not isinstance(model, nn.Module):
+        raise UserError(f"the model comes first, then the data; the first argument is a {type(model).__name__}.")
     places = dict(quantizers(model))
     if not places:
         raise UserError("the model has no quantizers to calibrate; call quantize(model) first.")
@@ -86,7 +94,7 @@ def collect(
         for name, quantizer in places.items():
             quantizer.enabled = False
             quantizer.observer = calibrators.get(name)
-        track_outputs(model, batches, after_batch)
+        track_outputs(model, batches, after_batch, key=key)
     finally:
         for name, quantizer in places.items():
             quantizer.enabled, quantizer.observer = before[name]
@@ -112,47 +120,48 @@ def set_ranges(
         calibrator = make()
         if name in weights:
             weight = weights[name].detach().float()
-            _check_finite(name, bool(torch.isfinite(weight).all()))
+            if not bool(torch.isfinite(weight).all()):
+                layer = name.removesuffix("._weight_quantizer")
+                raise UserError(f"the weights of {layer} hold NaN or infinite values; check the weights file.")
             ranges[name] = calibrator.weight_range(weight, quantizer.spec)
         else:
             calibrator.adopt(collected[name])
-            _check_finite(name, all(map(math.isfinite, calibrator.seen)))
+            _check_seen(name, calibrator.seen)
             low, high = calibrator.range(quantizer.spec)
             ranges[name] = torch.tensor(low), torch.tensor(high)
     for name, (amin, amax) in ranges.items():
         places[name].set_range(amin, amax)
 
 
-def track_outputs(model: nn.Module, batches: Iterable[Batch], progress: Callable[[int], None] | None = None) -> None:
+def track_outputs(
+    model: nn.Module, batches: Data, progress: Callable[[int], None] | None = None, *, key: Key = None
+) -> None:
     """Find the ranges of the output quantizers again in one pass over ``batches``; other ranges stay.
 
     ``calibrate`` does this too. Call it alone after training has changed the weights. The model runs in eval mode and
     returns to its old mode.
 
     Args:
-        model, batches, progress: as ``calibrate`` takes them.
+        model, batches, progress, key: as ``calibrate`` takes them.
 
     Raises:
-        UserError: there are no images, or a batch has another form.
+        UserError: there are no images, or a batch that the model can't run.
     """
     trackers = list(output_quantizers(model))
     device = device_of(model)
-    total = 0
     try:
         for tracker in trackers:
             tracker.start_tracking()
         with eager_pass(model):
-            for batch in batches:
-                arguments, examples = model_arguments(batch, device)
-                model(*arguments)
-                total += examples
-                if progress is not None:
-                    progress(examples)
+            total = run_on(model, batches, key=key, progress=progress)
     finally:
         for tracker in trackers:
             tracker.stop_tracking()
     if total_over_ranks(total, device) == 0:
-        raise UserError("there are no images to calibrate with.")
+        raise UserError(
+            "there are no images to calibrate with: the data holds no batches, a generator was used up before, or the "
+            "function never called the model."
+        )
     for tracker in trackers:
         if reduce_extremes(tracker._low, tracker._high):
             tracker.stop_tracking()  # a process without images gets its range only now
@@ -169,11 +178,17 @@ def _of_all_ranks(own: Calibrator, make: Callable[[], Calibrator], device: torch
     return joined
 
 
-def _check_finite(name: str, finite: bool) -> None:
-    if not finite:
+def _check_seen(name: str, seen: tuple[float, float]) -> None:
+    """Raises UserError if no finite range holds the smallest and largest value that the quantizer ``name`` saw."""
+    if seen == (math.inf, -math.inf):
+        layer = name.rpartition(".")[0] or name
         raise UserError(
-            f"calibration found no finite range for {name}, which saw NaN, infinite values or nothing at all; "
-            "check the weights and the calibration images."
+            f"{name} was never reached in calibration; give data for which the model runs this layer, or leave it in float "
+            f"with the override '{layer}': 'float'."
+        )
+    if not all(map(math.isfinite, seen)):
+        raise UserError(
+            f"{name} saw NaN or infinite values in calibration; check the weights, and how the images are normalised."
         )
 
 

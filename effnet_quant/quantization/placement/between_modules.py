@@ -57,6 +57,17 @@ def _is_size(node: fx.Node) -> bool:
     return asked or (node.op == "call_method" and node.target in ("size", "dim", "numel"))
 
 
+def _value_users(node: fx.Node) -> list[fx.Node]:
+    """The nodes that use the node's values; others ask for its size alone."""
+    return [user for user in node.users if not _is_size(user)]
+
+
+def _is_number(node: fx.Node) -> bool:
+    """Whether the node is an argument of the model that takes a number, by its annotation or its default."""
+    numbers = (int, float, bool)
+    return node.op == "placeholder" and (node.type in numbers or isinstance(next(iter(node.args), None), numbers))
+
+
 class _Placement:
     """Edits a graph and adds the modules that its new nodes call."""
 
@@ -68,7 +79,12 @@ class _Placement:
         self._constants: set[fx.Node] = set()
         for node in graph.nodes:
             inputs = node.all_input_nodes
-            if node.op == "get_attr" or _is_size(node) or (inputs and self._constants.issuperset(inputs)):
+            if (
+                node.op == "get_attr"
+                or _is_size(node)
+                or _is_number(node)
+                or (inputs and self._constants.issuperset(inputs))
+            ):
                 self._constants.add(node)
 
     def is_convolution(self, node: fx.Node) -> bool:
@@ -76,7 +92,7 @@ class _Placement:
         return isinstance(module, nn.Conv2d) and hasattr(module, "_weight_quantizer")
 
     def is_constant(self, node: fx.Node) -> bool:
-        """Whether the value is the same for all inputs: a size, or a learned scale. Products with a scale stay in float."""
+        """Whether the value is no activation: a size, a number, or a learned scale. Products with a scale stay in float."""
         return node in self._constants
 
     def shortcut(self, first: fx.Node, second: fx.Node) -> fx.Node:
@@ -147,7 +163,8 @@ class _Placement:
         value = self._follow(node, lambda user: isinstance(called_module(self._model, user), nn.BatchNorm2d))
         value = self._follow(value, lambda user: self._commutes(user, Kind.CLIPS))
         end = self._follow(value, lambda user: self._commutes(user, Kind.CLIPS | Kind.MOVES))
-        if all(self._quantizes(user) for user in end.users) or all(user.op == "output" for user in end.users):
+        users = _value_users(end)
+        if all(map(self._quantizes, users)) or all(user.op == "output" for user in users):
             return
         convolution = called_module(self._model, node)
         assert convolution is not None
@@ -162,8 +179,8 @@ class _Placement:
 
     def _follow(self, node: fx.Node, passes: Callable[[fx.Node], bool]) -> fx.Node:
         """The end of the chain from ``node`` through single users for which ``passes`` is true."""
-        while len(node.users) == 1 and passes(user := next(iter(node.users))):
-            node = user
+        while len(users := _value_users(node)) == 1 and passes(users[0]):
+            node = users[0]
         return node
 
     def _commutes(self, node: fx.Node, kind: Kind) -> bool:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -16,6 +17,7 @@ from effnet_quant.quantization.eager_evaluation import eager_pass
 from effnet_quant.quantization.placement.between_modules import place_between_modules
 from effnet_quant.quantization.placement.gates import place_gates
 from effnet_quant.quantization.placement.nonnegative import never_negative
+from effnet_quant.quantization.placement.summary import refused_by_export
 from effnet_quant.quantization.placement.symbolic_trace import replace_forward, trace_operations
 from effnet_quant.quantization.quantized_layers import (
     QuantAdaptiveAvgPool2d,
@@ -29,6 +31,20 @@ from effnet_quant.quantization.quantized_layers import (
 from effnet_quant.quantization.quantizer import TensorQuantizer
 from effnet_quant.quantization.spec import QuantSpec, SpecLookup, resolve_spec
 from effnet_quant.quantization.targets import FollowsTarget, Target, get_target
+
+
+@dataclass(frozen=True)
+class Placed:
+    """What ``quantize`` was asked for, and the runtime that the model simulates now."""
+
+    spec: QuantSpec
+    target: Target
+
+
+def placement_of(model: nn.Module) -> Placed | None:
+    """How ``quantize`` has quantized ``model``; None for a float model."""
+    placed = getattr(model, "_quantization", None)
+    return placed if isinstance(placed, Placed) else None
 
 
 def quantize(
@@ -46,7 +62,8 @@ def quantize(
     names the modules that can't be traced.
 
     The quantizers have no ranges yet, and the network computes what the float network does. ``calibrate`` or loaded weights
-    give it ranges. Parameters are shared with the float model and keep their names.
+    give it ranges. Parameters are shared with the float model and keep their names. ``summarize`` says what stays in float.
+    nn.MultiheadAttention does, inside and out. A warning names layers that ``export_onnx`` refuses.
 
     Args:
         model: any module with Conv2d, Linear or average pooling modules.
@@ -60,6 +77,8 @@ def quantize(
         UserError: unknown preset or target, a model that is quantized already or has nothing to quantize, or an override
             that matches nothing.
     """
+    if not isinstance(model, nn.Module):
+        raise UserError(f"quantize takes a model, not a {type(model).__name__}; give an nn.Module.")
     lookup, rules = SpecLookup(resolve_spec(spec)), get_target(target)
     if any(True for _ in quantizers(model)):
         raise UserError("the model is quantized already; create a float model to quantize it another way.")
@@ -70,6 +89,12 @@ def quantize(
     if not marked:
         _place_on_graph(model, lookup)
     lookup.check_overrides()
+    if refused := refused_by_export(model):
+        listed = ", ".join(f"{name} ({kind})" for name, kind in refused[:3])
+        warnings.warn(
+            f"export_onnx will refuse this model, because ONNX files can't hold {listed}; export the part without it.",
+            stacklevel=2,
+        )
     with eager_pass(model):  # as engines see it
         graph, opaque = trace_operations(model)
     if graph is not None:
@@ -77,6 +102,7 @@ def quantize(
         for quantizer in never_negative(model, graph, opaque):
             quantizer.never_negative = True
         note_batch_norms(model, graph)
+    model._quantization = Placed(resolve_spec(spec), rules)  # type: ignore[assignment]
     return simulate_target(model, rules)
 
 
@@ -85,7 +111,8 @@ def _place_on_graph(model: nn.Module, spec: SpecLookup) -> None:
     if graph is None:
         warnings.warn(
             f"{type(model).__name__} can't be traced: its convolutions, linear and pooling layers are quantized, the "
-            "additions, products and concatenations between them stay in float.",
+            "additions, products and concatenations between them stay in float. If its Python code decides by the values of "
+            "a tensor, export_onnx will refuse it.",
             stacklevel=3,
         )
         return
@@ -124,8 +151,10 @@ class _Placing:
     def place(self, module: nn.Module, prefix: str = "") -> None:
         """Replace the descendants of ``module``. ``prefix`` starts their names."""
         for name, child in list(module._modules.items()):
-            if child is None or hasattr(child, "_weight_quantizer"):
-                continue
+            if child is None or hasattr(child, "_weight_quantizer") or isinstance(child, nn.MultiheadAttention):
+                continue  # attention's forward reads the weights of its layers, and never calls these
+            if isinstance(child, nn.TransformerEncoderLayer):
+                child.activation_relu_or_gelu = 0  # else eval mode computes in one operation that calls no layer
             twin = self._twin(child, f"{prefix}{name}")
             if twin is not None:
                 setattr(module, name, twin)
@@ -162,6 +191,8 @@ def simulate_target(model: nn.Module, target: str | Target) -> nn.Module:
         UserError: there is no such target.
     """
     rules = get_target(target)
+    if (placed := placement_of(model)) is not None:
+        model._quantization = replace(placed, target=rules)  # type: ignore[assignment]
     for module in model.modules():
         if isinstance(module, FollowsTarget):
             module.follow(rules)

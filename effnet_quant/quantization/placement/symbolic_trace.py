@@ -4,16 +4,17 @@ from __future__ import annotations
 
 import inspect
 import types
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
 from torch import fx, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from effnet_quant.quantization.quantized_layers import QuantAdaptiveAvgPool2d, QuantAvgPool2d, QuantGate
+from effnet_quant.quantization.quantized_layers import MadeHere, QuantAdaptiveAvgPool2d, QuantAvgPool2d, QuantGate
 
 # Modules that stay one node: they carry quantizers, or compute differently in training and evaluation.
+_CHECKS = (fx._symbolic_trace._assert_is_none, torch._assert)
 _WHOLE = (nn.Conv2d, nn.Linear, QuantAdaptiveAvgPool2d, QuantAvgPool2d, QuantGate, _BatchNorm)
 
 
@@ -34,18 +35,49 @@ class _Tracer(fx.Tracer):
 def trace_operations(model: nn.Module) -> tuple[fx.Graph | None, list[str]]:
     """The graph of a model, and the names of its opaque modules: they can't be traced and are one node each.
 
+    If an argument's default decides which operations run, as in ``if mask is not None``, the graph is that of the default. A
+    call with another value then fails.
+
     Returns:
         The graph, None if the model itself can't be traced, and the names.
     """
     opaque: set[str] = set()
     while True:
-        try:
-            return _Tracer(opaque).trace(model), sorted(opaque)
-        except Exception:  # a model's own code may raise anything when it gets a proxy instead of a tensor
-            found = _untraceable(model, "", opaque)
-            if not found - opaque:
-                return None, sorted(opaque)
-            opaque |= found
+        graph = _traced(model, opaque)
+        if graph is not None:
+            return graph, sorted(opaque)
+        found = _untraceable(model, "", opaque)
+        if not found - opaque:
+            return None, sorted(opaque)
+        opaque |= found
+
+
+def _traced(model: nn.Module, opaque: set[str]) -> fx.Graph | None:
+    """The graph of a model with all arguments open or, if that runs other operations, with the defaults' values."""
+    plain = {name: value for name, value in _defaults(model).items() if isinstance(value, (type(None), bool, int, str))}
+    free = _attempt(model, opaque, {})
+    fixed = _attempt(model, opaque, plain) if plain else None
+    if fixed is None or (free is not None and _operations(free) == _operations(fixed)):
+        return free
+    for node in fixed.nodes:  # torch.fx renames the arguments whose value it fixes
+        name = str(node.target).rpartition("_")[0]
+        if node.op == "placeholder" and node.target not in _parameters(model) and name in plain:
+            node.target = name
+    return fixed
+
+
+def _attempt(model: nn.Module, opaque: set[str], values: dict[str, Any]) -> fx.Graph | None:
+    try:
+        return _Tracer(opaque).trace(model, values)
+    except Exception:  # a model's own code may raise anything when it gets a proxy instead of a tensor
+        return None
+
+
+def _operations(graph: fx.Graph) -> list[tuple[str, Any]]:
+    """What a graph calls, without the checks of arguments whose value is fixed."""
+    checks = {node for node in graph.nodes if node.target in _CHECKS}
+    calls = (node for node in graph.nodes if node.op.startswith("call") and node not in checks)
+    return [(node.op, node.target) for node in calls if not (node.users and checks.issuperset(node.users))]
 
 
 def _untraceable(module: nn.Module, prefix: str, opaque: set[str]) -> set[str]:
@@ -67,8 +99,15 @@ def _untraceable(module: nn.Module, prefix: str, opaque: set[str]) -> set[str]:
 
 def _defaults(module: nn.Module) -> dict[str, Any]:
     """The defaults of its forward's arguments, with which models usually call it."""
-    parameters = inspect.signature(module.forward).parameters.values()
-    return {parameter.name: parameter.default for parameter in parameters if parameter.default is not parameter.empty}
+    return {
+        parameter.name: parameter.default
+        for parameter in _parameters(module).values()
+        if parameter.default is not parameter.empty
+    }
+
+
+def _parameters(module: nn.Module) -> Mapping[str, inspect.Parameter]:
+    return inspect.signature(module.forward).parameters
 
 
 def replace_forward(model: nn.Module, graph: fx.Graph) -> None:
@@ -79,7 +118,8 @@ def replace_forward(model: nn.Module, graph: fx.Graph) -> None:
     generated = fx.GraphModule(model, graph)
     forward: Callable[..., torch.Tensor] = type(generated).forward
     own = model.__class__
-    model.__class__ = types.new_class(f"Quantized{own.__name__}", (own,), {}, lambda body: body.update(forward=forward))
+    body = {"forward": forward}
+    model.__class__ = types.new_class(f"Quantized{own.__name__}", (MadeHere, own), {}, lambda space: space.update(body))
 
 
 def called_module(model: nn.Module, node: fx.Node) -> nn.Module | None:

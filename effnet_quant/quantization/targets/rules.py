@@ -21,6 +21,9 @@ class Target:
     Attributes:
         name: as on the command line.
         activation_dtype: "int8" (zero point 0) or "uint8" (zero point 128): two encodings of the same symmetric grid.
+        wide_activation_dtype: the same for grids of more than 8 bits, "int16" or "uint16". None if it takes none.
+        clips_wide: whether the export clips floats in front of such grids, because the runtime may leave out the rounding.
+        int4_weights: whether files store weights of 4 bits and fewer as INT4, with a Cast to int8 behind them.
         unsigned: whether activations that are never negative (as after a ReLU) take the grid 0 … 255 over the same range:
             uint8 with zero point 0.
         quantized: the OPERATIONS that compute with integers; the others stay in float. Inputs of these operations carry
@@ -34,6 +37,9 @@ class Target:
 
     name: str
     activation_dtype: str
+    wide_activation_dtype: str | None
+    clips_wide: bool
+    int4_weights: bool
     unsigned: bool
     quantized: frozenset[str]
     quantized_outputs: bool
