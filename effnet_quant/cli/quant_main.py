@@ -77,7 +77,6 @@ def job(arguments: Sequence[str]) -> int:
     from effnet_quant.jobs.run import open_run
     from effnet_quant.models.registry import get_entry
     from effnet_quant.quantization.ptq.step import StepContext
-    from effnet_quant.report.calibration_page import FORMATS
     from effnet_quant.training.progress import lines_of_steps
 
     said = card_to_start_from(parsed, quantized=True)
@@ -87,18 +86,7 @@ def job(arguments: Sequence[str]) -> int:
     asked = settings(parsed, said, asked_spec(parsed), parsed.target, quantized=True)
     check_start(asked.start)
     qat = qat_config(parsed)
-    report = Path(parsed.report) if parsed.report else None
-    if report is not None and report.suffix and not report.is_dir() and report.suffix not in FORMATS:
-        raise UserError(f"--report {report}: expected a file named {', '.join(FORMATS)}, or a folder.")
-    plots, folder = (report, None) if report is not None and report.suffix in FORMATS else (None, report)
-    if plots is not None:
-        if parsed.auto:
-            raise UserError("--auto calibrates several times; give --report a folder, for the quantization report.")
-        check_writable(plots)
-    if folder is not None:
-        if parsed.evaluate:
-            raise UserError("--evaluate writes no report; leave out --report.")
-        check_writable(create_folder(folder, "--report") / "index.html")
+    plots, folder = _places_of_report(parsed)
     if parsed.auto:
         return _auto(parsed, asked, qat, time_budget, folder)
     if parsed.target_drop is not None or parsed.budget is not None:
@@ -130,6 +118,30 @@ def job(arguments: Sequence[str]) -> int:
             )
             print(f"report: {page}", flush=True)
         return status
+
+
+def _places_of_report(parsed: argparse.Namespace) -> tuple[Path | None, Path | None]:
+    """The file for plots of all ranges and the folder for the quantization report; at most one of them is asked for.
+
+    Raises:
+        UserError: the name is that of neither, it can't be written, or nothing is calibrated.
+    """
+    from effnet_quant.report.calibration_page import FORMATS
+
+    if not parsed.report:
+        return None, None
+    report = Path(parsed.report)
+    if report.suffix in FORMATS:
+        if parsed.auto:
+            raise UserError("--auto calibrates several times; give --report a folder, for the quantization report.")
+        check_writable(report)
+        return report, None
+    if report.suffix and not report.is_dir():
+        raise UserError(f"--report {report}: expected a file named {', '.join(FORMATS)}, or a folder.")
+    if parsed.evaluate:
+        raise UserError("--evaluate writes no report; leave out --report.")
+    check_writable(create_folder(report, "--report") / "index.html")
+    return None, report
 
 
 def _default_to_short_training(parsed: argparse.Namespace) -> None:
