@@ -48,6 +48,9 @@ VERBS = {
         "compare an engine with its simulation on real images",
         "DATA --model qat.safetensors --engine int8.onnx",
     ),
+    "sensitivity": Verb(
+        "sensitivity", "tell which layers lose most by quantization", "DATA --model ptq.safetensors --plot layers.svg"
+    ),
     "latency": Verb("latency", "time engines in turns", "fp32.onnx int8.onnx int8.onnx@openvino --batch-sizes 1 32"),
     "data": Verb("data", "count, check and pack the images of a data set", "DATA --check"),
     "models": Verb("models", "list the networks", "'efficientnet-*'"),
@@ -100,7 +103,7 @@ def _help(program: str) -> str:
         "verbs:",
     ]
     for name, verb in VERBS.items():
-        lines += [f"  {name:<10}{verb.summary}", f"  {'':<10}  {program} {name} {verb.example}"]
+        lines += [f"  {name:<13}{verb.summary}", f"  {'':<10}  {program} {name} {verb.example}"]
     lines += [
         "",
         "options:",

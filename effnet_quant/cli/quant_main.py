@@ -2,16 +2,33 @@
 
 from __future__ import annotations
 
+import argparse
+import sys
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from effnet_quant.cli.arguments import Parser, add_training_arguments
 from effnet_quant.cli.process import run
-from effnet_quant.cli.quantization import add_qat_arguments, add_spec_arguments, asked_overrides, asked_spec, qat_config
+from effnet_quant.cli.quantization import (
+    add_qat_arguments,
+    add_search_arguments,
+    add_spec_arguments,
+    asked_overrides,
+    asked_spec,
+    check_search,
+    qat_config,
+    seconds_of,
+)
 from effnet_quant.errors import UserError
-from effnet_quant.files import check_writable
+from effnet_quant.files import check_writable, create_folder
 from effnet_quant.quantization.choices import CALIBRATION_METHODS, DEFAULT_METHOD, DEFAULT_PERCENTILE
 from effnet_quant.quantization.targets import TARGETS
+
+if TYPE_CHECKING:
+    from effnet_quant.cli.training import Settings
+    from effnet_quant.quantization.qat import QatConfig
 
 
 def build_parser() -> Parser:
@@ -23,6 +40,7 @@ def build_parser() -> Parser:
     add_training_arguments(parser)
     add_spec_arguments(parser)
     add_qat_arguments(parser)
+    add_search_arguments(parser)
     parser.add_argument(
         "--target",
         choices=tuple(TARGETS),
@@ -35,20 +53,31 @@ def build_parser() -> Parser:
         "--percentile", type=float, default=DEFAULT_PERCENTILE, help="percent of magnitudes inside the range"
     )
     parser.add_argument("--calibration-images", type=int, default=512, help="training images to calibrate with")
-    parser.add_argument("--report", metavar="FILE", help="file for a page of plots of all ranges (.png, .pdf or .svg)")
+    parser.add_argument(
+        "--report",
+        metavar="FILE",
+        help="file for a page of plots of all ranges (.png, .pdf or .svg), or a folder for the "
+        "quantization report, a page for a browser",
+    )
     return parser
 
 
 def job(arguments: Sequence[str]) -> int:
     """Calibrate and train, or evaluate, as the command line says; returns the exit status."""
     parsed = build_parser().parse(arguments)
+    check_search(parsed)
+    time_budget = None if parsed.time_budget is None else seconds_of(parsed.time_budget)
+    if parsed.auto:
+        _default_to_short_training(parsed)
     from effnet_quant.api import has_ranges
     from effnet_quant.cli.file_card import card_to_start_from
     from effnet_quant.cli.training import say_what_is_used, settings, train_or_evaluate
+    from effnet_quant.jobs.quantization_report import float_network, write_quantization_report
     from effnet_quant.jobs.quantized_training import check_start, prepare_quantized
     from effnet_quant.jobs.run import open_run
     from effnet_quant.models.registry import get_entry
-    from effnet_quant.report.calibration_page import FORMATS
+    from effnet_quant.quantization.ptq.step import StepContext
+    from effnet_quant.training.progress import lines_of_steps
 
     said = card_to_start_from(parsed, quantized=True)
     if get_entry(parsed.arch).quantized is False:
@@ -57,10 +86,12 @@ def job(arguments: Sequence[str]) -> int:
     asked = settings(parsed, said, asked_spec(parsed), parsed.target, quantized=True)
     check_start(asked.start)
     qat = qat_config(parsed)
-    if parsed.report and Path(parsed.report).suffix not in FORMATS:
-        raise UserError(f"--report {parsed.report}: expected a file named {', '.join(FORMATS)}.")
-    if parsed.report:
-        check_writable(Path(parsed.report))
+    plots, folder = _places_of_report(parsed)
+    if parsed.auto:
+        return _auto(parsed, asked, qat, time_budget, folder)
+    if parsed.target_drop is not None or parsed.budget is not None:
+        asked = _with_chosen_bits(parsed, asked, qat)
+    floats = None
     with open_run(
         asked.card,
         asked.data,
@@ -73,13 +104,121 @@ def job(arguments: Sequence[str]) -> int:
     ) as ready:
         say_what_is_used(ready, parsed)
         if not parsed.evaluate:
-            prepare_quantized(ready, qat, parsed.report)
+            floats = float_network(ready) if folder is not None else None
+            prepare_quantized(ready, qat, plots)
         elif not has_ranges(ready.model):
             source = parsed.resume or parsed.pretrained_from_file or "--pretrained"
             raise UserError(
                 f"{source} holds float weights without ranges; calibrate them first, with --epochs 0 instead of --evaluate."
             )
-        return train_or_evaluate(ready, parsed)
+        status = train_or_evaluate(ready, parsed)
+        if floats is not None and folder is not None and status == 0 and ready.world.is_main:
+            page = write_quantization_report(
+                folder, ready, ready.model, ready.card, floats, context=StepContext(progress=lines_of_steps())
+            )
+            print(f"report: {page}", flush=True)
+        return status
+
+
+def _places_of_report(parsed: argparse.Namespace) -> tuple[Path | None, Path | None]:
+    """The file for plots of all ranges and the folder for the quantization report; at most one of them is asked for.
+
+    Raises:
+        UserError: the name is that of neither, it can't be written, or nothing is calibrated.
+    """
+    from effnet_quant.report.calibration_page import FORMATS
+
+    if not parsed.report:
+        return None, None
+    report = Path(parsed.report)
+    if report.suffix in FORMATS:
+        if parsed.auto:
+            raise UserError("--auto calibrates several times; give --report a folder, for the quantization report.")
+        check_writable(report)
+        return report, None
+    if report.suffix and not report.is_dir():
+        raise UserError(f"--report {report}: expected a file named {', '.join(FORMATS)}, or a folder.")
+    if parsed.evaluate:
+        raise UserError("--evaluate writes no report; leave out --report.")
+    check_writable(create_folder(report, "--report") / "index.html")
+    return None, report
+
+
+def _default_to_short_training(parsed: argparse.Namespace) -> None:
+    """QAT's settings where the user gave none: NVIDIA's defaults are those of a training from nothing."""
+    for name, value in (("epochs", 3), ("lr", 0.002), ("lr_schedule", "cosine")):
+        if name not in parsed.explicit:
+            setattr(parsed, name, value)
+
+
+def _auto(
+    parsed: argparse.Namespace, asked: Settings, qat: QatConfig, time_budget: float | None, report: Path | None
+) -> int:
+    """Climb until the target is met; returns 1 if it is missed."""
+    from effnet_quant.api import build
+    from effnet_quant.jobs.autoquant import WEIGHTS, autoquant
+    from effnet_quant.jobs.quantization_report import float_network, write_quantization_report
+    from effnet_quant.jobs.run import open_run
+    from effnet_quant.models.weights import read_weights
+    from effnet_quant.quantization.ptq.step import StepContext
+    from effnet_quant.training.progress import lines_of_steps
+    from effnet_quant.training.signals import Interrupted
+
+    workspace = Path(asked.place.workspace)
+    weights = workspace / WEIGHTS
+    with open_run(
+        asked.card,
+        asked.data,
+        asked.config,
+        asked.place,
+        asked.start,
+        quantized=True,
+        overrides=asked_overrides(parsed),
+    ) as ready:
+        floats = float_network(ready) if report is not None else None
+        try:
+            climb = autoquant(
+                ready,
+                qat,
+                workspace,
+                target_drop=parsed.target_drop,
+                time_budget=time_budget,
+                held_back=parsed.hold_back,
+                progress=lines_of_steps(),
+            )
+        except Interrupted as interruption:
+            kept = f"; the best so far is {weights}" if weights.is_file() else ", before anything was found"
+            print(f"{interruption}{kept}", file=sys.stderr)
+            return 128 + interruption.signal_number
+        print(climb)
+        print(f"{weights}: {climb.best}", flush=True)
+        if floats is not None and report is not None and climb.card is not None:
+            best = build(climb.card, read_weights(weights), **ready.options)
+            page = write_quantization_report(
+                report, ready, best, climb.card, floats, climb=climb, context=StepContext(progress=lines_of_steps())
+            )
+            print(f"report: {page}", flush=True)
+    return 0 if climb.reached else 1
+
+
+def _with_chosen_bits(parsed: argparse.Namespace, asked: Settings, qat: QatConfig) -> Settings:
+    """The settings with the spec that mixed precision finds."""
+    from effnet_quant.jobs.bit_choice import choose_bits
+    from effnet_quant.jobs.run import open_run
+    from effnet_quant.quantization.ptq.assignment_search import Budget
+    from effnet_quant.training.progress import lines_of_steps
+
+    budget = None if parsed.budget is None else Budget.parse(parsed.budget)
+    with open_run(asked.card, asked.data, asked.config, asked.place, asked.start, quantized=True) as ready:
+        chosen = choose_bits(ready, qat, target_drop=parsed.target_drop, budget=budget, progress=lines_of_steps())
+    print(chosen, flush=True)
+    if not chosen.reached:
+        print(
+            f"note: no choice of bits loses {parsed.target_drop:g} points or less; this is the best that was measured. "
+            "Train it, or allow more.",
+            file=sys.stderr,
+        )
+    return replace(asked, card=replace(asked.card, quant_spec=chosen.spec.to_json()))
 
 
 def main() -> None:

@@ -52,6 +52,84 @@ def add_qat_arguments(parser: argparse.ArgumentParser) -> None:
     add("--distill-weight", type=float, default=0.5, help="the teacher's share of the loss")
 
 
+def add_search_arguments(parser: argparse.ArgumentParser) -> None:
+    """Add the flags that search for a quantization: autoquant and mixed precision."""
+    add = parser.add_argument
+    add(
+        "--auto",
+        action="store_true",
+        help="try cheap ways of quantization first, then dear ones, until --target-drop is met",
+    )
+    add(
+        "--target-drop",
+        type=float,
+        metavar="POINTS",
+        help="the most of the float network's score to lose; without --auto: choose the bits of each layer for it",
+    )
+    add(
+        "--time-budget",
+        metavar="TIME",
+        help="with --auto: stop after so long, e.g. 90s, 20m or 2h, with the best so far",
+    )
+    add(
+        "--hold-back",
+        type=int,
+        default=0,
+        metavar="IMAGES",
+        help="with --auto: judge on training images left out, not on val/",
+    )
+    add(
+        "--budget",
+        metavar="COST=AMOUNT",
+        help="choose the bits of each layer within a budget: bit-operations=60%%, weight-bytes=52.5%% (shares of w8a8's) or "
+        "latency=3.2 (ms)",
+    )
+
+
+def check_search(parsed: argparse.Namespace) -> None:
+    """Refuse flags of ``add_search_arguments`` that do not go together.
+
+    Raises:
+        UserError: some do not.
+    """
+    if parsed.auto and parsed.target_drop is None:
+        raise UserError("--auto climbs until a target is met; give it with --target-drop, e.g. 0.3.")
+    if parsed.auto and parsed.explicit & {"calibration_method", "percentile"}:
+        raise UserError(
+            "--auto tries recipes, which choose ranges themselves; leave out --calibration-method and --percentile."
+        )
+    if parsed.budget is not None and parsed.target_drop is not None:
+        raise UserError("--budget and --target-drop both say when to stop; give one of them.")
+    for flag, given in (("--time-budget", parsed.time_budget), ("--hold-back", parsed.hold_back)):
+        if given and not parsed.auto:
+            raise UserError(f"{flag} belongs to --auto; give that too, or leave this out.")
+    searches = parsed.auto or parsed.budget is not None or parsed.target_drop is not None
+    if searches and (parsed.resume or parsed.evaluate):
+        raise UserError(
+            "a search starts from float weights; give them with --pretrained-from-file, without --resume or --evaluate."
+        )
+    if searches and not parsed.auto and (parsed.quant_spec or parsed.quant_override):
+        raise UserError(
+            "--target-drop and --budget choose the spec of each layer; leave out --quant-spec and --quant-override."
+        )
+
+
+def seconds_of(text: str) -> float:
+    """The seconds of a time such as "90s", "20m" or "2h".
+
+    Raises:
+        UserError: the text is no time above 0.
+    """
+    units = {"s": 1, "m": 60, "h": 3600}
+    try:
+        seconds = float(text[:-1]) * units[text[-1]]
+    except (ValueError, KeyError, IndexError) as error:
+        raise UserError(f"--time-budget {text}: expected a number and a unit, such as 90s, 20m or 2h.") from error
+    if not 0 < seconds < float("inf"):
+        raise UserError(f"--time-budget {text}: a time above 0 is needed.")
+    return seconds
+
+
 def qat_config(parsed: argparse.Namespace) -> QatConfig:
     """Turn the flags of quant_main.py into a QatConfig.
 

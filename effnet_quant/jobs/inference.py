@@ -14,7 +14,7 @@ from effnet_quant.card import InputSpec, ModelCard
 from effnet_quant.checks.tuning import Tuning, tune
 from effnet_quant.checks.verify import Comparison, compare
 from effnet_quant.data.backends import open_loader
-from effnet_quant.data.data_argument import open_validation
+from effnet_quant.data.data_argument import open_sources, open_validation
 from effnet_quant.data.loaders import Loader
 from effnet_quant.data.transforms import evaluation_transform, normalize
 from effnet_quant.engines.engine import Engine, load_engine, usable_precisions
@@ -44,6 +44,33 @@ def validation_loader(data: str, card: ModelCard, spec: InputSpec, batch_size: i
         raise UserError("--batch-size must be at least 1.")
     source = open_validation(data, None if card.classes is None else list(card.classes))
     return open_loader("pytorch", source, evaluation_transform(spec), batch_size, torch.device("cpu"), workers=workers)
+
+
+def training_batches(
+    data: str, card: ModelCard, spec: InputSpec, count: int, batch_size: int, workers: int = 0
+) -> tuple[list[Tensor], list[Tensor]]:
+    """Normalised batches of ``count`` training images, spread evenly over the set, and their labels.
+
+    Raises:
+        UserError: there are no training images, or the card's classes are not the data's.
+    """
+    source, _ = open_sources(data)
+    if card.num_classes is not None and len(source.classes) != card.num_classes:
+        raise UserError(
+            f"{data} has {len(source.classes)} classes, but the model has {card.num_classes}; give its data."
+        )
+    count = min(count, len(source))
+    loader = open_loader(
+        "pytorch",
+        source,
+        evaluation_transform(spec),
+        batch_size,
+        torch.device("cpu"),
+        workers=workers,
+        indices=torch.arange(count) * len(source) // count,
+    )
+    pairs = [(normalize(pixels, spec), labels) for pixels, labels in loader.epoch()]
+    return [images for images, _ in pairs], [labels for _, labels in pairs]
 
 
 def simulate_engine(model: nn.Module, engine: Engine) -> nn.Module:

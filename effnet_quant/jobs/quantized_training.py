@@ -16,6 +16,7 @@ from effnet_quant.errors import UserError
 from effnet_quant.jobs.config import DataConfig, PlaceConfig, StartConfig
 from effnet_quant.jobs.float_training import fit
 from effnet_quant.jobs.run import Run, calibration_loader, open_run
+from effnet_quant.models.weights import Weights
 from effnet_quant.quantization.calibration import collect, report_ranges, set_ranges, track_outputs
 from effnet_quant.quantization.placement.summary import summarize
 from effnet_quant.quantization.qat import (
@@ -86,7 +87,7 @@ def prepare_quantized(run: Run, qat: QatConfig, report: str | Path | None = None
         UserError: a resumed run has no ranges, or calibration finds none.
     """
     if qat.distill:
-        run.trainer.loss = _distilled(run, qat)
+        run.trainer.loss = distilled(run, qat, qat.distill)
     if not has_ranges(run.model):
         if run.began_with is not None:
             raise UserError(
@@ -196,10 +197,10 @@ def _calibration_inputs(run: Run, qat: QatConfig, title: str) -> Iterator[Tensor
         yield normalize(images.to(run.device), run.card.input)
 
 
-def _distilled(run: Run, qat: QatConfig) -> Loss:
-    """The run's loss mixed with the distillation loss of the teacher."""
+def distilled(run: Run, qat: QatConfig, weights: str | Weights) -> Loss:
+    """The run's loss mixed with the distillation loss of a teacher, the same model with float ``weights``."""
     card, config = run.card, run.config
-    teacher = create_model(str(card.arch), card.num_classes, qat.distill, quantized=False, **run.options)
+    teacher = create_model(str(card.arch), card.num_classes, weights, quantized=False, **run.options)
     memory_format = torch.channels_last if config.channels_last else torch.contiguous_format
     teacher = teacher.to(run.device, memory_format=memory_format).eval().requires_grad_(False)  # type: ignore[call-overload]
     if config.compile:

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from effnet_quant.api import Overrides, build, choose_card, left_out
 from effnet_quant.card import HARD_SWISH, ModelCard
@@ -379,9 +379,7 @@ def _loaders(
 def calibration_loader(run: Run, count: int) -> Loader:
     """Load this process's share of ``count`` training images, spread evenly over the set, with the evaluation transform."""
     assert run.train_source is not None and run.card.input is not None
-    available = len(run.train_source)
-    count = min(count, available)
-    chosen = torch.arange(count) * available // count
+    chosen = _spread(torch.arange(len(run.train_source)), count)
     # consecutive shares, because a moving average depends on the order of the images
     share = chosen.tensor_split(run.world.size)[run.world.rank]
     return open_loader(
@@ -395,3 +393,44 @@ def calibration_loader(run: Run, count: int) -> Loader:
         max_bad_images=run.data.max_bad_images,
         indices=share,
     )
+
+
+def hold_back(run: Run, count: int, calibration_images: int) -> Loader:
+    """Load ``count`` training images that ``calibration_loader`` leaves out, and take them out of the run's training.
+
+    Raises:
+        UserError: there are not so many, or they come from shards.
+    """
+    source = run.train_source
+    assert source is not None and run.train is not None and run.card.input is not None and run.config.seed is not None
+    everything = torch.arange(len(source))
+    free = torch.ones(len(source), dtype=torch.bool)
+    free[_spread(everything, calibration_images)] = False
+    if not 0 < count <= int(free.sum()) or isinstance(source, ShardSource):
+        raise UserError(
+            f"{count} images can't be held back: {len(source)} training images, of which {calibration_images} calibrate, "
+            "must leave as many, and shards can't be split; hold fewer back, or give validation images."
+        )
+    held = _spread(everything[free], count)
+    free[:] = True
+    free[held] = False
+    evaluation = evaluation_transform(run.card.input)
+    augmented = training_transform(run.card.input, run.data.augmentation) if source.augmentable else evaluation
+    loader = partial(
+        open_loader,
+        batch_size=run.config.batch_size,
+        device=run.device,
+        workers=run.config.workers,
+        prefetch=run.data.prefetch,
+        max_bad_images=run.data.max_bad_images,
+    )
+    run.train = loader(
+        run.data.backend, source, augmented, indices=everything[free], shuffle=True, seed=run.config.seed
+    )
+    return loader("pytorch", source, evaluation, indices=held)
+
+
+def _spread(positions: Tensor, count: int) -> Tensor:
+    """``count`` of the positions, or all if there are fewer, spread evenly."""
+    count = min(count, len(positions))
+    return positions[torch.arange(count) * len(positions) // count]

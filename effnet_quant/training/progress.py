@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import sys
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from typing import TypeVar
 
 from tqdm import tqdm
@@ -30,3 +30,21 @@ def progress(items: Iterable[T], total: int, title: str, every: int) -> Iterator
         if done % every == 0 or done == total:
             left = (time.monotonic() - start) / done * (total - done)
             print(f"{title}: {done}/{total}, {left:.0f} s left", file=sys.stderr, flush=True)
+
+
+def lines_of_steps(seconds: float = 5.0) -> Callable[[str, int, int], None]:
+    """A function that is told a title and how many of all parts are done. It prints a line at most every ``seconds``."""
+    started: dict[str, float] = {}
+    printed = time.monotonic()
+
+    def show(title: str, done: int, total: int) -> None:
+        nonlocal printed
+        now = time.monotonic()
+        start = started.setdefault(title, now)
+        if now - printed < seconds or not done:
+            return
+        printed = now
+        left = (now - start) / done * (total - done)
+        print(f"{title}: {done}/{total}, {left:.0f} s left", file=sys.stderr, flush=True)
+
+    return show
