@@ -25,6 +25,7 @@ _PUBLIC = {
     "finetune_quantized": "effnet_quant.jobs.quantized_training",
     "list_models": "effnet_quant.models.registry",
     "load_engine": "effnet_quant.engines.engine",
+    "ptq": "effnet_quant.quantization.recipe",
     "quantize": "effnet_quant.quantization.placement.insertion",
     "simulate_target": "effnet_quant.quantization.placement.insertion",
     "train": "effnet_quant.jobs.float_training",

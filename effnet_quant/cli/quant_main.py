@@ -7,10 +7,17 @@ from pathlib import Path
 
 from effnet_quant.cli.arguments import Parser, add_training_arguments
 from effnet_quant.cli.process import run
-from effnet_quant.cli.quantization import add_qat_arguments, add_spec_arguments, asked_overrides, asked_spec, qat_config
+from effnet_quant.cli.quantization import (
+    add_qat_arguments,
+    add_spec_arguments,
+    asked_overrides,
+    asked_spec,
+    check_ptq,
+    qat_config,
+)
 from effnet_quant.errors import UserError
 from effnet_quant.files import check_writable
-from effnet_quant.quantization.choices import CALIBRATION_METHODS, DEFAULT_METHOD, DEFAULT_PERCENTILE
+from effnet_quant.quantization.choices import CALIBRATION_METHODS, DEFAULT_METHOD, DEFAULT_PERCENTILE, PTQ_RECIPES
 from effnet_quant.quantization.targets import TARGETS
 
 
@@ -35,6 +42,11 @@ def build_parser() -> Parser:
         "--percentile", type=float, default=DEFAULT_PERCENTILE, help="percent of magnitudes inside the range"
     )
     parser.add_argument("--calibration-images", type=int, default=512, help="training images to calibrate with")
+    parser.add_argument(
+        "--ptq",
+        metavar="RECIPE",
+        help=f"{', '.join(PTQ_RECIPES)}: quantize without training by this recipe; needs --epochs 0",
+    )
     parser.add_argument("--report", metavar="FILE", help="file for a page of plots of all ranges (.png, .pdf or .svg)")
     return parser
 
@@ -42,6 +54,7 @@ def build_parser() -> Parser:
 def job(arguments: Sequence[str]) -> int:
     """Calibrate and train, or evaluate, as the command line says; returns the exit status."""
     parsed = build_parser().parse(arguments)
+    check_ptq(parsed)
     from effnet_quant.api import has_ranges
     from effnet_quant.cli.training import say_what_is_used, settings, train_or_evaluate
     from effnet_quant.jobs.quantized_training import check_start, prepare_quantized

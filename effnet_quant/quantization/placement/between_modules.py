@@ -52,7 +52,8 @@ def _does(node: fx.Node, kind: Kind) -> bool:
     return node.op in ("call_function", "call_method") and bool(kind_of(node.target) & kind)
 
 
-def _is_size(node: fx.Node) -> bool:
+def is_size(node: fx.Node) -> bool:
+    """Whether the node asks for a value's shape, type or device."""
     asked = node.target is getattr and node.args[1] in ("shape", "ndim", "dtype", "device")
     return asked or (node.op == "call_method" and node.target in ("size", "dim", "numel"))
 
@@ -68,7 +69,7 @@ class _Placement:
         self._constants: set[fx.Node] = set()
         for node in graph.nodes:
             inputs = node.all_input_nodes
-            if node.op == "get_attr" or _is_size(node) or (inputs and self._constants.issuperset(inputs)):
+            if node.op == "get_attr" or is_size(node) or (inputs and self._constants.issuperset(inputs)):
                 self._constants.add(node)
 
     def is_convolution(self, node: fx.Node) -> bool:
