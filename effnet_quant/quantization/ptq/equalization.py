@@ -35,7 +35,7 @@ class Equalization:
     """Scales the channels between the layers of a model, where the float network then computes the same.
 
     Scales pass ReLU, pooling, residual additions, concatenations and the products of squeeze-and-excitation. Through a
-    ReLU6 they pass where the channel stays below its ceiling. They do not pass SiLU or hard-swish, which are not
+    ReLU6 they pass only with ``headroom``. They do not pass SiLU or hard-swish, which are not
     homogeneous. Names and shapes in the state dict stay, and a BatchNorm stays a BatchNorm.
 
     It runs before calibration. A model with nothing to scale stays as it is, and ``context.progress`` gets a note.
@@ -43,12 +43,14 @@ class Equalization:
     Attributes:
         examples: calibration examples to use.
         iterations: steps of Adam in which the scales are found.
-        headroom: channels before a ReLU6 stay below its ceiling divided by this.
+        headroom: channels before a ReLU6 stay below its ceiling divided by this on the examples, and those that do not
+            already keep their scale. None leaves all channels before a ReLU6 as they are: on other images some channels have
+            many times their largest value on the examples, and a raised channel is cut off sooner.
     """
 
     examples: int = 64
     iterations: int = 100
-    headroom: float = 1.25
+    headroom: float | None = None
 
     def __call__(self, model: nn.Module, batches: Sequence[Batch], context: StepContext = DEFAULT_CONTEXT) -> None:
         equalize(model, batches, context, self)
@@ -211,6 +213,9 @@ def _best_scales(
     lowest = torch.full(fixed.shape, -math.log(_LARGEST_SCALE))
     for node in streams.clipped:
         channels = torch.from_numpy(streams.channels[node])
+        if how.headroom is None:
+            fixed[channels] = True
+            continue
         share = seen[node].high.float().cpu() * how.headroom / CEILING
         fixed[channels[share >= 1]] = True
         lowest[channels] = torch.maximum(lowest[channels], share.clamp(min=1e-9).log())
