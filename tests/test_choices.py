@@ -15,7 +15,8 @@ from effnet_quant.card import InputSpec
 from effnet_quant.data.choices import AUGMENTATIONS, INTERPOLATIONS
 from effnet_quant.data.transforms import training_transform
 from effnet_quant.quantization.calibration import METHODS
-from effnet_quant.quantization.choices import CALIBRATION_METHODS
+from effnet_quant.quantization.choices import CALIBRATION_METHODS, DEFAULT_RECIPE, PTQ_RECIPES
+from effnet_quant.quantization.recipe import RECIPES
 from effnet_quant.training.choices import AMP_DTYPES, OPTIMIZERS, SCHEDULES
 from effnet_quant.training.config import TrainConfig
 from effnet_quant.training.optimizers import build_optimizer
@@ -62,3 +63,8 @@ def test_schedules_each_have_a_rate_of_their_own():
     # epoch 30 of 120: a tenth, three quarters, and (1 + cos(pi / 4)) / 2
     rates = [learning_rate(name, 30, base_lr=1.0, epochs=120) for name in SCHEDULES]
     assert rates == pytest.approx([0.1, 0.75, (1 + math.sqrt(0.5)) / 2])
+
+
+def test_ptq_recipes_have_steps():
+    assert list(RECIPES) == list(PTQ_RECIPES)
+    assert DEFAULT_RECIPE in RECIPES and all(callable(step) for steps in RECIPES.values() for step in steps)

@@ -17,13 +17,14 @@ from effnet_quant.cli.quantization import (
     add_spec_arguments,
     asked_overrides,
     asked_spec,
+    check_ptq,
     check_search,
     qat_config,
     seconds_of,
 )
 from effnet_quant.errors import UserError
 from effnet_quant.files import check_writable, create_folder
-from effnet_quant.quantization.choices import CALIBRATION_METHODS, DEFAULT_METHOD, DEFAULT_PERCENTILE
+from effnet_quant.quantization.choices import CALIBRATION_METHODS, DEFAULT_METHOD, DEFAULT_PERCENTILE, PTQ_RECIPES
 from effnet_quant.quantization.targets import TARGETS
 
 if TYPE_CHECKING:
@@ -54,6 +55,11 @@ def build_parser() -> Parser:
     )
     parser.add_argument("--calibration-images", type=int, default=512, help="training images to calibrate with")
     parser.add_argument(
+        "--ptq",
+        metavar="RECIPE",
+        help=f"{', '.join(PTQ_RECIPES)}: quantize without training by this recipe; needs --epochs 0",
+    )
+    parser.add_argument(
         "--report",
         metavar="FILE",
         help="file for a page of plots of all ranges (.png, .pdf or .svg), or a folder for the "
@@ -66,6 +72,7 @@ def job(arguments: Sequence[str]) -> int:
     """Calibrate and train, or evaluate, as the command line says; returns the exit status."""
     parsed = build_parser().parse(arguments)
     check_search(parsed)
+    check_ptq(parsed)
     time_budget = None if parsed.time_budget is None else seconds_of(parsed.time_budget)
     if parsed.auto:
         _default_to_short_training(parsed)
@@ -77,7 +84,7 @@ def job(arguments: Sequence[str]) -> int:
     from effnet_quant.jobs.run import open_run
     from effnet_quant.models.registry import get_entry
     from effnet_quant.quantization.ptq.step import StepContext
-    from effnet_quant.training.progress import lines_of_steps
+    from effnet_quant.training.progress import ProgressLines
 
     said = card_to_start_from(parsed, quantized=True)
     if get_entry(parsed.arch).quantized is False:
@@ -114,7 +121,7 @@ def job(arguments: Sequence[str]) -> int:
         status = train_or_evaluate(ready, parsed)
         if floats is not None and folder is not None and status == 0 and ready.world.is_main:
             page = write_quantization_report(
-                folder, ready, ready.model, ready.card, floats, context=StepContext(progress=lines_of_steps())
+                folder, ready, ready.model, ready.card, floats, context=StepContext(progress=ProgressLines())
             )
             print(f"report: {page}", flush=True)
         return status
@@ -161,7 +168,7 @@ def _auto(
     from effnet_quant.jobs.run import open_run
     from effnet_quant.models.weights import read_weights
     from effnet_quant.quantization.ptq.step import StepContext
-    from effnet_quant.training.progress import lines_of_steps
+    from effnet_quant.training.progress import ProgressLines
     from effnet_quant.training.signals import Interrupted
 
     workspace = Path(asked.place.workspace)
@@ -184,7 +191,7 @@ def _auto(
                 target_drop=parsed.target_drop,
                 time_budget=time_budget,
                 held_back=parsed.hold_back,
-                progress=lines_of_steps(),
+                progress=ProgressLines(),
             )
         except Interrupted as interruption:
             kept = f"; the best so far is {weights}" if weights.is_file() else ", before anything was found"
@@ -195,7 +202,7 @@ def _auto(
         if floats is not None and report is not None and climb.card is not None:
             best = build(climb.card, read_weights(weights), **ready.options)
             page = write_quantization_report(
-                report, ready, best, climb.card, floats, climb=climb, context=StepContext(progress=lines_of_steps())
+                report, ready, best, climb.card, floats, climb=climb, context=StepContext(progress=ProgressLines())
             )
             print(f"report: {page}", flush=True)
     return 0 if climb.reached else 1
@@ -206,11 +213,11 @@ def _with_chosen_bits(parsed: argparse.Namespace, asked: Settings, qat: QatConfi
     from effnet_quant.jobs.bit_choice import choose_bits
     from effnet_quant.jobs.run import open_run
     from effnet_quant.quantization.ptq.assignment_search import Budget
-    from effnet_quant.training.progress import lines_of_steps
+    from effnet_quant.training.progress import ProgressLines
 
     budget = None if parsed.budget is None else Budget.parse(parsed.budget)
     with open_run(asked.card, asked.data, asked.config, asked.place, asked.start, quantized=True) as ready:
-        chosen = choose_bits(ready, qat, target_drop=parsed.target_drop, budget=budget, progress=lines_of_steps())
+        chosen = choose_bits(ready, qat, target_drop=parsed.target_drop, budget=budget, progress=ProgressLines())
     print(chosen, flush=True)
     if not chosen.reached:
         print(

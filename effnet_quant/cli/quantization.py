@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from effnet_quant.errors import UserError
 from effnet_quant.files import is_special
+from effnet_quant.quantization.choices import PTQ_RECIPES
 from effnet_quant.quantization.spec import PRESETS, QuantSpec, resolve_spec
 
 if TYPE_CHECKING:
@@ -141,6 +142,38 @@ def qat_config(parsed: argparse.Namespace) -> QatConfig:
     from effnet_quant.quantization.qat import QatConfig
 
     return QatConfig(**{field.name: getattr(parsed, field.name) for field in fields(QatConfig)})
+
+
+# what --ptq leaves no room for, with the reason
+_NOT_WITH_PTQ = {
+    "calibration_method": "the recipe chooses the ranges",
+    "percentile": "the recipe chooses the ranges",
+    "report": "the page shows the ranges of one calibration method",
+    "evaluate": "it changes the network",
+    "resume": "it starts from float weights; give them with --pretrained-from-file",
+    "gradual_start": "nothing is trained",
+    "follow_ranges": "nothing is trained",
+    "freeze_bn": "nothing is trained",
+    "reestimate_bn": "nothing is trained",
+    "distill": "nothing is trained",
+}
+
+
+def check_ptq(parsed: argparse.Namespace) -> None:
+    """Check that --ptq names a recipe and comes without flags that it excludes.
+
+    Raises:
+        UserError: it does not.
+    """
+    if parsed.ptq is None:
+        return
+    if parsed.ptq not in PTQ_RECIPES:
+        raise UserError(f"--ptq {parsed.ptq}: there is no such recipe; choose one of: {', '.join(PTQ_RECIPES)}.")
+    if parsed.epochs != 0:
+        raise UserError("--ptq quantizes without training; add --epochs 0.")
+    for name, reason in _NOT_WITH_PTQ.items():
+        if name in parsed.explicit:
+            raise UserError(f"--ptq and --{name.replace('_', '-')} exclude each other: {reason}.")
 
 
 def asked_spec(parsed: argparse.Namespace) -> QuantSpec | None:

@@ -42,7 +42,7 @@ def job(arguments: Sequence[str]) -> int:
     from effnet_quant.quantization.ptq.step import StepContext
     from effnet_quant.report.charts import bar_chart
     from effnet_quant.tasks import get_task
-    from effnet_quant.training.progress import lines_of_steps
+    from effnet_quant.training.progress import ProgressLines
 
     if not parsed.arch and parsed.pretrained_from_file:
         from effnet_quant.models.weights import read_weights
@@ -51,7 +51,7 @@ def job(arguments: Sequence[str]) -> int:
     model, card = load_model(parsed)
     assert card.input is not None
     batches, targets = training_batches(parsed.data, card, card.input, parsed.images, parsed.batch_size, parsed.workers)
-    table = sensitivity(model, batches, targets, get_task(card.task), StepContext(progress=lines_of_steps()))
+    table = sensitivity(model, batches, targets, get_task(card.task), StepContext(progress=ProgressLines()))
     print(table)
     if parsed.json:
         replace_file(Path(parsed.json), (json.dumps(table.to_json(), indent=2) + "\n").encode())

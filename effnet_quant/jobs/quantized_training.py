@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -19,6 +20,7 @@ from effnet_quant.jobs.run import Run, calibration_loader, open_run
 from effnet_quant.models.weights import Weights
 from effnet_quant.quantization.calibration import collect, report_ranges, set_ranges, track_outputs
 from effnet_quant.quantization.placement.summary import summarize
+from effnet_quant.quantization.ptq.step import StepContext
 from effnet_quant.quantization.qat import (
     Distillation,
     QatConfig,
@@ -29,12 +31,13 @@ from effnet_quant.quantization.qat import (
     gradual_start,
     reestimate_batch_norm,
 )
+from effnet_quant.quantization.recipe import apply_recipe
 from effnet_quant.report.calibration_page import write_calibration_page
 from effnet_quant.tasks.task import Inputs, Loss, Outputs, Targets
 from effnet_quant.training.callback import Callback
 from effnet_quant.training.config import TrainConfig
 from effnet_quant.training.metrics import Stopwatch, describe
-from effnet_quant.training.progress import progress
+from effnet_quant.training.progress import ProgressLines, progress
 
 
 def finetune_quantized(
@@ -93,7 +96,12 @@ def prepare_quantized(run: Run, qat: QatConfig, report: str | Path | None = None
             raise UserError(
                 "the checkpoint to resume holds no ranges; start from it with --pretrained-from-file to calibrate it."
             )
-        calibrate_run(run, qat, report)
+        if qat.ptq is None:
+            calibrate_run(run, qat, report)
+        else:
+            quantize_run(run, qat)
+    elif qat.ptq is not None:
+        raise UserError("the weights bring their ranges; --ptq starts from float weights.")
     elif run.began_with is None:
         print("the weights bring their ranges: no calibration", flush=True)
     # in this order, because the tracked outputs depend on BatchNorm's statistics
@@ -141,6 +149,33 @@ def calibrate_run(run: Run, qat: QatConfig, report: str | Path | None = None) ->
         metrics |= run.trainer.evaluate(run.val, "calib", "evaluate the calibrated model")
     run.recorder.record({**metrics, "calib.ranges": ranges})
     print(f"calibrated on {images} images: {describe(metrics)}", flush=True)
+    run.trainer.save()
+
+
+@explained_deaths()
+def quantize_run(run: Run, qat: QatConfig) -> None:
+    """Quantize without training by the recipe ``qat.ptq``, with training images; evaluate, and write a checkpoint.
+
+    Args:
+        run: the run.
+        qat: recipe and number of images.
+
+    Raises:
+        UserError: the job has several processes, or the recipe can't use the model or the images.
+    """
+    if run.world.size > 1:
+        raise UserError("--ptq runs in one process; start quant_main.py without multiproc.py.")
+    assert qat.ptq is not None
+    start = time.monotonic()
+    batches = list(_calibration_inputs(run, qat, "calibration images"))
+    seed = run.config.seed if run.config.seed is not None else 0
+    apply_recipe(run.model, batches, qat.ptq, StepContext(seed=seed, progress=ProgressLines()))
+    images = sum(len(batch) for batch in batches)
+    metrics: dict[str, float] = {"calib.images": images, "calib.seconds": time.monotonic() - start}
+    if not run.config.training_only:
+        metrics |= run.trainer.evaluate(run.val, "calib", "evaluate the quantized model")
+    run.recorder.record(metrics)
+    print(f"quantized by the recipe {qat.ptq} with {images} images: {describe(metrics)}", flush=True)
     run.trainer.save()
 
 

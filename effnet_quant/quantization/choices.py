@@ -14,3 +14,6 @@ CALIBRATION_METHODS = {
 # chosen by the table in docs/quantization.md
 DEFAULT_METHOD = "percentile"
 DEFAULT_PERCENTILE = 99.99
+# names of the recipes in recipe.py
+PTQ_RECIPES = ("minmax", "standard", "adaround", "reconstruct")
+DEFAULT_RECIPE = "standard"

@@ -15,6 +15,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from effnet_quant.errors import UserError
 from effnet_quant.quantization.batches import Key, argument_batches
 from effnet_quant.quantization.calibration.methods import DEFAULT_METHOD, calibrator_factory
+from effnet_quant.quantization.choices import PTQ_RECIPES
 from effnet_quant.quantization.eager_evaluation import device_of, eager_pass
 from effnet_quant.quantization.extremes import extremes
 from effnet_quant.quantization.placement.insertion import output_quantizers, quantizers
@@ -31,6 +32,7 @@ class QatConfig:
         calibration_method: a name in calibration.METHODS.
         percentile: share of the magnitudes that the method "percentile" covers, in percent; None for the default.
         calibration_images: number of training images to calibrate with.
+        ptq: a recipe of ``quantization.recipe`` in place of the calibration method; None for calibration alone.
         gradual_start: epochs over which the quantizers are switched on, one after another; 0 for all at once.
         follow_ranges: epochs at the start in which fixed ranges follow the data.
         freeze_bn: the epoch, counted from 0, that freezes BatchNorm's statistics; None for never.
@@ -46,6 +48,7 @@ class QatConfig:
     calibration_method: str = DEFAULT_METHOD
     percentile: float | None = None
     calibration_images: int = 512
+    ptq: str | None = None
     gradual_start: int = 0
     follow_ranges: int = 0
     freeze_bn: int | None = None
@@ -58,6 +61,8 @@ class QatConfig:
         calibrator_factory(self.calibration_method, self.percentile)
         if self.calibration_images < 1:
             raise UserError(f"--calibration-images must be at least 1, not {self.calibration_images}.")
+        if self.ptq is not None and self.ptq not in PTQ_RECIPES:
+            raise UserError(f"--ptq {self.ptq}: there is no such recipe; choose one of: {', '.join(PTQ_RECIPES)}.")
         for name in ("gradual_start", "follow_ranges", "freeze_bn"):
             value = getattr(self, name)
             if value is not None and value < 0:

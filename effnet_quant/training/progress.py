@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import sys
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterable, Iterator
 from typing import TypeVar
 
 from tqdm import tqdm
 
 T = TypeVar("T")
+SECONDS_BETWEEN_LINES = 5.0
 
 
 def progress(items: Iterable[T], total: int, title: str, every: int) -> Iterator[T]:
@@ -32,19 +33,26 @@ def progress(items: Iterable[T], total: int, title: str, every: int) -> Iterator
             print(f"{title}: {done}/{total}, {left:.0f} s left", file=sys.stderr, flush=True)
 
 
-def lines_of_steps(seconds: float = 5.0) -> Callable[[str, int, int], None]:
-    """A function that is told a title and how many of all parts are done. It prints a line at most every ``seconds``."""
-    started: dict[str, float] = {}
-    printed = time.monotonic()
+class ProgressLines:
+    """Shows the parts of long work, one after another, on standard error: how much is done, and how long the rest will take.
 
-    def show(title: str, done: int, total: int) -> None:
-        nonlocal printed
+    Call it with a title, how many items of the part are done, and how many there are. A new title starts a new part.
+
+    Args:
+        seconds: between two lines of a part.
+    """
+
+    def __init__(self, seconds: float = SECONDS_BETWEEN_LINES) -> None:
+        self._seconds = seconds
+        self._title = ""
+        self._start = self._shown = 0.0
+
+    def __call__(self, title: str, done: int, total: int) -> None:
         now = time.monotonic()
-        start = started.setdefault(title, now)
-        if now - printed < seconds or not done:
+        if title != self._title:
+            self._title, self._start, self._shown = title, now, now
+        if done < total and now - self._shown < self._seconds:
             return
-        printed = now
-        left = (now - start) / done * (total - done)
-        print(f"{title}: {done}/{total}, {left:.0f} s left", file=sys.stderr, flush=True)
-
-    return show
+        self._shown = now
+        left = f", {(now - self._start) / done * (total - done):.0f} s left" if done else ""
+        print(f"{title}: {done}/{total}{left}", file=sys.stderr, flush=True)

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from effnet_quant.quantization.calibration.histogram import Histogram, SeenTensors, largest_magnitude
-from effnet_quant.quantization.calibration.weight_ranges import covering_weight_range, mse_weight_range
+from effnet_quant.quantization.calibration.weight_ranges import default_weight_range
 from effnet_quant.quantization.spec import TensorSpec
 
 
@@ -50,7 +50,7 @@ class Calibrator(ABC):
 
         By default, grids of 8 bits or more hold all values; narrower grids minimise the squared error.
         """
-        return covering_weight_range(weight, spec) if spec.bits >= 8 else mse_weight_range(weight, spec)
+        return default_weight_range(weight, spec)
 
     def adopt(self, collected: Calibrator) -> None:
         """Take over what another calibrator has observed. Call it on a new calibrator.

@@ -13,6 +13,11 @@ from effnet_quant.quantization.spec import TensorSpec
 _CANDIDATES = 100
 
 
+def default_weight_range(weight: Tensor, spec: TensorSpec) -> tuple[Tensor, Tensor]:
+    """The range that holds all values on grids of 8 bits or more, and the one of the smallest squared error on others."""
+    return covering_weight_range(weight, spec) if spec.bits >= 8 else mse_weight_range(weight, spec)
+
+
 def covering_weight_range(weight: Tensor, spec: TensorSpec) -> tuple[Tensor, Tensor]:
     """Both ends of the ranges that hold all values of a weight tensor, in the shape of its ``amax``."""
     dims, keep = shared_dims(weight, spec)

@@ -52,14 +52,15 @@ def _does(node: fx.Node, kind: Kind) -> bool:
     return node.op in ("call_function", "call_method") and bool(kind_of(node.target) & kind)
 
 
-def _is_size(node: fx.Node) -> bool:
+def is_size(node: fx.Node) -> bool:
+    """Whether the node asks for a value's shape, type or device."""
     asked = node.target is getattr and node.args[1] in ("shape", "ndim", "dtype", "device")
     return asked or (node.op == "call_method" and node.target in ("size", "dim", "numel"))
 
 
 def _value_users(node: fx.Node) -> list[fx.Node]:
     """The nodes that use the node's values; others ask for its size alone."""
-    return [user for user in node.users if not _is_size(user)]
+    return [user for user in node.users if not is_size(user)]
 
 
 def _is_number(node: fx.Node) -> bool:
@@ -81,7 +82,7 @@ class _Placement:
             inputs = node.all_input_nodes
             if (
                 node.op == "get_attr"
-                or _is_size(node)
+                or is_size(node)
                 or _is_number(node)
                 or (inputs and self._constants.issuperset(inputs))
             ):

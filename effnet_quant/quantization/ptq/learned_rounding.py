@@ -46,6 +46,7 @@ def learn_rounding(
     batches = checked_batches(model, batches)
     if not any(quantizer.enabled for _, quantizer in quantizers(model)):
         raise UserError("the model has no ranges yet; call calibrate(model, batches) first.")
+    title = "layers rounded" if single_layers else "blocks reconstructed"
     device = device_of(model)
     blocks = cut_blocks(model, batches[0], single_layers=single_layers)
     kept = None if context.folder is None else _folder(model, batches, context, learning, single_layers)
@@ -56,7 +57,7 @@ def learn_rounding(
     rounded.values = dict(floats.values)
     with eager_pass(model):
         for number, block in enumerate(blocks):
-            context.progress(block.name, number, len(blocks))
+            context.progress(title, number, len(blocks))
             with _in_float(block):
                 wanted = floats.run(block, device)
             file = None if kept is None else kept / f"block-{number:03}.safetensors"
@@ -72,7 +73,7 @@ def learn_rounding(
             given = rounded.run(block, device)
             floats.advance(number, wanted)
             rounded.advance(number, given)
-        context.progress(blocks[-1].name, len(blocks), len(blocks))
+        context.progress(title, len(blocks), len(blocks))
 
 
 def _arguments(blocks: Sequence[Block]) -> tuple[str, ...]:
