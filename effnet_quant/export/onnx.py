@@ -113,7 +113,10 @@ def build_onnx(
     if card == ModelCard():  # nothing was said
         card = card_of(model)
         if card.input is not None and image_size is not None:
-            card = replace(card, input=card.input.resized(image_size))
+            fits = card.input.channels == image_channels(
+                model, image_size
+            )  # else its mean and std are another network's
+            card = replace(card, input=card.input.resized(image_size) if fits else None)
     card = replace(card, target=rules.name, float_operations=left)
     known = get_task(card.task).output_names if inputs is None else ()
     proto = _write(run_passes(traced, rules, options), described, rules, options, quantized, known)

@@ -98,7 +98,8 @@ def ptq(
         batches: calibration examples, as ``calibrate`` takes them. They are kept in memory.
         spec: a preset's name, a QuantSpec or a mapping, as ``quantize`` takes it.
         target: the runtime to quantize for.
-        recipe: "minmax", "standard", "adaround", "reconstruct", or a list of steps of ``quantization.ptq``, which run in turn.
+        recipe: "minmax", "standard", "adaround", "reconstruct", or a list of steps of ``quantization.ptq``, which run in
+            turn.
         seed: of everything random.
         folder: where large activations and finished blocks are kept; None for the folder for temporary files.
         progress: called with the title of a part, and how much of it is done: ``progress("calibration", 3, 8)``.

@@ -48,7 +48,7 @@ def test_a_recipe_writes_a_checkpoint_that_exports(run_script, image_folder, wei
 @pytest.mark.parametrize(
     ("flags", "message"),
     [
-        ("--ptq best", "--ptq best: there is no such recipe; choose one of: minmax, standard."),
+        ("--ptq best", "--ptq best: there is no such recipe; choose one of: minmax, standard, adaround, reconstruct."),
         ("--ptq standard --epochs 2", "--ptq quantizes without training; add --epochs 0."),
         (
             "--ptq standard --percentile 99.9",
