@@ -27,13 +27,11 @@ from effnet_quant.jobs.float_training import fit
 from effnet_quant.jobs.quantized_training import distilled, prepare_quantized
 from effnet_quant.jobs.run import Run, calibration_loader, hold_back
 from effnet_quant.models.weights import Weights, load_weights, write_weights
-from effnet_quant.quantization.calibration import calibrate, track_outputs
-from effnet_quant.quantization.eager_evaluation import Batch
-from effnet_quant.quantization.ptq.adaptive_rounding import AdaptiveRounding
+from effnet_quant.quantization.calibration import track_outputs
 from effnet_quant.quantization.ptq.mixed_precision import mixed_precision
-from effnet_quant.quantization.ptq.reconstruction import Reconstruction
-from effnet_quant.quantization.ptq.step import DEFAULT_CONTEXT, Step, StepContext, batches_on
+from effnet_quant.quantization.ptq.step import Step, StepContext
 from effnet_quant.quantization.qat import QatConfig
+from effnet_quant.quantization.recipe import RECIPES
 from effnet_quant.quantization.spec import FLOAT, QuantSpec, resolve_spec
 from effnet_quant.tasks import get_task
 from effnet_quant.training.callback import Callback
@@ -42,28 +40,6 @@ from effnet_quant.training.signals import Interrupted, SignalWatch
 WEIGHTS, ENGINE, TABLE = "autoquant.safetensors", "autoquant.onnx", "autoquant.json"
 
 
-@dataclass(frozen=True)
-class Calibration:
-    """The first step of a recipe: every range by the default method."""
-
-    def __call__(self, model: nn.Module, batches: Sequence[Batch], context: StepContext = DEFAULT_CONTEXT) -> None:
-        """Set the ranges of ``model`` in place; see ``Step``."""
-        total, done = sum(examples for _, examples in batches_on(model, batches)), 0
-
-        def after_batch(examples: int) -> None:
-            nonlocal done
-            done += examples
-            context.progress("calibrate", done, total)
-
-        calibrate(model, batches, progress=after_batch)
-
-
-# from cheap to dear
-RECIPES: dict[str, tuple[Step, ...]] = {
-    "minmax": (Calibration(),),
-    "adaround": (Calibration(), AdaptiveRounding()),
-    "reconstruct": (Calibration(), Reconstruction()),
-}
 MIXED, QAT = "mixed precision", "QAT with distillation"
 # Without w8a16: no CPU runtime has integer kernels for it, so a layer in float is as fast and loses less.
 MIXED_CANDIDATES = ("w4a8", "w8a8", FLOAT)
@@ -280,7 +256,7 @@ class _Climber:
             how = "the simulation, because TensorRT is not installed"
         self.state = Climb(target_drop, self._judge.float, f"{score.title} {score.unit}", f"{where}, {how}")
         self._best: tuple[float, float] | None = None
-        self._steps: tuple[Step, ...] = (Calibration(),)  # of the best recipe
+        self._steps: tuple[Step, ...] = RECIPES["minmax"]  # of the best recipe
         self._start: nn.Module | None = None  # the best network on the run's own grids, from which QAT starts
 
     def climb(self, rungs: Sequence[tuple[str, Callable[[], _Made]]]) -> Climb:

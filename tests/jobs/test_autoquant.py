@@ -17,12 +17,13 @@ from effnet_quant.card import InputSpec
 from effnet_quant.data.arrays import DigitsSource
 from effnet_quant.data.loaders import Loader
 from effnet_quant.data.transforms import evaluation_transform, normalize
-from effnet_quant.jobs.autoquant import ENGINE, TABLE, WEIGHTS, Calibration, autoquant
+from effnet_quant.jobs.autoquant import ENGINE, TABLE, WEIGHTS, autoquant
 from effnet_quant.jobs.config import DataConfig, PlaceConfig, StartConfig
 from effnet_quant.jobs.run import calibration_loader, hold_back, open_run
 from effnet_quant.models.registry import get_entry
 from effnet_quant.models.weights import read_weights, write_weights
 from effnet_quant.quantization.ptq.adaptive_rounding import AdaptiveRounding
+from effnet_quant.quantization.ptq.calibration_choice import Calibration
 from effnet_quant.quantization.qat import QatConfig
 from effnet_quant.quantization.spec import resolve_spec
 
@@ -91,6 +92,7 @@ def test_the_first_network_that_meets_the_target_ends_the_climb(weights, tmp_pat
     assert not [path for path in tmp_path.iterdir() if path.name.startswith(".")]
 
 
+@pytest.mark.slow
 def test_an_unreachable_target_climbs_to_the_top_and_keeps_the_best(weights, tmp_path):
     with opened(weights, tmp_path, "w4a8", epochs=1) as run:
         climb = autoquant(
@@ -98,7 +100,7 @@ def test_an_unreachable_target_climbs_to_the_top_and_keeps_the_best(weights, tmp
             QAT,
             tmp_path,
             target_drop=0.0,
-            recipes={"minmax": (Calibration(),), "short": (Calibration(), AdaptiveRounding(3))},
+            recipes={"minmax": (Calibration("percentile"),), "short": (Calibration("percentile"), AdaptiveRounding(3))},
         )
     names = [tried.name for tried in climb.tried]
     assert names == ["minmax", "short", "mixed precision", "QAT with distillation"][: len(names)]
@@ -131,7 +133,7 @@ def test_time_that_is_over_keeps_what_was_found(weights, tmp_path, monkeypatch):
             tmp_path,
             target_drop=0.0,
             time_budget=1800,
-            recipes={"minmax": (Calibration(),), "slow": (slow,), "never": ()},
+            recipes={"minmax": (Calibration("percentile"),), "slow": (slow,), "never": ()},
         )
     assert climb.ended == "the time budget is spent"
     assert [tried.note for tried in climb.tried] == ["", "the time was over"]
@@ -144,7 +146,9 @@ def test_a_step_that_fails_is_noted_and_the_climb_goes_on(weights, tmp_path):
         raise UserError("there is nothing to equalize.")
 
     with opened(weights, tmp_path, "w8a8") as run:
-        climb = autoquant(run, QAT, tmp_path, target_drop=5.0, recipes={"fails": (fails,), "minmax": (Calibration(),)})
+        climb = autoquant(
+            run, QAT, tmp_path, target_drop=5.0, recipes={"fails": (fails,), "minmax": (Calibration("percentile"),)}
+        )
     assert [tried.note for tried in climb.tried] == ["there is nothing to equalize.", ""]
     assert climb.best == "minmax"
 

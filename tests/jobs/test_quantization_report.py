@@ -27,6 +27,7 @@ def weights(tmp_path_factory):
     return path
 
 
+@pytest.mark.slow
 def test_the_report_of_a_calibration(run_script, image_folder, weights, tmp_path):
     flags = ["--report", tmp_path / "report", "--target", "openvino", "--quant-override", "conv1=float"]
     command = [*NETWORK, "--pretrained-from-file", weights, "--workspace", tmp_path, *flags]

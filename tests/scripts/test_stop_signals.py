@@ -23,6 +23,7 @@ def stage(tmp_path_factory):
     return folder
 
 
+@pytest.mark.slow
 def test_three_phases_end_on_sigterm(stage):
     with ThreadPoolExecutor() as pool:
         stops = [
@@ -89,7 +90,7 @@ def test_a_main_thread_that_does_not_react_is_ended(start_process, repository, t
 
 def test_a_main_thread_that_reacts_has_its_time(start_process, repository, tmp_path):
     stuck = """
-    time.sleep(1)
+    time.sleep(2.2)
     print("waited longer than the limit", flush=True)
     try:
         time.sleep(60)
@@ -98,7 +99,7 @@ def test_a_main_thread_that_reacts_has_its_time(start_process, repository, tmp_p
         print("cleaned up", flush=True)
 """
     with start(
-        start_process, tmp_path, repository, stuck.strip(), FAST.replace("0.2, 0.4, 1.0", "5, 5, 0.8")
+        start_process, tmp_path, repository, stuck.strip(), FAST.replace("0.2, 0.4, 1.0", "5, 5, 2.0")
     ) as process:
         assert process.stdout.readline() == "waited longer than the limit\n"
         process.send_signal(signal.SIGTERM)
