@@ -59,7 +59,9 @@ def stopping() -> Iterator[None]:
         yield
     except Stopped:
         raise  # the thread stays: what follows must end too
-    except BaseException:
+    except BaseException as error:
+        if watch.raised is not None:  # an import that is interrupted may fail in any way
+            raise watch.raised from error
         watch.end()
         raise
     watch.end()
@@ -118,7 +120,7 @@ class _Watch:
     def __init__(self) -> None:
         self._process = os.getpid()
         self._main = threading.get_ident()
-        self._raised = False
+        self.raised: Stopped | None = None  # by the handler, if it was called
         self._read, self._write = os.pipe()
         os.set_blocking(self._write, False)
         self._previous_fd = -1
@@ -137,9 +139,9 @@ class _Watch:
 
     def handle(self, number: int, frame: FrameType | None) -> None:
         if os.getpid() == self._process:  # a child has this handler until it sets its own
-            self._raised = True
+            self.raised = Stopped(number)
             end_children()  # what is left on the way out would wait for them
-            raise Stopped(number)
+            raise self.raised
 
     def _watch(self) -> None:
         noted = 0  # the first signal
@@ -163,7 +165,7 @@ class _Watch:
             counted += now - before
             if counted > _LIMIT_SECONDS:
                 end_process(Stopped(noted))
-            if kicks and counted > kicks[0] and (kicks.pop(0) == _INSIST_SECONDS or not self._raised):
+            if kicks and counted > kicks[0] and (kicks.pop(0) == _INSIST_SECONDS or self.raised is None):
                 signal.pthread_kill(self._main, noted)
 
     def _is_mine(self, number: int) -> bool:

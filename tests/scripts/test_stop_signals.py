@@ -108,6 +108,21 @@ def test_a_main_thread_that_reacts_has_its_time(start_process, repository, tmp_p
     assert err.count("stopped by SIGTERM") == 1
 
 
+def test_what_fails_because_of_the_signal_is_no_traceback(start_process, repository, tmp_path):
+    """Importing NumPy, for one, swallows the exception and then fails in another way."""
+    stuck = """
+    try:
+        time.sleep(60)
+    except BaseException:
+        pass
+    raise RecursionError("half an import")
+"""
+    with start(start_process, tmp_path, repository, stuck.strip()) as process:
+        process.send_signal(signal.SIGTERM)
+        _, err = process.communicate(timeout=30)
+    assert (process.returncode, err) == (143, "stopped by SIGTERM; no file is left half-written\n")
+
+
 def test_a_second_signal_ends_at_once(start_process, repository, tmp_path):
     change = "stopping.SAME_REQUEST_SECONDS, stopping._LIMIT_SECONDS = 0.3, 60"
     with start(
