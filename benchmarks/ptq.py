@@ -29,10 +29,10 @@ import numpy as np
 import torch
 from calibration_default import NETWORKS, Experiment, experiment
 from cifar_calibration import ARCHIVE, MODEL, WEIGHTS, decibels, logits_of
-from effnet_quant.quantization.recipe import RECIPES
 from torch import Tensor, nn
 
 from effnet_quant import export_onnx, load_engine, ptq
+from effnet_quant.quantization.recipe import RECIPES
 from effnet_quant.quantization.targets import TARGETS
 
 Measured = tuple[Callable[[Tensor], Tensor], str, int | None]  # logits, "engine" or "simulation", bytes of the file
