@@ -89,10 +89,11 @@ def test_a_main_thread_that_does_not_react_is_ended(start_process, repository, t
 
 
 def test_a_main_thread_that_reacts_has_its_time(start_process, repository, tmp_path):
+    # the line is printed within the block: the signal may arrive as soon as it is read
     stuck = """
     time.sleep(2.2)
-    print("waited longer than the limit", flush=True)
     try:
+        print("waited longer than the limit", flush=True)
         time.sleep(60)
     finally:
         time.sleep(0.3)
