@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import replace
 from typing import Any, Literal, Protocol
 
@@ -32,8 +34,8 @@ class TensorQuantizer(FollowsTarget, nn.Module):
       Affine grids have a second entry, ``_amin``, the lower end. A fixed range is a buffer, a learned one a parameter.
     - "weight": the weights of a layer, with the same entries.
     - "output": the output of a layer before the activation, which ONNX Runtime's integer layers write in 8 bits. The range
-      holds all that calibration saw. State dicts have the range as ``_low`` and ``_high`` once it is known, so a new
-      network has NVIDIA's names only.
+      that calibration sets holds all values it saw; later steps may narrow it. State dicts have the range as ``_low`` and
+      ``_high`` once it is known, so a new network has NVIDIA's names only.
     - "gate": the factor that SiLU and hard-swish multiply their input by. The range is 0 to 1 and in no state dict.
 
     Outputs and gates are rounded in eval mode only, so they cost training nothing.
@@ -222,6 +224,20 @@ class TensorQuantizer(FollowsTarget, nn.Module):
             if self.amin is not None:
                 ends = f"amin={_extent(self.amin)}, {ends}"
         return f"{self.spec}, {ends}" + ("" if self.enabled and self.simulated else ", off")
+
+
+@contextmanager
+def in_float(module: nn.Module) -> Iterator[None]:
+    """Within the block no quantizer of the module rounds."""
+    found = [each for each in module.modules() if isinstance(each, TensorQuantizer)]
+    before = [quantizer.enabled for quantizer in found]
+    try:
+        for quantizer in found:
+            quantizer.enabled = False
+        yield
+    finally:
+        for quantizer, enabled in zip(found, before, strict=True):
+            quantizer.enabled = enabled
 
 
 class _Tracker:

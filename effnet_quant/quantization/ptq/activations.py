@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, fx
 
 from effnet_quant.errors import UserError
 from effnet_quant.quantization.ptq.blocks import Block
@@ -80,21 +80,42 @@ class Cut:
     def __len__(self) -> int:
         return len(next(iter(self.values.values())))
 
-    def enter(self, names: tuple[str, ...], batches: Iterable[tuple[Any, ...]], total: int) -> None:
-        """Take the model's arguments, those that blocks use."""
+    def enter(self, graph: fx.Graph, batches: Iterable[tuple[tuple[Any, ...], int]], total: int) -> None:
+        """Take the model's arguments, those that its graph uses.
+
+        Args:
+            graph: of the model.
+            batches: arguments and number of examples of each batch.
+            total: examples of all batches.
+
+        Raises:
+            UserError: an argument is no tensor with one entry per example, or the disk is full.
+        """
+        places = [node for node in graph.nodes if node.op == "placeholder"]
         start = 0
-        for arguments in batches:
-            length = 0
-            for name, value in zip(names, arguments, strict=True):
-                if name not in self.values:
-                    self.values[name] = self.store.empty((total, *value.shape[1:]), value.dtype)
-                self.values[name][start : start + len(value)] = value.cpu()
-                length = len(value)
-            start += length
+        for arguments, examples in batches:
+            for place, value in zip(places, arguments, strict=False):  # the others have their defaults
+                if not place.users:
+                    continue
+                if not isinstance(value, Tensor) or value.dim() == 0 or len(value) != examples:
+                    raise UserError(
+                        f"the model's argument '{place.target}' is no tensor with one entry per example, so the model can't "
+                        "be run in blocks; use the recipe 'minmax', which needs no blocks."
+                    )
+                if place.name not in self.values:
+                    self.values[place.name] = self.store.empty((total, *value.shape[1:]), value.dtype)
+                self.values[place.name][start : start + examples] = value.cpu()
+            start += examples
 
     def pick(self, block: Block, rows: Tensor | slice, device: torch.device) -> list[Tensor]:
-        """The block's inputs for some of the examples."""
-        return [self.values[name][rows].to(device) for name in block.inputs]
+        """Copies of the block's inputs for some of the examples. A block may change them in place."""
+        return [self.copy(name, rows, device) for name in block.inputs]
+
+    def copy(self, name: str, rows: Tensor | slice, device: torch.device) -> Tensor:
+        """A copy of one value for some of the examples."""
+        value = self.values[name]
+        found = value[rows].to(device)
+        return found.clone() if found.untyped_storage().data_ptr() == value.untyped_storage().data_ptr() else found
 
     @torch.no_grad()
     def run(self, block: Block, device: torch.device) -> Values:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -11,8 +11,9 @@ import torch
 from torch import Tensor, nn
 
 from effnet_quant.quantization.eager_evaluation import Batch
-from effnet_quant.quantization.ptq.block_walk import bias_owner, in_float, walk_blocks
-from effnet_quant.quantization.ptq.step import DEFAULT_CONTEXT, StepContext
+from effnet_quant.quantization.ptq.block_walk import Stop, bias_owner, walk_blocks
+from effnet_quant.quantization.ptq.step import DEFAULT_CONTEXT, StepContext, checked_batches
+from effnet_quant.quantization.quantizer import in_float
 
 
 @dataclass(frozen=True)
@@ -32,20 +33,25 @@ class BiasCorrection:
 
     @torch.no_grad()
     def __call__(self, model: nn.Module, batches: Sequence[Batch], context: StepContext = DEFAULT_CONTEXT) -> None:
-        for stop in walk_blocks(model, batches, context, "bias correction", self.examples):
-            layers = [model.get_submodule(name) for name in stop.block.layers]
-            owners = [bias_owner(model, stop.block, layer) for layer in layers]
-            owners = [owner for owner in owners if isinstance(getattr(owner, "bias", None), Tensor)]
-            if not owners:
-                continue
-            with _means(owners) as wanted, in_float(stop.block):
-                stop.floats.run(stop.block, stop.device)
-            for owner in owners:
-                with _means([owner]) as given:
-                    stop.given()
-                bias = owner.bias
-                assert isinstance(bias, Tensor)
-                bias.add_((wanted[owner].mean - given[owner].mean).to(bias.dtype))
+        batches = checked_batches(model, batches)
+        with closing(walk_blocks(model, batches, context, "bias correction", most_examples=self.examples)) as stops:
+            for stop in stops:
+                _correct(model, stop)
+
+
+def _correct(model: nn.Module, stop: Stop) -> None:
+    owners = [bias_owner(stop.block, model.get_submodule(name)) for name in stop.block.layers]
+    owners = [owner for owner in owners if isinstance(getattr(owner, "bias", None), Tensor)]
+    if not owners:
+        return
+    with _means(owners) as wanted, in_float(stop.block.module):
+        stop.floats.run(stop.block, stop.device)
+    for owner in owners:
+        with _means([owner]) as given:
+            stop.given()
+        bias = owner.bias
+        assert isinstance(bias, Tensor)
+        bias.add_((wanted[owner].mean - given[owner].mean).to(bias.dtype))
 
 
 @dataclass

@@ -15,7 +15,7 @@ from effnet_quant.quantization.ptq.activation_rounding import Drops, LearningAct
 from effnet_quant.quantization.ptq.activations import Cut, Values
 from effnet_quant.quantization.ptq.blocks import Block
 from effnet_quant.quantization.ptq.soft_rounding import SoftRounding
-from effnet_quant.quantization.quantizer import Role, TensorQuantizer
+from effnet_quant.quantization.quantizer import TensorQuantizer
 
 _SMALLEST_ENERGY = 1e-12  # of outputs that are all zero
 _BETA = (20.0, 2.0)  # start and end of AdaRound's exponent
@@ -49,11 +49,6 @@ class Learning:
     pull: float = 0.1
     warm_up: float = 0.2
     settle: float = 0.0
-
-
-def block_quantizers(block: Block, *roles: Role) -> list[TensorQuantizer]:
-    """The block's quantizers of these roles."""
-    return [module for module in block.module.modules() if isinstance(module, TensorQuantizer) and module.role in roles]
 
 
 def learn_block(
@@ -101,7 +96,7 @@ class _Learner:
         self._drops = Drops(learning.drop, generator)
         self._activations = [
             LearningActivation(quantizer, self._drops)
-            for quantizer in block_quantizers(block, "input", "output")
+            for quantizer in block.quantizers("input", "output")
             if quantizer.rounds
         ]
         self._biases = list(_biases(block)) if learning.bias_rate else []

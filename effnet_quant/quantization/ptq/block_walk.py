@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Generator, Sequence
 from dataclasses import dataclass
+from itertools import accumulate
 
 import torch
 from torch import Tensor, nn
@@ -12,9 +12,9 @@ from torch import Tensor, nn
 from effnet_quant.quantization.biases import FoldedBatchNorm2d
 from effnet_quant.quantization.eager_evaluation import Batch, device_of, eager_pass
 from effnet_quant.quantization.ptq.activations import ActivationStore, Cut, Values, last_uses
-from effnet_quant.quantization.ptq.blocks import Block, cut_blocks
-from effnet_quant.quantization.ptq.step import StepContext, batches_on, checked_batches
-from effnet_quant.quantization.quantizer import TensorQuantizer
+from effnet_quant.quantization.ptq.blocks import Block, cut_blocks, traced_graph
+from effnet_quant.quantization.ptq.step import StepContext, batches_on
+from effnet_quant.quantization.quantizer import in_float
 
 
 @dataclass
@@ -22,6 +22,7 @@ class Stop:
     """A block on the way, with what enters it.
 
     Attributes:
+        number: of the block, from 0.
         block: the block, usually of one layer.
         floats: the values of the float network before the block.
         rounded: those of the quantized network, whose earlier blocks the step has changed.
@@ -29,6 +30,7 @@ class Stop:
         device: of the model.
     """
 
+    number: int
     block: Block
     floats: Cut
     rounded: Cut
@@ -41,40 +43,47 @@ class Stop:
 
 
 def walk_blocks(
-    model: nn.Module, batches: Sequence[Batch], context: StepContext, title: str, most_examples: int
-) -> Iterator[Stop]:
-    """Stop at every block of a model, in order. Change the block's quantizers and biases before taking the next.
+    model: nn.Module,
+    batches: Sequence[Batch],
+    context: StepContext,
+    title: str,
+    *,
+    single_layers: bool = True,
+    most_examples: int | None = None,
+    run_size: int = 64,
+) -> Generator[Stop]:
+    """Stop at every block of a model, in order. Change the block's quantizers, weights and biases before the next stop.
+
+    The model is in eval mode until the walk ends; close the iterator if an error ends it.
 
     Args:
         model: quantized and calibrated.
-        batches: calibration examples.
+        batches: calibration examples, as ``checked_batches`` gives them.
         context: gets the progress.
         title: of the progress.
-        most_examples: examples to use; the first ones.
+        single_layers: stop at every layer.
+        most_examples: examples to use, the first ones; None for all.
+        run_size: examples that run through a block at a time.
 
     Raises:
-        UserError: as ``checked_batches`` and ``cut_blocks`` raise it.
+        UserError: the model can't be cut, an argument has no examples, or the disk is full.
     """
-    batches = checked_batches(model, batches)
-    blocks = cut_blocks(model, batches[0], single_layers=True)
-    arguments, total = [], 0
-    for given, examples in batches_on(model, batches):
-        if total >= most_examples:
-            break
-        arguments.append(given)
-        total += examples
+    blocks = cut_blocks(model, batches[0], single_layers=single_layers)
+    lengths = [examples for _, examples in batches_on(model, batches)]
+    used = [0, *accumulate(lengths)]
+    taken = sum(most_examples is None or start < most_examples for start in used[:-1])
     store, uses = ActivationStore(context.memory, context.folder), last_uses(blocks)
-    batch_size = max(1, min(64, total))
-    floats, rounded = (Cut(store, batch_size, uses) for _ in range(2))
-    floats.enter(_argument_names(blocks), arguments, total)
+    size = max(1, min(run_size, used[taken]))
+    floats, rounded = (Cut(store, size, uses) for _ in range(2))
+    floats.enter(traced_graph(model), batches_on(model, batches[:taken]), used[taken])
     rounded.values = dict(floats.values)
     device = device_of(model)
     with eager_pass(model):
         for number, block in enumerate(blocks):
             context.progress(title, number, len(blocks))
-            with in_float(block):
+            with in_float(block.module):
                 wanted = floats.run(block, device)
-            stop = Stop(block, floats, rounded, wanted, device)
+            stop = Stop(number, block, floats, rounded, wanted, device)
             yield stop
             floats.advance(number, wanted)
             if number + 1 < len(blocks):
@@ -82,44 +91,12 @@ def walk_blocks(
     context.progress(title, len(blocks), len(blocks))
 
 
-def quantizers_of(block: Block, *roles: str) -> list[TensorQuantizer]:
-    """The quantizers of a block that round now and have one of these roles, in the order in which they run."""
-    found: dict[TensorQuantizer, None] = {}
-    for node in block.module.graph.nodes:
-        if node.op == "call_module":
-            called = block.module.get_submodule(str(node.target))
-            found |= {module: None for module in called.modules() if isinstance(module, TensorQuantizer)}
-    return [quantizer for quantizer in found if quantizer.rounds and quantizer.role in roles]
-
-
-@contextmanager
-def in_float(block: Block) -> Iterator[None]:
-    """Within it the block computes in float."""
-    found = [module for module in block.module.modules() if isinstance(module, TensorQuantizer) and module.enabled]
-    try:
-        for quantizer in found:
-            quantizer.enabled = False
-        yield
-    finally:
-        for quantizer in found:
-            quantizer.enabled = True
-
-
-def bias_owner(model: nn.Module, block: Block, layer: nn.Module) -> nn.Module:
+def bias_owner(block: Block, layer: nn.Module) -> nn.Module:
     """The module whose bias is added to the layer's sums last: the BatchNorm that engines fold into it, or the layer."""
     for module in block.module.modules():
         if isinstance(module, FoldedBatchNorm2d) and module._layer[0] is layer:
             return module
     return layer
-
-
-def _argument_names(blocks: Sequence[Block]) -> tuple[str, ...]:
-    made: set[str] = set()
-    needed: list[str] = []
-    for block in blocks:
-        needed += [name for name in block.inputs if name not in made and name not in needed]
-        made.update(block.outputs)
-    return tuple(needed)
 
 
 def relative_error(given: Tensor, wanted: Tensor) -> float:

@@ -18,6 +18,7 @@ from effnet_quant.errors import UserError
 from effnet_quant.quantization.eager_evaluation import Batch, device_of, eager_pass, model_arguments
 from effnet_quant.quantization.operation_kinds import Kind, kind_of, kind_of_base
 from effnet_quant.quantization.placement.symbolic_trace import called_module, trace_operations
+from effnet_quant.quantization.quantizer import Role, TensorQuantizer
 
 LARGEST = 8  # layers; a longer stretch is cut between its layers
 
@@ -39,6 +40,15 @@ class Block:
     inputs: tuple[str, ...]
     outputs: tuple[str, ...]
     module: fx.GraphModule
+
+    def quantizers(self, *roles: Role) -> list[TensorQuantizer]:
+        """The block's quantizers of these roles, in the order in which they run."""
+        found: dict[TensorQuantizer, None] = {}
+        for node in self.module.graph.nodes:
+            if node.op == "call_module":
+                called = self.module.get_submodule(str(node.target))
+                found |= {module: None for module in called.modules() if isinstance(module, TensorQuantizer)}
+        return [quantizer for quantizer in found if quantizer.role in roles]
 
 
 def traced_graph(model: nn.Module) -> fx.Graph:

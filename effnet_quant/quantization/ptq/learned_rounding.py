@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
+from contextlib import closing
 from pathlib import Path
 
 import torch
@@ -13,11 +13,11 @@ from torch import Tensor, nn
 
 from effnet_quant.errors import UserError
 from effnet_quant.files import create_folder, replace_file
-from effnet_quant.quantization.eager_evaluation import Batch, device_of, eager_pass
+from effnet_quant.quantization.eager_evaluation import Batch
 from effnet_quant.quantization.placement.insertion import quantizers
-from effnet_quant.quantization.ptq.activations import ActivationStore, Cut, last_uses
-from effnet_quant.quantization.ptq.block_learning import Learning, block_quantizers, learn_block
-from effnet_quant.quantization.ptq.blocks import Block, cut_blocks
+from effnet_quant.quantization.ptq.block_learning import Learning, learn_block
+from effnet_quant.quantization.ptq.block_walk import Stop, walk_blocks
+from effnet_quant.quantization.ptq.blocks import Block
 from effnet_quant.quantization.ptq.step import StepContext, batches_on, checked_batches
 from effnet_quant.quantization.quantizer import TensorQuantizer
 
@@ -47,68 +47,31 @@ def learn_rounding(
     if not any(quantizer.enabled for _, quantizer in quantizers(model)):
         raise UserError("the model has no ranges yet; call calibrate(model, batches) first.")
     title = "layers rounded" if single_layers else "blocks reconstructed"
-    device = device_of(model)
-    blocks = cut_blocks(model, batches[0], single_layers=single_layers)
     kept = None if context.folder is None else _folder(model, batches, context, learning, single_layers)
-    store, uses = ActivationStore(context.memory, context.folder), last_uses(blocks)
-    floats, rounded = (Cut(store, _RUN_SIZE, uses) for _ in range(2))
-    total = sum(examples for _, examples in batches_on(model, batches))
-    floats.enter(_arguments(blocks), (arguments for arguments, _ in batches_on(model, batches)), total)
-    rounded.values = dict(floats.values)
-    with eager_pass(model):
-        for number, block in enumerate(blocks):
-            context.progress(title, number, len(blocks))
-            with _in_float(block):
-                wanted = floats.run(block, device)
-            file = None if kept is None else kept / f"block-{number:03}.safetensors"
+    walk = walk_blocks(model, batches, context, title, single_layers=single_layers, run_size=_RUN_SIZE)
+    with closing(walk) as stops:
+        for stop in stops:
+            file = None if kept is None else kept / f"block-{stop.number:03}.safetensors"
             if file is not None and file.is_file():
-                _load(block, file)
-            else:
-                generator = torch.Generator().manual_seed(context.seed * 1_000_003 + number)
-                learn_block(model, block, floats, rounded, wanted, learning, generator)
-                if not learning.range_rate:  # else the block has learned them
-                    _track_outputs(block, rounded, device)
-                if file is not None:
-                    _save(block, file)
-            given = rounded.run(block, device)
-            floats.advance(number, wanted)
-            rounded.advance(number, given)
-        context.progress(title, len(blocks), len(blocks))
+                _load(stop.block, file)
+                continue
+            generator = torch.Generator().manual_seed(context.seed * 1_000_003 + stop.number)
+            learn_block(model, stop.block, stop.floats, stop.rounded, stop.wanted, learning, generator)
+            if not learning.range_rate:  # else the block has learned them
+                _track_outputs(stop)
+            if file is not None:
+                _save(stop.block, file)
 
 
-def _arguments(blocks: Sequence[Block]) -> tuple[str, ...]:
-    """Names of the model's arguments, in order."""
-    made: set[str] = set()
-    found: list[str] = []
-    for block in blocks:
-        found += [name for name in block.inputs if name not in made and name not in found]
-        made.update(block.outputs)
-    return tuple(found)
-
-
-@contextmanager
-def _in_float(block: Block) -> Iterator[None]:
-    """Within it the block's quantizers are off."""
-    found = block_quantizers(block, "input", "weight", "output", "gate")
-    before = [quantizer.enabled for quantizer in found]
-    try:
-        for quantizer in found:
-            quantizer.enabled = False
-        yield
-    finally:
-        for quantizer, enabled in zip(found, before, strict=True):
-            quantizer.enabled = enabled
-
-
-def _track_outputs(block: Block, rounded: Cut, device: torch.device) -> None:
+def _track_outputs(stop: Stop) -> None:
     """Give the block's output quantizers the ranges that its new weights need."""
-    outputs = [quantizer for quantizer in block_quantizers(block, "output") if quantizer.enabled]
+    outputs = [quantizer for quantizer in stop.block.quantizers("output") if quantizer.enabled]
     if not outputs:
         return
     try:
         for quantizer in outputs:
             quantizer.start_tracking()
-        rounded.run(block, device)
+        stop.given()
     finally:
         for quantizer in outputs:
             quantizer.stop_tracking()
@@ -117,7 +80,7 @@ def _track_outputs(block: Block, rounded: Cut, device: torch.device) -> None:
 def _learned(block: Block) -> dict[str, Tensor]:
     """All that learning may have changed, numbered in the order of the block's modules."""
     tensors: list[Tensor] = [*block.module.parameters()]
-    for quantizer in block_quantizers(block, "input", "output"):
+    for quantizer in block.quantizers("input", "output"):
         tensors += [end for end in (quantizer.lower, quantizer.upper) if end is not None]
     return {str(number): tensor.detach() for number, tensor in enumerate(tensors)}
 

@@ -29,11 +29,11 @@ from effnet_quant.quantization.ptq.assignment_search import (
     Search,
 )
 from effnet_quant.quantization.ptq.layer_costs import LayerCost, layer_costs
-from effnet_quant.quantization.ptq.partial_runs import PartialRuns, in_float, output_quantizers_of_layers
+from effnet_quant.quantization.ptq.partial_runs import PartialRuns, output_quantizers_of_layers
 from effnet_quant.quantization.ptq.sensitivity import Figures, Judge, measure_of
 from effnet_quant.quantization.ptq.step import DEFAULT_CONTEXT, StepContext, batches_on, checked_batches
 from effnet_quant.quantization.quantized_layers import float_weight
-from effnet_quant.quantization.quantizer import TensorQuantizer
+from effnet_quant.quantization.quantizer import TensorQuantizer, in_float
 from effnet_quant.quantization.spec import FLOAT, QuantSpec, resolve_spec
 from effnet_quant.quantization.targets import Target, get_target
 from effnet_quant.tasks.classification import CLASSIFICATION

@@ -13,7 +13,7 @@ from effnet_quant.quantization.placement.symbolic_trace import called_module
 from effnet_quant.quantization.ptq.activations import ActivationStore, Cut, last_uses
 from effnet_quant.quantization.ptq.blocks import cut_blocks, layers_of, traced_graph
 from effnet_quant.quantization.ptq.step import StepContext, batches_on
-from effnet_quant.quantization.quantizer import TensorQuantizer
+from effnet_quant.quantization.quantizer import TensorQuantizer, in_float
 
 ROWS = 32  # examples of a partial run
 
@@ -50,13 +50,8 @@ class PartialRuns:
         self._number = 0
         self._last_use = last_uses(self._blocks) | dict.fromkeys(needed, self.blocks)
         self._cut = Cut(ActivationStore(context.memory, context.folder), ROWS, self._last_use)
-        places = [node for node in graph.nodes if node.op == "placeholder"]
-        used = [number for number, place in enumerate(places) if place.users]
-        self._cut.enter(
-            tuple(places[number].name for number in used),
-            (tuple(arguments[number] for number in used) for arguments, _ in batches_on(model, batches)),
-            sum(examples for _, examples in batches_on(model, batches)),
-        )
+        total = sum(examples for _, examples in batches_on(model, batches))
+        self._cut.enter(graph, batches_on(model, batches), total)
 
     def __len__(self) -> int:
         return len(self._cut)
@@ -84,9 +79,7 @@ class PartialRuns:
         with eager_pass(self._model):
             for start in range(0, len(self), ROWS):
                 rows = slice(start, min(start + ROWS, len(self)))
-                values: dict[str, Tensor] = {
-                    name: value[rows].to(self._device) for name, value in self._cut.values.items()
-                }
+                values = {name: self._cut.copy(name, rows, self._device) for name in self._cut.values}
                 for number in range(self._number, self.blocks):
                     block = self._blocks[number]
                     found = block.module(*(values[name] for name in block.inputs))
@@ -98,20 +91,6 @@ class PartialRuns:
 
 def _lookup(values: dict[str, Tensor]) -> Callable[[fx.Node], Any]:
     return lambda node: values[node.name]
-
-
-@contextmanager
-def in_float(model: nn.Module) -> Iterator[None]:
-    """Within the block no quantizer of the model rounds."""
-    found = [module for module in model.modules() if isinstance(module, TensorQuantizer) and module.role != "gate"]
-    before = [quantizer.enabled for quantizer in found]
-    try:
-        for quantizer in found:
-            quantizer.enabled = False
-        yield
-    finally:
-        for quantizer, enabled in zip(found, before, strict=True):
-            quantizer.enabled = enabled
 
 
 def output_quantizers_of_layers(model: nn.Module) -> dict[str, TensorQuantizer]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from contextlib import closing
 from dataclasses import dataclass
 from typing import Any
 
@@ -11,8 +12,8 @@ from torch import Tensor, nn
 
 from effnet_quant.quantization.calibration.weight_ranges import covering_weight_range
 from effnet_quant.quantization.eager_evaluation import Batch
-from effnet_quant.quantization.ptq.block_walk import Stop, quantizers_of, relative_error, walk_blocks
-from effnet_quant.quantization.ptq.step import DEFAULT_CONTEXT, StepContext
+from effnet_quant.quantization.ptq.block_walk import Stop, relative_error, walk_blocks
+from effnet_quant.quantization.ptq.step import DEFAULT_CONTEXT, StepContext, checked_batches
 from effnet_quant.quantization.quantized_layers import float_weight
 from effnet_quant.quantization.quantizer import TensorQuantizer
 
@@ -45,11 +46,14 @@ class RangeRefinement:
 
     @torch.no_grad()
     def __call__(self, model: nn.Module, batches: Sequence[Batch], context: StepContext = DEFAULT_CONTEXT) -> None:
-        for stop in walk_blocks(model, batches, context, "ranges", self.examples):
-            for name in stop.block.layers:
-                _refine_weights(stop, model.get_submodule(name))
-            for quantizer in quantizers_of(stop.block, "input", "output"):
-                _refine_activation(stop, quantizer)
+        batches = checked_batches(model, batches)
+        with closing(walk_blocks(model, batches, context, "ranges", most_examples=self.examples)) as stops:
+            for stop in stops:
+                for name in stop.block.layers:
+                    _refine_weights(stop, model.get_submodule(name))
+                for quantizer in stop.block.quantizers("input", "output"):
+                    if quantizer.rounds:
+                        _refine_activation(stop, quantizer)
 
 
 def _refine_activation(stop: Stop, quantizer: TensorQuantizer) -> None:

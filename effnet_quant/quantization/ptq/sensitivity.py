@@ -14,13 +14,13 @@ from effnet_quant.errors import UserError
 from effnet_quant.quantization.eager_evaluation import Batch, device_of
 from effnet_quant.quantization.ptq.partial_runs import (
     PartialRuns,
-    in_float,
     output_quantizers_of_layers,
     quantizers_of_layer,
     rounding,
 )
 from effnet_quant.quantization.ptq.step import DEFAULT_CONTEXT, StepContext, checked_batches
 from effnet_quant.quantization.quantized_layers import layer_operation
+from effnet_quant.quantization.quantizer import in_float
 from effnet_quant.structure import in_float32, leaves, map_leaves
 from effnet_quant.tasks.classification import CLASSIFICATION
 from effnet_quant.tasks.task import Outputs, Targets, Task

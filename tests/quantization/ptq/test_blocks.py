@@ -2,12 +2,19 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
-from torch import nn
+from torch import fx, nn
 
 from effnet_quant import UserError, calibrate, create_model, quantize
+from effnet_quant.quantization.ptq.activations import ActivationStore, Cut, last_uses
+from effnet_quant.quantization.ptq.adaptive_rounding import AdaptiveRounding
+from effnet_quant.quantization.ptq.bias_correction import BiasCorrection
 from effnet_quant.quantization.ptq.blocks import cut_blocks
+from effnet_quant.quantization.ptq.range_refinement import RangeRefinement
+from effnet_quant.quantization.ptq.reconstruction import Reconstruction
 
 IMAGES = torch.randn(2, 3, 64, 64, generator=torch.Generator().manual_seed(0))
 
@@ -79,3 +86,43 @@ def test_a_network_without_layers_that_can_be_traced_is_refused():
         model = quantize(Branches())
     with pytest.raises(UserError, match=r"Branches can't be traced.* use the recipe 'minmax'"):
         cut_blocks(model, IMAGES)
+
+
+class WithUnusedArgument(nn.Module):
+    """The first block that follows a cut begins with an in-place operation; ``mask`` is never used."""
+
+    def __init__(self):
+        super().__init__()
+        self.first = nn.Conv2d(3, 4, 3)
+        self.norm = nn.BatchNorm2d(4)
+        self.pool = nn.AvgPool2d(2)
+        self.second = nn.Conv2d(4, 4, 3)
+
+    def forward(self, mask, x):
+        y = self.pool(self.norm(self.first(x)).sub_(0.1))
+        return self.second(y.relu_())
+
+
+def test_a_model_may_leave_an_argument_unused():
+    torch.manual_seed(0)
+    model = quantize(WithUnusedArgument().eval())
+    batches = [(torch.ones(4, 1), torch.randn(4, 3, 16, 16)), (torch.ones(4, 1), torch.randn(4, 3, 16, 16))]
+    calibrate(model, batches, method="max")
+    for step in (RangeRefinement(), BiasCorrection(), AdaptiveRounding(2), Reconstruction(2)):
+        step(model, batches)
+    assert model(*batches[0]).isfinite().all()
+
+
+def test_a_block_that_works_in_place_leaves_its_inputs_alone():
+    torch.manual_seed(0)
+    model = calibrate(quantize(nn.Sequential(nn.Conv2d(3, 4, 3), nn.Conv2d(4, 4, 3))), [IMAGES], method="max")
+    (first, *_) = cut_blocks(model, IMAGES, single_layers=True)
+    graph = fx.Graph()
+    (name,) = first.inputs
+    graph.output((graph.call_method("mul_", (graph.placeholder(name), 2.0)),))
+    doubles = replace(first, module=fx.GraphModule(nn.Module(), graph))
+    cut = Cut(ActivationStore(2**20, None), 2, last_uses([doubles]))
+    cut.values = {name: IMAGES.clone()}
+    for _ in range(2):
+        (twice,) = cut.run(doubles, torch.device("cpu")).values()
+        assert torch.equal(twice, 2 * IMAGES)
