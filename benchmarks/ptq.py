@@ -3,7 +3,7 @@
 The networks are those of calibration_default.py. Every row is calibrated on the same images (seed 0) and tested on others.
 Our rows and those of ONNX Runtime's tool and NNCF are engines. Those of nvidia-modelopt and AIMET are their own simulations.
 Prints top-1, agreement with the float network, the SQNR of the logits in dB, the file's bytes over float's, and
-the seconds that quantization took, as markdown rows while they are measured.
+the CPU seconds of all threads that quantization took, as markdown rows while they are measured.
 
     python benchmarks/ptq.py ../shared/data --networks cifar-resnet20 --specs w8a8 w4a8 w4a4
     python benchmarks/ptq.py ../shared/data --networks timm:tf_efficientnet_lite0 --lite0 FOLDER --specs w4a8
@@ -57,7 +57,7 @@ def main() -> None:
         truth = logits_of(of.build(), of.images)
         top1 = 100 * float((truth.argmax(1) == of.labels).double().mean())
         print(f"\n{name}: {len(of.calibration)} images to calibrate, {len(of.images)} to test, float {top1:.2f} %\n")
-        print("| spec | who | judged by | top-1 % | agreement % | dB | bytes over float | seconds |")
+        print("| spec | who | judged by | top-1 % | agreement % | dB | bytes over float | CPU s |")
         print("| --- | --- | --- | --- | --- | --- | --- | --- |", flush=True)
         with tempfile.TemporaryDirectory() as folder:
             float_file = Path(folder, "float.onnx")
@@ -70,11 +70,11 @@ def main() -> None:
 
 def show(spec: str, who: str, measure: Callable[[], Measured], of: Experiment, truth: Tensor, float_bytes: int) -> None:
     """Measure one row and print it."""
-    start = time.perf_counter()
+    start = time.process_time()
     try:
         with contextlib.redirect_stdout(sys.stderr):
             run, judge, size = measure()
-            seconds = time.perf_counter() - start
+            seconds = time.process_time() - start
             logits = torch.cat([run(images) for images in of.images.split(BATCH)])
     except ImportError as error:
         print(f"{who} is left out: {error}", file=sys.stderr)
