@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import sys
 from collections.abc import Sequence
+from contextlib import AbstractContextManager
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -29,6 +30,7 @@ from effnet_quant.quantization.targets import TARGETS
 
 if TYPE_CHECKING:
     from effnet_quant.cli.training import Settings
+    from effnet_quant.jobs.run import Run
     from effnet_quant.quantization.qat import QatConfig
 
 
@@ -81,7 +83,6 @@ def job(arguments: Sequence[str]) -> int:
     from effnet_quant.cli.training import say_what_is_used, settings, train_or_evaluate
     from effnet_quant.jobs.quantization_report import float_network, write_quantization_report
     from effnet_quant.jobs.quantized_training import check_start, prepare_quantized
-    from effnet_quant.jobs.run import open_run
     from effnet_quant.models.registry import get_entry
     from effnet_quant.quantization.ptq.step import StepContext
     from effnet_quant.training.progress import ProgressLines
@@ -99,16 +100,7 @@ def job(arguments: Sequence[str]) -> int:
     if parsed.target_drop is not None or parsed.budget is not None:
         asked = _with_chosen_bits(parsed, asked, qat)
     floats = None
-    with open_run(
-        asked.card,
-        asked.data,
-        asked.config,
-        asked.place,
-        asked.start,
-        quantized=True,
-        overrides=asked_overrides(parsed),
-        evaluate=parsed.evaluate,
-    ) as ready:
+    with _open(parsed, asked) as ready:
         say_what_is_used(ready, parsed)
         if not parsed.evaluate:
             floats = float_network(ready) if folder is not None else None
@@ -125,6 +117,21 @@ def job(arguments: Sequence[str]) -> int:
             )
             print(f"report: {page}", flush=True)
         return status
+
+
+def _open(parsed: argparse.Namespace, asked: Settings) -> AbstractContextManager[Run]:
+    from effnet_quant.jobs.run import open_run
+
+    return open_run(
+        asked.card,
+        asked.data,
+        asked.config,
+        asked.place,
+        asked.start,
+        quantized=True,
+        overrides=asked_overrides(parsed),
+        evaluate=parsed.evaluate,
+    )
 
 
 def _places_of_report(parsed: argparse.Namespace) -> tuple[Path | None, Path | None]:
@@ -165,7 +172,6 @@ def _auto(
     from effnet_quant.api import build
     from effnet_quant.jobs.autoquant import WEIGHTS, autoquant
     from effnet_quant.jobs.quantization_report import float_network, write_quantization_report
-    from effnet_quant.jobs.run import open_run
     from effnet_quant.models.weights import read_weights
     from effnet_quant.quantization.ptq.step import StepContext
     from effnet_quant.training.progress import ProgressLines
@@ -173,15 +179,7 @@ def _auto(
 
     workspace = Path(asked.place.workspace)
     weights = workspace / WEIGHTS
-    with open_run(
-        asked.card,
-        asked.data,
-        asked.config,
-        asked.place,
-        asked.start,
-        quantized=True,
-        overrides=asked_overrides(parsed),
-    ) as ready:
+    with _open(parsed, asked) as ready:
         floats = float_network(ready) if report is not None else None
         try:
             climb = autoquant(
@@ -211,12 +209,11 @@ def _auto(
 def _with_chosen_bits(parsed: argparse.Namespace, asked: Settings, qat: QatConfig) -> Settings:
     """The settings with the spec that mixed precision finds."""
     from effnet_quant.jobs.bit_choice import choose_bits
-    from effnet_quant.jobs.run import open_run
     from effnet_quant.quantization.ptq.assignment_search import Budget
     from effnet_quant.training.progress import ProgressLines
 
     budget = None if parsed.budget is None else Budget.parse(parsed.budget)
-    with open_run(asked.card, asked.data, asked.config, asked.place, asked.start, quantized=True) as ready:
+    with _open(parsed, asked) as ready:
         chosen = choose_bits(ready, qat, target_drop=parsed.target_drop, budget=budget, progress=ProgressLines())
     print(chosen, flush=True)
     if not chosen.reached:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -14,6 +15,7 @@ from effnet_quant.card import ModelCard
 from effnet_quant.data.transforms import normalize
 from effnet_quant.data.workers import explained_deaths
 from effnet_quant.errors import UserError
+from effnet_quant.files import create_folder
 from effnet_quant.jobs.config import DataConfig, PlaceConfig, StartConfig
 from effnet_quant.jobs.float_training import fit
 from effnet_quant.jobs.run import Run, calibration_loader, open_run
@@ -156,6 +158,9 @@ def calibrate_run(run: Run, qat: QatConfig, report: str | Path | None = None) ->
 def quantize_run(run: Run, qat: QatConfig) -> None:
     """Quantize without training by the recipe ``qat.ptq``, with training images; evaluate, and write a checkpoint.
 
+    Until the checkpoint is written, finished blocks lie in the folder ``ptq`` of the workspace. The same run goes on from
+    them after a kill.
+
     Args:
         run: the run.
         qat: recipe and number of images.
@@ -169,7 +174,8 @@ def quantize_run(run: Run, qat: QatConfig) -> None:
     start = time.monotonic()
     batches = list(_calibration_inputs(run, qat, "calibration images"))
     seed = run.config.seed if run.config.seed is not None else 0
-    apply_recipe(run.model, batches, qat.ptq, StepContext(seed=seed, progress=ProgressLines()))
+    folder = create_folder(run.trainer.workspace / "ptq", "--workspace") if run.config.save_checkpoints else None
+    apply_recipe(run.model, batches, qat.ptq, StepContext(seed=seed, folder=folder, progress=ProgressLines()))
     images = sum(len(batch) for batch in batches)
     metrics: dict[str, float] = {"calib.images": images, "calib.seconds": time.monotonic() - start}
     if not run.config.training_only:
@@ -177,6 +183,8 @@ def quantize_run(run: Run, qat: QatConfig) -> None:
     run.recorder.record(metrics)
     print(f"quantized by the recipe {qat.ptq} with {images} images: {describe(metrics)}", flush=True)
     run.trainer.save()
+    if folder is not None:
+        shutil.rmtree(folder, ignore_errors=True)
 
 
 class QatSchedule(Callback):

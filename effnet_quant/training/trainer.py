@@ -87,7 +87,7 @@ class Trainer:
         assert card.input is not None and config.seed is not None
         self._seed = config.seed
         self._input_spec = card.input
-        self._workspace = workspace
+        self.workspace = workspace
         self._recorder = recorder
         self._card = card
         self._world = world
@@ -274,7 +274,7 @@ class Trainer:
                 "job": self._world.job,
                 "metadata": self._card.to_json(),
             },
-            self._workspace,
+            self.workspace,
             self.config.checkpoint_filename,
             is_best=is_best,
             gather=self.config.gather_checkpoints if self._position.batch == 0 < self._position.epoch else 0,
@@ -329,7 +329,7 @@ class Trainer:
         scaled = self._scaler.is_enabled()
         locate = partial(self._locate_divergence, loader)
         watch = DivergenceWatch(
-            meter, loader, position.epoch, self._workspace, self._world, scaled=scaled, locate=locate
+            meter, loader, position.epoch, self.workspace, self._world, scaled=scaled, locate=locate
         )
         stopwatch = self._stopwatch(total - first)
         title = f"epoch {position.epoch + 1}/{config.epochs} train"

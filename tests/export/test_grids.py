@@ -47,6 +47,8 @@ def network(spec: str | QuantSpec) -> nn.Module:
         QuantSpec(activation=TensorSpec(bits=16, symmetric=False, signed=False)),
         QuantSpec(weight=TensorSpec(), activation=TensorSpec(signed=False)),
         QuantSpec(weight=TensorSpec(narrow=True), activation=TensorSpec(narrow=True)),
+        QuantSpec(weight=TensorSpec(bits=7, symmetric=False)),
+        QuantSpec(weight=TensorSpec(bits=4, symmetric=False, signed=False)),
     ],
     ids=str,
 )
@@ -64,7 +66,7 @@ def test_what_a_runtime_can_not_store_is_said() -> None:
         build_onnx(network("w8a8-affine"), 9, target="tensorrt")
     with pytest.raises(UserError, match="8 bits or fewer"):
         build_onnx(network("w8a16"), 9, target="tensorrt")
-    with pytest.raises(UserError, match="int8 can"):
+    with pytest.raises(UserError, match="a symmetric grid of 8 bits"):
         build_onnx(network(QuantSpec(weight=TensorSpec(bits=16))), 9)
 
 
@@ -84,3 +86,10 @@ def test_channels_that_batch_norm_switches_off_leave_no_step_of_zero(target: str
     graph.opset_import[0].version = 21
     (got,) = ReferenceEvaluator(graph).run(None, {"input": x.numpy()})
     np.testing.assert_allclose(got, model(x).numpy(), rtol=1e-3, atol=1e-5)
+
+
+def test_weights_that_int8_with_zero_point_0_does_not_hold_are_refused() -> None:
+    with pytest.raises(
+        UserError, match=r"^0: weights on the grid -60 … 195 can't be exported; give weights a symmetric"
+    ):
+        build_onnx(network(QuantSpec(weight=TensorSpec(symmetric=False))), 9)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shlex
+import time
 
 import pytest
 import torch
@@ -64,3 +65,26 @@ def test_bad_flags_are_one_sentence(run_script, image_folder, weights, tmp_path,
     assert result.code == 2
     assert message in result.err
     assert result.err.count("error:") == 1 and "Traceback" not in result.err
+
+
+@pytest.mark.slow
+def test_a_killed_reconstruction_goes_on_with_the_block_it_was_at(
+    start_process, run_script, image_folder, weights, tmp_path
+):
+    command = ["quant_main.py", image_folder, *NETWORK, "--ptq", "reconstruct", "--pretrained-from-file", weights]
+    whole = run_script(*command, "--workspace", tmp_path / "whole")
+    assert whole.code == 0, whole.err
+    assert not (tmp_path / "whole" / "ptq").exists()
+
+    killed = tmp_path / "killed"
+    with start_process(*command, "--workspace", killed, cwd=tmp_path) as process:
+        while len(list(killed.glob("ptq/*/block-*.safetensors"))) < 3:
+            assert process.poll() is None, process.stderr.read()
+            time.sleep(0.02)
+        process.kill()
+    kept = {path: path.stat().st_mtime_ns for path in killed.glob("ptq/*/block-*.safetensors")}
+    resumed = run_script(*command, "--workspace", killed)
+    assert resumed.code == 0, resumed.err
+    assert 3 <= len(kept) < 9
+    results = [torch.load(tmp_path / name / "checkpoint.pth.tar")["state_dict"] for name in ("whole", "killed")]
+    assert all(torch.equal(results[0][key], value) for key, value in results[1].items())

@@ -21,12 +21,15 @@ def encode_activations(traced: TracedGraph, target: Target) -> None:
         if node.target is not QUANTIZE:
             continue
         grid = traced.grid(node)
-        if node.args[0] in traced.constants:
-            if grid.low < -128 or grid.high > 127:
-                path = module_path(next(iter(node.users)))
-                raise UserError(f"{path}: weights on the grid {grid.low} … {grid.high} can't be exported; int8 can.")
-            continue
         low, high = grid.low - grid.zero_point, grid.high - grid.zero_point
+        if node.args[0] in traced.constants:  # files have weights with zero point 0, which all runtimes take
+            if low < -128 or high > 127:
+                path = module_path(next(iter(node.users)))
+                raise UserError(
+                    f"{path}: weights on the grid {low} … {high} can't be exported; give weights a symmetric grid of 8 bits or fewer."
+                )
+            traced.set_grid(node, Grid(grid.scale, 0, low, high))
+            continue
         zero_point = _zero_point(low, high, target, module_path(node))
         traced.set_grid(node, Grid(grid.scale, zero_point, low + zero_point, high + zero_point))
 
