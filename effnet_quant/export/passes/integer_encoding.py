@@ -26,7 +26,8 @@ def encode_activations(traced: TracedGraph, target: Target) -> None:
             if low < -128 or high > 127:
                 path = module_path(next(iter(node.users)))
                 raise UserError(
-                    f"{path}: weights on the grid {low} … {high} can't be exported; give weights a symmetric grid of 8 bits or fewer."
+                    f"{path}: weights on the grid {low} … {high} can't be exported; give weights a symmetric grid of "
+                    "8 bits or fewer."
                 )
             traced.set_grid(node, Grid(grid.scale, 0, low, high))
             continue
