@@ -68,16 +68,18 @@ class LearningActivation:
     Args:
         quantizer: the quantizer; it has a range.
         drops: which activations stay in float.
+        logs: logarithms of the factors of the range's ends, (lower, upper); None for new ones, which are 0. Quantizers that
+            share them keep the same range.
 
     Attributes:
-        logs: logarithms of the factors of the range's ends, (lower, upper). They start at 0.
+        logs: see above.
         learns: whether the range has a gradient. Then nothing is dropped.
     """
 
-    def __init__(self, quantizer: TensorQuantizer, drops: Drops) -> None:
+    def __init__(self, quantizer: TensorQuantizer, drops: Drops, logs: nn.Parameter | None = None) -> None:
         self.quantizer = quantizer
         self.learns = False
-        self.logs = nn.Parameter(torch.zeros(2, device=quantizer.amax.device))
+        self.logs = nn.Parameter(torch.zeros(2, device=quantizer.amax.device)) if logs is None else logs
         self._drops = drops
         self._lower = None if quantizer.amin is None else quantizer.amin.clone()
         self._upper = quantizer.amax.clone()

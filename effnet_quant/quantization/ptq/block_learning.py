@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from effnet_quant.quantization.ptq.activation_rounding import Drops, LearningActivation, in_place_of
 from effnet_quant.quantization.ptq.activations import Cut, Values
+from effnet_quant.quantization.ptq.block_walk import Stop
 from effnet_quant.quantization.ptq.blocks import Block
 from effnet_quant.quantization.ptq.soft_rounding import SoftRounding
 from effnet_quant.quantization.quantizer import TensorQuantizer
@@ -51,34 +52,25 @@ class Learning:
     settle: float = 0.0
 
 
-def learn_block(
-    model: nn.Module,
-    block: Block,
-    floats: Cut,
-    rounded: Cut,
-    wanted: Values,
-    learning: Learning,
-    generator: torch.Generator,
-) -> None:
+def learn_block(model: nn.Module, stop: Stop, learning: Learning, generator: torch.Generator) -> None:
     """Learn the rounding of a block's weights and, where ``learning`` says so, its biases and activation ranges.
 
     Args:
         model: the model of the block, in eval mode with ranges; it is changed in place.
-        block: the block.
-        floats, rounded: the block's inputs in the float and in the quantized network.
-        wanted: the block's outputs in the float network.
+        stop: the block, with what enters it.
         learning: how.
         generator: of everything random.
     """
-    learner = _Learner(model, block, learning, generator)
+    learner = _Learner(model, stop, learning, generator)
     if not learner.groups:
         return
     with learner.installed(), torch.enable_grad():
-        learner.learn(floats, rounded, wanted)
+        learner.learn(stop.floats, stop.rounded, stop.wanted)
 
 
 class _Learner:
-    def __init__(self, model: nn.Module, block: Block, learning: Learning, generator: torch.Generator) -> None:
+    def __init__(self, model: nn.Module, stop: Stop, learning: Learning, generator: torch.Generator) -> None:
+        block = stop.block
         self._model = model
         self._block = block
         self._learning = learning
@@ -94,17 +86,20 @@ class _Learner:
             name: SoftRounding(quantizer, _weight(model, name)) for name, quantizer in self._quantizers.items()
         }
         self._drops = Drops(learning.drop, generator)
-        self._activations = [
-            LearningActivation(quantizer, self._drops)
-            for quantizer in block.quantizers("input", "output")
-            if quantizer.rounds
-        ]
+        self._ranges: list[LearningActivation] = []  # the activations whose range the block decides
+        for first, *others in stop.activations:
+            self._ranges.append(LearningActivation(first, self._drops))
+            logs = self._ranges[-1].logs
+            self._ranges += [LearningActivation(other, self._drops, logs) for other in others]
+        here = [quantizer for quantizer in block.quantizers("input", "output") if quantizer.rounds]
+        learned = {each.quantizer: each for each in self._ranges}
+        self._activations = [learned.get(quantizer) or LearningActivation(quantizer, self._drops) for quantizer in here]
         self._biases = list(_biases(block)) if learning.bias_rate else []
         self._decided = False
         self.groups: list[dict[str, Any]] = []
         self._add(learning.rate, [rounding.logits for rounding in self._soft.values()])
         if learning.range_rate:
-            self._add(learning.range_rate, [each.logs for each in self._activations])
+            self._add(learning.range_rate, list(dict.fromkeys(each.logs for each in self._ranges)))
         for bias, unit in self._biases:
             self._add(learning.bias_rate * unit, [bias])
 
@@ -155,7 +150,7 @@ class _Learner:
         if not self._decided:
             self._decide()
         if learning.range_rate:
-            for activation in self._activations:
+            for activation in self._ranges:
                 activation.keep_range()
 
     def _batch_size(self, wanted: Values) -> int:

@@ -2,19 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Generator, Sequence
+from collections import defaultdict
+from collections.abc import Callable, Generator, Sequence
 from dataclasses import dataclass
 from itertools import accumulate
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor, fx, nn
 
 from effnet_quant.quantization.biases import FoldedBatchNorm2d
 from effnet_quant.quantization.eager_evaluation import Batch, device_of, eager_pass
+from effnet_quant.quantization.placement.symbolic_trace import called_module
 from effnet_quant.quantization.ptq.activations import ActivationStore, Cut, Values, last_uses
 from effnet_quant.quantization.ptq.blocks import Block, cut_blocks, traced_graph
 from effnet_quant.quantization.ptq.step import StepContext, batches_on
-from effnet_quant.quantization.quantizer import in_float
+from effnet_quant.quantization.quantizer import TensorQuantizer, in_float
 
 
 @dataclass
@@ -28,6 +30,9 @@ class Stop:
         rounded: those of the quantized network, whose earlier blocks the step has changed.
         wanted: what the float network computes in this block, before the step changes it.
         device: of the model.
+        activations: the activation quantizers whose ranges this block decides, in the order in which they run. Each stands
+            with those that round the same value on the same grid, itself first. Engines round such a value once, so a step
+            gives all of a group the same range. An earlier block may have decided a quantizer's range; it is not here then.
     """
 
     number: int
@@ -36,6 +41,7 @@ class Stop:
     rounded: Cut
     wanted: Values
     device: torch.device
+    activations: list[tuple[TensorQuantizer, ...]]
 
     def given(self) -> Values:
         """What the quantized network computes in this block."""
@@ -75,20 +81,52 @@ def walk_blocks(
     store, uses = ActivationStore(context.memory, context.folder), last_uses(blocks)
     size = max(1, min(run_size, used[taken]))
     floats, rounded = (Cut(store, size, uses) for _ in range(2))
-    floats.enter(traced_graph(model), batches_on(model, batches[:taken]), used[taken])
+    graph = traced_graph(model)
+    floats.enter(graph, batches_on(model, batches[:taken]), used[taken])
     rounded.values = dict(floats.values)
     device = device_of(model)
+    alike, decided = _alike(model, graph), set[TensorQuantizer]()
     with eager_pass(model):
         for number, block in enumerate(blocks):
             context.progress(title, number, len(blocks))
             with in_float(block.module):
                 wanted = floats.run(block, device)
-            stop = Stop(number, block, floats, rounded, wanted, device)
+            activations = []
+            for quantizer in block.quantizers("input", "output"):
+                if quantizer.rounds and quantizer not in decided:
+                    activations.append((quantizer, *(other for other in alike(quantizer) if other not in decided)))
+                    decided.update(activations[-1])
+            stop = Stop(number, block, floats, rounded, wanted, device, activations)
             yield stop
             floats.advance(number, wanted)
             if number + 1 < len(blocks):
                 rounded.advance(number, stop.given())
     context.progress(title, len(blocks), len(blocks))
+
+
+def _alike(model: nn.Module, graph: fx.Graph) -> Callable[[TensorQuantizer], list[TensorQuantizer]]:
+    """Finds the other quantizers that round the same value on the same grid over the same range."""
+    readers: dict[fx.Node, list[TensorQuantizer]] = defaultdict(list)
+    value: dict[TensorQuantizer, fx.Node] = {}
+    for node in graph.nodes:
+        module = called_module(model, node)
+        quantizer = getattr(module, "_input_quantizer", module)
+        if isinstance(quantizer, TensorQuantizer) and quantizer.role == "input" and node.all_input_nodes:
+            readers[node.all_input_nodes[0]].append(quantizer)
+            value[quantizer] = node.all_input_nodes[0]
+
+    def others(quantizer: TensorQuantizer) -> list[TensorQuantizer]:
+        found = readers[value[quantizer]] if quantizer in value else []
+        return [
+            other
+            for other in dict.fromkeys(found)
+            if other is not quantizer
+            and other.rounds
+            and other.spec == quantizer.spec
+            and other.range == quantizer.range
+        ]
+
+    return others
 
 
 def bias_owner(block: Block, layer: nn.Module) -> nn.Module:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Sequence
 from contextlib import closing
+from itertools import chain
 from pathlib import Path
 
 import torch
@@ -17,7 +18,6 @@ from effnet_quant.quantization.eager_evaluation import Batch
 from effnet_quant.quantization.placement.insertion import quantizers
 from effnet_quant.quantization.ptq.block_learning import Learning, learn_block
 from effnet_quant.quantization.ptq.block_walk import Stop, walk_blocks
-from effnet_quant.quantization.ptq.blocks import Block
 from effnet_quant.quantization.ptq.step import StepContext, batches_on, checked_batches
 from effnet_quant.quantization.quantizer import TensorQuantizer
 
@@ -53,14 +53,14 @@ def learn_rounding(
         for stop in stops:
             file = None if kept is None else kept / f"block-{stop.number:03}.safetensors"
             if file is not None and file.is_file():
-                _load(stop.block, file)
+                _load(stop, file)
                 continue
             generator = torch.Generator().manual_seed(context.seed * 1_000_003 + stop.number)
-            learn_block(model, stop.block, stop.floats, stop.rounded, stop.wanted, learning, generator)
+            learn_block(model, stop, learning, generator)
             if not learning.range_rate:  # else the block has learned them
                 _track_outputs(stop)
             if file is not None:
-                _save(stop.block, file)
+                _save(stop, file)
 
 
 def _track_outputs(stop: Stop) -> None:
@@ -77,21 +77,21 @@ def _track_outputs(stop: Stop) -> None:
             quantizer.stop_tracking()
 
 
-def _learned(block: Block) -> dict[str, Tensor]:
+def _learned(stop: Stop) -> dict[str, Tensor]:
     """All that learning may have changed, numbered in the order of the block's modules."""
-    tensors: list[Tensor] = [*block.module.parameters()]
-    for quantizer in block.quantizers("input", "output"):
+    tensors: list[Tensor] = [*stop.block.module.parameters()]
+    for quantizer in chain.from_iterable(stop.activations):
         tensors += [end for end in (quantizer.lower, quantizer.upper) if end is not None]
     return {str(number): tensor.detach() for number, tensor in enumerate(tensors)}
 
 
-def _save(block: Block, file: Path) -> None:
-    replace_file(file, save({number: tensor.cpu().contiguous() for number, tensor in _learned(block).items()}))
+def _save(stop: Stop, file: Path) -> None:
+    replace_file(file, save({number: tensor.cpu().contiguous() for number, tensor in _learned(stop).items()}))
 
 
-def _load(block: Block, file: Path) -> None:
+def _load(stop: Stop, file: Path) -> None:
     saved = load_file(file)
-    for number, tensor in _learned(block).items():
+    for number, tensor in _learned(stop).items():
         tensor.copy_(saved[number])
 
 

@@ -51,12 +51,14 @@ class RangeRefinement:
             for stop in stops:
                 for name in stop.block.layers:
                     _refine_weights(stop, model.get_submodule(name))
-                for quantizer in stop.block.quantizers("input", "output"):
-                    if quantizer.rounds:
-                        _refine_activation(stop, quantizer)
+                for quantizers in stop.activations:
+                    _refine_activation(stop, quantizers)
 
 
-def _refine_activation(stop: Stop, quantizer: TensorQuantizer) -> None:
+def _refine_activation(stop: Stop, quantizers: Sequence[TensorQuantizer]) -> None:
+    """Give all of ``quantizers``, which round the same value, the range with the smallest error in the block."""
+    quantizer = quantizers[0]
+
     def error() -> float:
         given = stop.given()
         return sum(
@@ -69,12 +71,16 @@ def _refine_activation(stop: Stop, quantizer: TensorQuantizer) -> None:
     quantizer.observer = None
     assert best is not None
 
+    def set_ranges(low: float, high: float) -> None:
+        for each in quantizers:
+            each.set_range(torch.tensor(low), torch.tensor(high))
+
     def attempt(low: float, high: float) -> bool:
         nonlocal best, least
         if quantizer.spec.symmetric:
             high = max(-low, high) if quantizer.spec.signed else max(high, 0.0)
             low = -high
-        quantizer.set_range(torch.tensor(low), torch.tensor(high))
+        set_ranges(low, high)
         found = error()
         if found < least:
             best, least = (low, high), found
@@ -89,7 +95,7 @@ def _refine_activation(stop: Stop, quantizer: TensorQuantizer) -> None:
     coarse = best
     for part in _FINE_PARTS:
         attempt(coarse[0] * part, coarse[1] * part)
-    quantizer.set_range(*map(torch.tensor, best))
+    set_ranges(*best)
 
 
 class _Extremes:

@@ -126,3 +126,28 @@ def test_a_block_that_works_in_place_leaves_its_inputs_alone():
     for _ in range(2):
         (twice,) = cut.run(doubles, torch.device("cpu")).values()
         assert torch.equal(twice, 2 * IMAGES)
+
+
+@pytest.mark.parametrize("step", [RangeRefinement(), Reconstruction(20)], ids=["refinement", "reconstruction"])
+def test_readers_of_one_value_keep_one_range(step):
+    """Else an engine rounds the value twice, and its runtime fuses less."""
+    torch.manual_seed(0)
+    blocks = [TwoReaders(8), TwoReaders(8)]
+    model = calibrate(quantize(nn.Sequential(nn.Conv2d(3, 8, 3), nn.ReLU(), *blocks)), [IMAGES[..., :16, :16]])
+    before = model[2].first._input_quantizer.range
+    step(model, [IMAGES[..., :16, :16]])
+    for block in (model[2], model[3]):
+        assert block.first._input_quantizer.range == block.second._input_quantizer.range
+    assert model[2].first._input_quantizer.range != before
+
+
+class TwoReaders(nn.Module):
+    """Two convolutions of one value, in blocks of their own where every layer has one."""
+
+    def __init__(self, channels):
+        super().__init__()
+        self.first = nn.Conv2d(channels, channels, 3, padding=1)
+        self.second = nn.Conv2d(channels, channels, 1)
+
+    def forward(self, x):
+        return (self.first(x).relu() + self.second(x)).relu()
