@@ -21,6 +21,9 @@ from effnet_quant.quantization.quantizer import TensorQuantizer
 _ACTIVATION_PARTS = (1.0, 0.9, 0.8, 0.7, 0.6, 0.5, 0.42, 0.35, 0.28, 0.22, 0.17, 0.13, 0.1)
 # Around the best of them. Images are on a grid of 256 values; steps of 1/128 find it where the range is that grid's.
 _FINE_PARTS = (126 / 128, 127 / 128, 129 / 128, 130 / 128)
+# Weight of the tensor's own error where a later block reads it too, whose output is not known yet. On ResNet-20's calibration
+# images 0.3 gave 30.4 dB, 1 and 3 gave 30.2.
+_ELSEWHERE = 0.3
 _PATIENCE = 4  # candidates without a smaller error before the search ends
 _WEIGHT_PARTS = (1.0, 0.95, 0.9, 0.85, 0.8, 0.75, 0.7, 0.65, 0.6, 0.55, 0.5, 0.45, 0.4)
 # Clipping weights of 8 bits lowers the error of the layer and raises that of the network: ResNet-20 lost 0.9 dB.
@@ -59,16 +62,20 @@ def _refine_activation(stop: Stop, quantizers: Sequence[TensorQuantizer]) -> Non
     """Give all of ``quantizers``, which round the same value, the range with the smallest error in the block."""
     quantizer = quantizers[0]
 
+    seen = _Seen()
+    quantizer.observer = seen
+    stop.given()
+    quantizer.observer = None
+    here = stop.block.quantizers("input", "output")
+    elsewhere = [other for other in quantizers if other not in here]
+
     def error() -> float:
         given = stop.given()
-        return sum(
-            relative_error(given[name], value) for name, value in stop.wanted.items() if value.is_floating_point()
-        )
+        found = [relative_error(given[name], value) for name, value in stop.wanted.items() if value.is_floating_point()]
+        found += [_ELSEWHERE * relative_error(other(x), x) for other in elsewhere for x in seen.values]
+        return sum(found)
 
-    seen = _Extremes()
-    quantizer.observer = seen
     best, least = quantizer.range, error()
-    quantizer.observer = None
     assert best is not None
 
     def set_ranges(low: float, high: float) -> None:
@@ -98,14 +105,16 @@ def _refine_activation(stop: Stop, quantizers: Sequence[TensorQuantizer]) -> Non
     set_ranges(*best)
 
 
-class _Extremes:
-    """Smallest and largest value that passes a quantizer."""
+class _Seen:
+    """The values that pass a quantizer, the smallest and the largest of them."""
 
     def __init__(self) -> None:
         self.low = self.high = 0.0
+        self.values: list[Tensor] = []
 
     def observe(self, x: Tensor) -> None:
         self.low, self.high = min(self.low, x.min().item()), max(self.high, x.max().item())
+        self.values.append(x)
 
 
 def _refine_weights(stop: Stop, layer: nn.Module) -> None:
