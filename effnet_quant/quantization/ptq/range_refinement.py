@@ -21,8 +21,8 @@ from effnet_quant.quantization.quantizer import TensorQuantizer
 _ACTIVATION_PARTS = (1.0, 0.9, 0.8, 0.7, 0.6, 0.5, 0.42, 0.35, 0.28, 0.22, 0.17, 0.13, 0.1)
 # Around the best of them. Images are on a grid of 256 values; steps of 1/128 find it where the range is that grid's.
 _FINE_PARTS = (126 / 128, 127 / 128, 129 / 128, 130 / 128)
-# Weight of the tensor's own error where a later block reads it too, whose output is not known yet. On ResNet-20's calibration
-# images 0.3 gave 30.4 dB, 1 and 3 gave 30.2.
+# Weight of the own error of a tensor that a later block reads too. That block's output is not known yet. On the calibration
+# images of ResNet-20, 0.3 gave 30.4 dB; 1 and 3 gave 30.2.
 _ELSEWHERE = 0.3
 _PATIENCE = 4  # candidates without a smaller error before the search ends
 _WEIGHT_PARTS = (1.0, 0.95, 0.9, 0.85, 0.8, 0.75, 0.7, 0.65, 0.6, 0.55, 0.5, 0.45, 0.4)
