@@ -130,13 +130,34 @@ def _add_optimization_arguments(parser: argparse.ArgumentParser) -> None:
     add("--label-smoothing", type=float, default=0.0, help="label smoothing")
     add("--mixup", type=float, default=0.0, help="alpha of mixup")
     add("--cutmix", type=float, default=0.0, help="alpha of CutMix; with --mixup, each batch takes one at random")
+    add(
+        "--random-erasing",
+        type=float,
+        default=0.0,
+        metavar="PROBABILITY",
+        help="probability with which a box of a training image is erased",
+    )
     add("--optimizer", choices=OPTIMIZERS, default="sgd", help="optimizer")
-    add("--momentum", type=float, default=0.9, help="momentum")
+    add("--momentum", type=float, default=0.9, help="momentum; AdamW's beta1")
     add("--weight-decay", "--wd", type=float, default=1e-4, help="weight decay")
     add("--bn-weight-decay", action="store_true", help="apply weight decay to BatchNorm's parameters too")
     add("--rmsprop-alpha", type=float, default=0.9, help="RMSprop's smoothing constant")
     add("--rmsprop-eps", type=float, default=1e-3, help="RMSprop's epsilon")
     add("--nesterov", action="store_true", help="Nesterov momentum")
+    add(
+        "--layer-decay",
+        type=float,
+        default=1.0,
+        metavar="FACTOR",
+        help="factor of the learning rate from each layer to the one before it",
+    )
+    add("--clip-grad-norm", type=float, metavar="NORM", help="the largest norm of all gradients together")
+    add(
+        "--freeze",
+        action="append",
+        metavar="PATTERN",
+        help="modules or parameters that are not trained, e.g. 'features.*'; may be repeated",
+    )
     add("--use-ema", type=float, help="keep an exponential moving average of the weights, with this decay")
     add("--seed", type=int, help="random seed (default: a random one)")
 
