@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from effnet_quant.cli.process import typed_command
+from effnet_quant.cli.run_file import with_run_file
 from effnet_quant.data.choices import AUGMENTATIONS, BACKENDS, INTERPOLATIONS
 from effnet_quant.training.choices import AFFINITIES, AMP_DTYPES, OPTIMIZERS, SCHEDULES
 
@@ -19,15 +20,40 @@ class Parser(argparse.ArgumentParser):
         self.add_argument("--debug", action="store_true", help="show the traceback of an error")
 
     def parse(self, arguments: Sequence[str]) -> argparse.Namespace:
-        """Parse arguments and add the set ``explicit``. Wrong arguments print the usage and exit with status 2."""
+        """Parse arguments and add the set ``explicit``. Wrong arguments print the usage and exit with status 2.
+
+        The values of a file of ``--config``, if the script has this flag, count as given.
+
+        Raises:
+            UserError: the file of ``--config`` can't be used.
+        """
+        path = self._config_file(arguments)
+        if path is not None:
+            arguments = with_run_file(list(arguments), path, self._given(arguments, open_ended=True), self)
         parsed = self.parse_args(arguments)
-        defaults = {action.dest: action.default for action in self._actions}
+        parsed.explicit = self._given(arguments)
+        return parsed
+
+    def _config_file(self, arguments: Sequence[str]) -> str | None:
+        """The file of ``--config``; None if the script has no such flag, or the command line does not give it."""
+        if not any(action.dest == "config" for action in self._actions) or {"-h", "--help"} & set(arguments):
+            return None
+        alone = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+        alone.add_argument("--config")
+        return alone.parse_known_args(arguments)[0].config
+
+    def _given(self, arguments: Sequence[str], *, open_ended: bool = False) -> set[str]:
+        """The names of the values that arguments give. ``open_ended``: positional ones may be missing."""
+        before = [(action, action.default, action.nargs) for action in self._actions]
         for action in self._actions:
             action.default = argparse.SUPPRESS
-        parsed.explicit = set(vars(self.parse_args(arguments)))
-        for action in self._actions:
-            action.default = defaults[action.dest]
-        return parsed
+            if open_ended and not action.option_strings:
+                action.nargs = "?"
+        try:
+            return set(vars(self.parse_args(arguments)))
+        finally:
+            for action, default, nargs in before:
+                action.default, action.nargs = default, nargs
 
 
 def boolean(text: str) -> bool:
@@ -184,6 +210,7 @@ def _add_compute_arguments(parser: argparse.ArgumentParser) -> None:
 def _add_run_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the flags of the run and its files."""
     add = parser.add_argument
+    add("--config", metavar="FILE", help="flags from a YAML file, e.g. an old run's run.yml; those given here win")
     add("--print-freq", "-p", type=int, default=10, help="batches between two progress lines, without a terminal")
     add("--resume", metavar="FILE", help="checkpoint to resume from")
     add("--prof", type=int, default=-1, help="run only so many batches per epoch, to measure speeds; -1: all")

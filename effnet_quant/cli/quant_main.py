@@ -78,6 +78,7 @@ def job(arguments: Sequence[str]) -> int:
         _default_to_short_training(parsed)
     from effnet_quant.api import has_ranges
     from effnet_quant.cli.file_card import card_to_start_from
+    from effnet_quant.cli.run_file import write_run_file
     from effnet_quant.cli.training import say_what_is_used, settings, train_or_evaluate
     from effnet_quant.jobs.quantization_report import float_network, write_quantization_report
     from effnet_quant.jobs.quantized_training import check_start, prepare_quantized
@@ -110,6 +111,7 @@ def job(arguments: Sequence[str]) -> int:
         evaluate=parsed.evaluate,
     ) as ready:
         say_what_is_used(ready, parsed)
+        write_run_file(ready, parsed, "quantize")
         if not parsed.evaluate:
             floats = float_network(ready) if folder is not None else None
             prepare_quantized(ready, qat, plots)
@@ -163,6 +165,7 @@ def _auto(
 ) -> int:
     """Climb until the target is met; returns 1 if it is missed."""
     from effnet_quant.api import build
+    from effnet_quant.cli.run_file import write_run_file
     from effnet_quant.jobs.autoquant import WEIGHTS, autoquant
     from effnet_quant.jobs.quantization_report import float_network, write_quantization_report
     from effnet_quant.jobs.run import open_run
@@ -182,6 +185,7 @@ def _auto(
         quantized=True,
         overrides=asked_overrides(parsed),
     ) as ready:
+        write_run_file(ready, parsed, "quantize")
         floats = float_network(ready) if report is not None else None
         try:
             climb = autoquant(

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import argparse
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from effnet_quant.errors import UserError
-from effnet_quant.files import is_special
 from effnet_quant.quantization.choices import PTQ_RECIPES
 from effnet_quant.quantization.spec import PRESETS, QuantSpec, resolve_spec
+from effnet_quant.recipes.bounded_yaml import read_yaml
 
 if TYPE_CHECKING:
     from effnet_quant.quantization.qat import QatConfig
@@ -185,7 +185,7 @@ def asked_spec(parsed: argparse.Namespace) -> QuantSpec | None:
     given = getattr(parsed, "quant_spec", None)
     if given is None:
         return None
-    return resolve_spec(_read_yaml(Path(given)) if Path(given).suffix in (".yml", ".yaml") else given)
+    return resolve_spec(read_yaml(given) if Path(given).suffix in (".yml", ".yaml") else given)
 
 
 def asked_overrides(parsed: argparse.Namespace) -> list[tuple[str, str]]:
@@ -201,15 +201,3 @@ def asked_overrides(parsed: argparse.Namespace) -> list[tuple[str, str]]:
             raise UserError(f"--quant-override {override}: expected a pattern and a preset, such as 'stem=w8a16'.")
         pairs.append((pattern, name))
     return pairs
-
-
-def _read_yaml(path: Path) -> Any:
-    import yaml
-
-    if is_special(path):
-        raise UserError(f"--quant-spec {path} is a pipe or a device; give a file.")
-    try:
-        return yaml.safe_load(path.read_text(encoding="utf-8"))
-    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
-        reason = str(error).splitlines()[0]
-        raise UserError(f"--quant-spec {path} can't be read: {reason}") from error
