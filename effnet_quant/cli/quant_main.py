@@ -63,7 +63,7 @@ def build_parser() -> Parser:
         "--report",
         metavar="FILE",
         help="file for a page of plots of all ranges (.png, .pdf or .svg), or a folder for the "
-        "quantization report, a page for a browser",
+        "quantization report, a page for a browser; a bare name is in the workspace",
     )
     return parser
 
@@ -140,9 +140,14 @@ def _places_of_report(parsed: argparse.Namespace) -> tuple[Path | None, Path | N
     if not parsed.report:
         return None, None
     report = Path(parsed.report)
+    bare = report == Path(report.name)
+    if bare:  # in the workspace, as --raport-file is
+        report = Path(parsed.workspace) / report
     if report.suffix in FORMATS:
         if parsed.auto:
             raise UserError("--auto calibrates several times; give --report a folder, for the quantization report.")
+        if bare:
+            create_folder(report.parent, "--workspace")
         check_writable(report)
         return report, None
     if report.suffix and not report.is_dir():

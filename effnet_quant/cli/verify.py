@@ -112,6 +112,9 @@ def refuse_comparison(parsed: argparse.Namespace) -> None:
     Raises:
         UserError: one was given.
     """
+    if parsed.tune:
+        why = "this is of --verify; --tune reads a single batch. Give --verify too, or leave this out."
+        refuse_unused(parsed, {"workers": "--workers"}, why)
     refuse_unused(parsed, _OF_COMPARISON, "nothing is compared without --verify; give it, or leave this out.")
 
 
