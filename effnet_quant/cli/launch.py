@@ -10,6 +10,8 @@ from typing import Any
 
 import yaml
 
+from effnet_quant.cli.app import example_of
+from effnet_quant.cli.arguments import HelpFormatter
 from effnet_quant.cli.flag_values import Actions, actions_of, check_key, flags_of
 from effnet_quant.cli.process import run, typed_command
 from effnet_quant.errors import UserError
@@ -25,6 +27,8 @@ def job(arguments: Sequence[str]) -> int:
         prog=typed_command(),
         description="Train, evaluate, calibrate or benchmark with a recipe. Further flags of main.py or quant_main.py "
         "override the recipe's values.",
+        epilog=example_of(typed_command()),
+        formatter_class=HelpFormatter,
         allow_abbrev=False,
     )
     parser.add_argument("--model", help="e.g. efficientnet-b0")

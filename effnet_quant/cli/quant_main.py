@@ -42,24 +42,25 @@ def build_parser() -> Parser:
     add_spec_arguments(parser)
     add_qat_arguments(parser)
     add_search_arguments(parser)
-    parser.add_argument(
+    group = parser.add_argument_group("calibration")
+    group.add_argument(
         "--target",
         choices=tuple(TARGETS),
         help="the runtime to simulate (default: the weights' target, else tensorrt for efficientnet-quant-* and "
         "onnxruntime for all others)",
     )
     methods = tuple(CALIBRATION_METHODS)
-    parser.add_argument("--calibration-method", choices=methods, default=DEFAULT_METHOD, help="how to choose ranges")
-    parser.add_argument(
+    group.add_argument("--calibration-method", choices=methods, default=DEFAULT_METHOD, help="how to choose ranges")
+    group.add_argument(
         "--percentile", type=float, default=DEFAULT_PERCENTILE, help="percent of magnitudes inside the range"
     )
-    parser.add_argument("--calibration-images", type=int, default=512, help="training images to calibrate with")
-    parser.add_argument(
+    group.add_argument("--calibration-images", type=int, default=512, help="training images to calibrate with")
+    group.add_argument(
         "--ptq",
         metavar="RECIPE",
         help=f"{', '.join(PTQ_RECIPES)}: quantize without training by this recipe; needs --epochs 0",
     )
-    parser.add_argument(
+    group.add_argument(
         "--report",
         metavar="FILE",
         help="file for a page of plots of all ranges (.png, .pdf or .svg), or a folder for the "

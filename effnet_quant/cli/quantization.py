@@ -17,12 +17,13 @@ if TYPE_CHECKING:
 
 def add_spec_arguments(parser: argparse.ArgumentParser) -> None:
     """Add --quant-spec and --quant-override."""
-    parser.add_argument(
+    group = parser.add_argument_group("quantization spec")
+    group.add_argument(
         "--quant-spec",
         metavar="SPEC",
         help=f"{', '.join(PRESETS)}, or a YAML file (default: the weights' spec, else w8a8)",
     )
-    parser.add_argument(
+    group.add_argument(
         "--quant-override",
         metavar="PATTERN=SPEC",
         action="append",
@@ -32,7 +33,7 @@ def add_spec_arguments(parser: argparse.ArgumentParser) -> None:
 
 def add_qat_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the flags of training with fake quantization."""
-    add = parser.add_argument
+    add = parser.add_argument_group("training with fake quantization").add_argument
     add("--gradual-start", type=int, default=0, metavar="EPOCHS", help="switch the quantizers on one by one")
     add(
         "--follow-ranges",
@@ -55,7 +56,7 @@ def add_qat_arguments(parser: argparse.ArgumentParser) -> None:
 
 def add_search_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the flags that search for a quantization: autoquant and mixed precision."""
-    add = parser.add_argument
+    add = parser.add_argument_group("search").add_argument
     add(
         "--auto",
         action="store_true",
