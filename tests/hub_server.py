@@ -64,7 +64,7 @@ class HubServer:
                     name = f"{said['organization']}/{said['name']}"
                     new = name not in hub.repositories
                     hub.repositories.setdefault(name, {})
-                    hub.private.setdefault(name, said.get("private"))
+                    hub.private.setdefault(name, said.get("private") or said.get("visibility") == "private")
                     answer = {"url": f"{hub.url}/{name}"}
                     return self.json(answer, 200 if new else 409)
                 if parts == ["api", "validate-yaml"]:

@@ -31,6 +31,8 @@ def hub() -> ModuleType:
     """
     try:
         import huggingface_hub
+        import huggingface_hub.constants
+        import huggingface_hub.errors
     except ImportError as error:
         raise UserError(
             "the Hugging Face hub needs huggingface_hub; install it with: pip install 'effnet-quant[hub]'."

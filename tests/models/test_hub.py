@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 
-import huggingface_hub
+import huggingface_hub.constants
 import pytest
 import timm
 import torch
