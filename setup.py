@@ -15,6 +15,7 @@ dali = ["nvidia-dali-cuda130>=2.0"]
 webdataset = ["webdataset>=1.0", "fsspec>=2024.2"]
 tensorboard = ["tensorboard>=2.16"]
 timm = ["timm>=1.0.15"]
+hub = ["huggingface_hub>=0.26"]
 
 setup(
     name="effnet-quant",
@@ -45,6 +46,7 @@ setup(
         "openvino": openvino,
         "report": report,
         "timm": timm,
+        "hub": hub,
         "dali": dali,
         "webdataset": webdataset,
         "tensorrt": ["tensorrt>=10.0"],
@@ -64,6 +66,7 @@ setup(
             "types-pyyaml",
             "types-tqdm",
             *timm,
+            *hub,
             "tritonclient>=2.50",  # carries the schema of Triton's configurations
         ],
     },

@@ -36,7 +36,7 @@ def create_model(
     """Build a model, in training mode, on the CPU.
 
     Args:
-        name: one of ``list_models()``, or ``timm:<name>`` or ``torchvision:<name>``.
+        name: one of ``list_models()``, or ``timm:<name>``, ``torchvision:<name>`` or ``hf-hub:<organisation>/<name>``.
         num_classes: number of classes. None: that of the weights, else the model's default.
         weights: a ``.safetensors``, ``.pth`` or ``.pth.tar`` file to load. None: random initialisation.
         pretrained: load the published weights instead.
@@ -98,7 +98,7 @@ def choose_card(
     if hard_swish is None:
         hard_swish = said.activation == HARD_SWISH
     card = ModelCard(
-        arch=name,
+        arch=entry.name,  # of a model on the hub: its architecture
         task=said.task,
         num_classes=num_classes,
         classes=said.classes if said.classes is None or len(said.classes) == num_classes else None,

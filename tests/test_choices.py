@@ -50,7 +50,7 @@ def test_calibration_methods_are_those_of_the_calibration():
 def test_optimizers_are_pytorchs():
     model = nn.Linear(1, 1)
     kinds = [type(build_optimizer(model, TrainConfig(optimizer=name))) for name in OPTIMIZERS]
-    assert kinds == [torch.optim.SGD, torch.optim.RMSprop]
+    assert kinds == [torch.optim.SGD, torch.optim.RMSprop, torch.optim.AdamW]
 
 
 def test_amp_dtypes_are_pytorchs():

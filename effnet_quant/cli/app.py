@@ -94,6 +94,17 @@ def main() -> None:
         sys.exit(2)
 
 
+def example_of(command: str) -> str | None:
+    """The example for the end of a command's help. ``command`` is as the user typed it: "effnet-quant verify", "main.py"."""
+    name = command.rpartition(" ")[2]
+    for verb_name, verb in VERBS.items():
+        if name == verb_name:
+            return f"example:\n  {command} {verb.example}"
+        if name == f"{verb.module}.py":
+            return f"example:\n  python {command} {verb.example}"
+    return None
+
+
 def _help(program: str) -> str:
     lines = [
         f"usage: {program} VERB [ARGUMENTS]",

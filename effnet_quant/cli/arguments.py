@@ -6,28 +6,79 @@ import argparse
 from collections.abc import Sequence
 from typing import Any
 
+from effnet_quant.cli.app import example_of
 from effnet_quant.cli.process import typed_command
+from effnet_quant.cli.run_file import with_run_file
 from effnet_quant.data.choices import AUGMENTATIONS, BACKENDS, INTERPOLATIONS
 from effnet_quant.training.choices import AFFINITIES, AMP_DTYPES, OPTIMIZERS, SCHEDULES
+
+
+class HelpFormatter(argparse.HelpFormatter):
+    """Shows the default of each flag that has one, and examples line by line."""
+
+    def _get_help_string(self, action: argparse.Action) -> str | None:
+        text, default = action.help, action.default
+        said = text is None or "default" in text or action.nargs == 0 or not action.option_strings
+        if said or default is None or default is argparse.SUPPRESS:
+            return text
+        if isinstance(default, (list, tuple)):
+            default = " ".join(map(str, default))
+        shown = f"{default:g}" if isinstance(default, float) else str(default).replace("%", "%%")
+        return f"{text} (default: {shown})"
+
+    def _fill_text(self, text: str, width: int, indent: str) -> str:
+        return text if text.startswith("example:") else super()._fill_text(text, width, indent)
 
 
 class Parser(argparse.ArgumentParser):
     """Parses arguments, and notes in ``explicit`` which ones the user gave."""
 
     def __init__(self, description: str) -> None:
-        super().__init__(prog=typed_command(), description=description, allow_abbrev=False)
+        command = typed_command()
+        super().__init__(
+            prog=command,
+            description=description,
+            epilog=example_of(command),
+            formatter_class=HelpFormatter,
+            allow_abbrev=False,
+        )
         self.add_argument("--debug", action="store_true", help="show the traceback of an error")
 
     def parse(self, arguments: Sequence[str]) -> argparse.Namespace:
-        """Parse arguments and add the set ``explicit``. Wrong arguments print the usage and exit with status 2."""
+        """Parse arguments and add the set ``explicit``. Wrong arguments print the usage and exit with status 2.
+
+        The values of a file of ``--config``, if the script has this flag, count as given.
+
+        Raises:
+            UserError: the file of ``--config`` can't be used.
+        """
+        path = self._config_file(arguments)
+        if path is not None:
+            arguments = with_run_file(list(arguments), path, self._given(arguments, open_ended=True), self)
         parsed = self.parse_args(arguments)
-        defaults = {action.dest: action.default for action in self._actions}
+        parsed.explicit = self._given(arguments)
+        return parsed
+
+    def _config_file(self, arguments: Sequence[str]) -> str | None:
+        """The file of ``--config``; None if the script has no such flag, or the command line does not give it."""
+        if not any(action.dest == "config" for action in self._actions) or {"-h", "--help"} & set(arguments):
+            return None
+        alone = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+        alone.add_argument("--config")
+        return alone.parse_known_args(arguments)[0].config
+
+    def _given(self, arguments: Sequence[str], *, open_ended: bool = False) -> set[str]:
+        """The names of the values that arguments give. ``open_ended``: positional ones may be missing."""
+        before = [(action, action.default, action.nargs) for action in self._actions]
         for action in self._actions:
             action.default = argparse.SUPPRESS
-        parsed.explicit = set(vars(self.parse_args(arguments)))
-        for action in self._actions:
-            action.default = defaults[action.dest]
-        return parsed
+            if open_ended and not action.option_strings:
+                action.nargs = "?"
+        try:
+            return set(vars(self.parse_args(arguments)))
+        finally:
+            for action, default, nargs in before:
+                action.default, action.nargs = default, nargs
 
 
 def boolean(text: str) -> bool:
@@ -39,8 +90,9 @@ def boolean(text: str) -> bool:
     raise argparse.ArgumentTypeError(f"expected True or False, not '{text}'")
 
 
-def add_model_arguments(parser: argparse.ArgumentParser, default_arch: str | None) -> None:
+def add_model_arguments(parser: argparse._ActionsContainer, default_arch: str | None) -> None:
     """Add the flags of the architecture, its options and its weights."""
+    parser = parser.add_argument_group("model")
     default = f", else {default_arch}" if default_arch else ""
     parser.add_argument(
         "--arch",
@@ -56,16 +108,32 @@ def add_model_arguments(parser: argparse.ArgumentParser, default_arch: str | Non
         help="number of classes (default: the data's, else the weights')",
     )
     parser.add_argument(
-        "--conv-init", "--conv_init", choices=("fan_in", "fan_out"), default="fan_in", help="convolution initialisation"
+        "--conv-init",
+        "--conv_init",
+        choices=("fan_in", "fan_out"),
+        default="fan_in",
+        help="convolution initialisation (default: the model's)",
     )
     parser.add_argument(
-        "--bn-momentum", "--bn_momentum", type=float, default=1 - 0.99, help="momentum of BatchNorm's statistics"
+        "--bn-momentum",
+        "--bn_momentum",
+        type=float,
+        default=1 - 0.99,
+        help="momentum of BatchNorm's statistics (default: the model's)",
     )
-    parser.add_argument("--bn-epsilon", "--bn_epsilon", type=float, default=1e-3, help="epsilon of BatchNorm")
     parser.add_argument(
-        "--survival-prob", "--survival_prob", type=float, default=1, help="survival probability of the last block"
+        "--bn-epsilon", "--bn_epsilon", type=float, default=1e-3, help="epsilon of BatchNorm (default: the model's)"
     )
-    parser.add_argument("--dropout", type=float, default=0.2, help="dropout before the classifier")
+    parser.add_argument(
+        "--survival-prob",
+        "--survival_prob",
+        type=float,
+        default=1,
+        help="survival probability of the last block (default: the model's)",
+    )
+    parser.add_argument(
+        "--dropout", type=float, default=0.2, help="dropout before the classifier (default: the model's)"
+    )
     parser.add_argument(
         "--trt",
         type=boolean,
@@ -93,7 +161,7 @@ def add_training_arguments(parser: argparse.ArgumentParser) -> None:
 
 def _add_data_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the flags of the data: source, transforms, batch size."""
-    add = parser.add_argument
+    add = parser.add_argument_group("data").add_argument
     add("data", metavar="DATA", help="a folder with train/ and val/, or another name from docs/data.md")
     add(
         "--data-backend",
@@ -118,7 +186,7 @@ def _add_data_arguments(parser: argparse.ArgumentParser) -> None:
 
 def _add_optimization_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the flags of optimizer, schedule and regularisation."""
-    add = parser.add_argument
+    add = parser.add_argument_group("training").add_argument
     add("--epochs", type=int, default=90, help="epochs of the whole training")
     add("--run-epochs", type=int, default=-1, help="epochs of this run; -1: all that are left")
     add("--early-stopping-patience", type=int, default=-1, help="stop after so many epochs without a better top-1")
@@ -130,20 +198,41 @@ def _add_optimization_arguments(parser: argparse.ArgumentParser) -> None:
     add("--label-smoothing", type=float, default=0.0, help="label smoothing")
     add("--mixup", type=float, default=0.0, help="alpha of mixup")
     add("--cutmix", type=float, default=0.0, help="alpha of CutMix; with --mixup, each batch takes one at random")
+    add(
+        "--random-erasing",
+        type=float,
+        default=0.0,
+        metavar="PROBABILITY",
+        help="probability with which a box of a training image is erased",
+    )
     add("--optimizer", choices=OPTIMIZERS, default="sgd", help="optimizer")
-    add("--momentum", type=float, default=0.9, help="momentum")
+    add("--momentum", type=float, default=0.9, help="momentum; AdamW's beta1")
     add("--weight-decay", "--wd", type=float, default=1e-4, help="weight decay")
     add("--bn-weight-decay", action="store_true", help="apply weight decay to BatchNorm's parameters too")
     add("--rmsprop-alpha", type=float, default=0.9, help="RMSprop's smoothing constant")
     add("--rmsprop-eps", type=float, default=1e-3, help="RMSprop's epsilon")
     add("--nesterov", action="store_true", help="Nesterov momentum")
+    add(
+        "--layer-decay",
+        type=float,
+        default=1.0,
+        metavar="FACTOR",
+        help="factor of the learning rate from each layer to the one before it",
+    )
+    add("--clip-grad-norm", type=float, metavar="NORM", help="the largest norm of all gradients together")
+    add(
+        "--freeze",
+        action="append",
+        metavar="PATTERN",
+        help="modules or parameters that are not trained, e.g. 'features.*'; may be repeated",
+    )
     add("--use-ema", type=float, help="keep an exponential moving average of the weights, with this decay")
     add("--seed", type=int, help="random seed (default: a random one)")
 
 
 def _add_compute_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the flags of the arithmetic."""
-    add = parser.add_argument
+    add = parser.add_argument_group("arithmetic").add_argument
     add("--amp", action="store_true", help="mixed precision: float16 on a GPU, bfloat16 on the CPU")
     add("--amp-dtype", choices=tuple(AMP_DTYPES), help="type for --amp, in place of its default")
     add(
@@ -162,7 +251,8 @@ def _add_compute_arguments(parser: argparse.ArgumentParser) -> None:
 
 def _add_run_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the flags of the run and its files."""
-    add = parser.add_argument
+    add = parser.add_argument_group("the run and its files").add_argument
+    add("--config", metavar="FILE", help="flags from a YAML file, e.g. an old run's run.yml; those given here win")
     add("--print-freq", "-p", type=int, default=10, help="batches between two progress lines, without a terminal")
     add("--resume", metavar="FILE", help="checkpoint to resume from")
     add("--prof", type=int, default=-1, help="run only so many batches per epoch, to measure speeds; -1: all")

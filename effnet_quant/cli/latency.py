@@ -126,8 +126,13 @@ def _cells(engine: Engine, latency: Latency, first: Latency) -> list[str]:
         str(latency.batch_size),
         f"{latency.throughput:.0f}",
         *(f"{1e3 * seconds:.2f}" for seconds in times),
-        f"{first.p50 / latency.p50:.2f}x",
+        _times(first.p50 / latency.p50),
     ]
+
+
+def _times(ratio: float) -> str:
+    """A ratio with two decimals; a small one with two digits, so that it never reads 0.00x."""
+    return f"{ratio:.2f}x" if ratio >= 0.1 else f"{ratio:.2g}x"
 
 
 def _line(cells: Sequence[str], widths: Sequence[int]) -> str:

@@ -10,10 +10,12 @@ from typing import Any
 
 import yaml
 
-from effnet_quant.cli.arguments import Parser
+from effnet_quant.cli.app import example_of
+from effnet_quant.cli.arguments import HelpFormatter
+from effnet_quant.cli.flag_values import Actions, actions_of, check_key, flags_of
 from effnet_quant.cli.process import run, typed_command
 from effnet_quant.errors import UserError
-from effnet_quant.recipes.recipe import Recipes, load_recipes, nearest, resolve
+from effnet_quant.recipes.recipe import Recipes, load_recipes, resolve
 from effnet_quant.terminal import printable
 
 QUANTIZING_MODES = ("calibration", "qat")
@@ -25,6 +27,8 @@ def job(arguments: Sequence[str]) -> int:
         prog=typed_command(),
         description="Train, evaluate, calibrate or benchmark with a recipe. Further flags of main.py or quant_main.py "
         "override the recipe's values.",
+        epilog=example_of(typed_command()),
+        formatter_class=HelpFormatter,
         allow_abbrev=False,
     )
     parser.add_argument("--model", help="e.g. efficientnet-b0")
@@ -42,7 +46,7 @@ def job(arguments: Sequence[str]) -> int:
 
     recipes = load_recipes(parsed.cfg_file)
     source = parsed.cfg_file or "the recipe"
-    _check_keys(recipes, _actions(main_script.build_parser()) | _actions(quant_script.build_parser()), source)
+    _check_keys(recipes, actions_of(main_script.build_parser()) | actions_of(quant_script.build_parser()), source)
     if parsed.list:
         print(_listing(recipes))
         return 0
@@ -57,7 +61,7 @@ def job(arguments: Sequence[str]) -> int:
     if quantized is None:  # the network exists as float and quantized
         quantized = parsed.mode in QUANTIZING_MODES
     script = quant_script if quantized else main_script
-    command = [*_flags(values, script.build_parser(), source), *rest]
+    command = [*flags_of(values, actions_of(script.build_parser()), source), *rest]
     if parsed.dry_run:
         resolved = vars(script.build_parser().parse(command))
         del resolved["explicit"]
@@ -76,53 +80,18 @@ def _command_of(script: ModuleType, typed: str) -> str:
     return f"{program} {'quantize' if name == 'quant_main' else 'train'}"
 
 
-def _flags(values: dict[str, Any], parser: Parser, source: str) -> list[str]:
-    """Turn a recipe's values into flags."""
-    actions = _actions(parser)
-    flags: list[str] = []
-    for name, value in values.items():
-        _check_key(name, actions, source)
-        action = actions[name]
-        flag = next(flag for flag in reversed(action.option_strings) if flag.startswith("--"))
-        if action.nargs == 0:  # a switch: the flag inverts the default
-            if not isinstance(value, (bool, type(None))):
-                raise UserError(f"{source}: {name} is a switch, true or false, not {value!r}.")
-            flags += [flag] if value not in (None, action.default) else []
-        elif value is not None:
-            flags += [flag, str(value)]
-    return flags
-
-
-def _actions(parser: Parser) -> dict[str, argparse.Action]:
-    return {action.dest: action for action in parser._actions if action.option_strings}
-
-
-def _check_keys(recipes: Recipes, actions: dict[str, argparse.Action], source: str) -> None:
+def _check_keys(recipes: Recipes, actions: Actions, source: str) -> None:
     """Check that the keys of all rows, chosen or not, are flags of one of the scripts."""
     rows = [values for section in ("precision", "platform", "mode") for values in recipes[section].values()]
     rows += [row for modes in _mappings(recipes["model_mode"]) for row in modes.values()]
     rows += [row for rows_of in _mappings(recipes["models"]) for part in _mappings(rows_of) for row in part.values()]
     for row in rows:
         for name in row if isinstance(row, dict) else ():
-            _check_key(name, actions, source)
+            check_key(name, actions, source)
 
 
 def _mappings(values: dict[str, Any]) -> list[dict[str, Any]]:
     return [value for value in values.values() if isinstance(value, dict)]
-
-
-def _check_key(name: Any, actions: dict[str, argparse.Action], source: str) -> None:
-    if name not in actions:
-        raise UserError(f"{source} has an unknown key '{name}'; did you mean: {_nearest_key(str(name), actions)}?")
-
-
-def _nearest_key(name: str, actions: dict[str, argparse.Action]) -> str:
-    """The keys closest to ``name``, by the key or by a spelling of its flag."""
-    spellings = {dest: dest for dest in actions}
-    for dest, action in actions.items():
-        spellings |= {option.lstrip("-").replace("-", "_"): dest for option in action.option_strings}
-    close = nearest(name, spellings).split(", ")
-    return ", ".join(dict.fromkeys(spellings[spelling] for spelling in close))
 
 
 def _listing(recipes: Recipes) -> str:

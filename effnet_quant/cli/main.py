@@ -20,6 +20,7 @@ def job(arguments: Sequence[str]) -> int:
     """Train or evaluate as the command line says; returns the exit status."""
     parsed = build_parser().parse(arguments)
     from effnet_quant.cli.file_card import card_to_start_from
+    from effnet_quant.cli.run_file import write_run_file
     from effnet_quant.cli.training import say_what_is_used, settings, train_or_evaluate
     from effnet_quant.jobs.run import open_run
     from effnet_quant.models.registry import get_entry
@@ -30,6 +31,7 @@ def job(arguments: Sequence[str]) -> int:
     asked = settings(parsed, said)
     with open_run(asked.card, asked.data, asked.config, asked.place, asked.start, evaluate=parsed.evaluate) as ready:
         say_what_is_used(ready, parsed)
+        write_run_file(ready, parsed, "train")
         return train_or_evaluate(ready, parsed)
 
 

@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from effnet_quant.cli.arguments import Parser
 from effnet_quant.cli.process import run
 from effnet_quant.errors import UserError
+from effnet_quant.models.kept_table import kept_table
 
 HEADER = ("model", "parameters", "GMACs", "image size", "weights")
 
@@ -19,19 +20,27 @@ def job(arguments: Sequence[str]) -> int:
         "pattern", nargs="?", default="*", help="of names, e.g. 'efficientnet-*b4', 'timm:resnet*', 'torchvision:*'"
     )
     pattern = parser.parse(arguments).pattern
+    with kept_table() as table:
+        names = table.names.get(pattern) or _names(pattern)
+        table.names[pattern] = names
+        widths = (max(len(HEADER[0]), *map(len, names)), 13, 7, 10)
+        _print(HEADER, widths)
+        for name in names:
+            table.rows[name] = table.rows.get(name) or _row(name)
+            _print(table.rows[name], widths)
+    return 0
+
+
+def _names(pattern: str) -> list[str]:
     from effnet_quant.models.registry import list_models
 
     names = list_models(pattern)
     if not names:
         raise UserError(f"no model is called '{pattern}'; patterns take * and ?, as in 'timm:resnet*'.")
-    widths = (max(len(HEADER[0]), *map(len, names)), 13, 7, 10)
-    _print(HEADER, widths)
-    for name in names:
-        _print(_row(name), widths)
-    return 0
+    return names
 
 
-def _row(name: str) -> tuple[str, ...]:
+def _row(name: str) -> list[str]:
     """A model's row of the table; "-" for values that can't be found without running the model."""
     from effnet_quant.models.complexity import measure_complexity
     from effnet_quant.models.registry import get_entry
@@ -39,10 +48,10 @@ def _row(name: str) -> tuple[str, ...]:
     entry = get_entry(name)
     parameters, macs = measure_complexity(entry)
     giga = "-" if macs is None else f"{macs / 1e9:.3g}"
-    return name, f"{parameters:,}", giga, str(entry.input.image_size), entry.weights_at or "-"
+    return [name, f"{parameters:,}", giga, str(entry.input.image_size), entry.weights_at or "-"]
 
 
-def _print(cells: tuple[str, ...], widths: tuple[int, ...]) -> None:
+def _print(cells: Sequence[str], widths: tuple[int, ...]) -> None:
     name, *numbers, weights = cells
     right = [number.rjust(width) for number, width in zip(numbers, widths[1:], strict=True)]
     print("  ".join([name.ljust(widths[0]), *right, weights]), flush=True)

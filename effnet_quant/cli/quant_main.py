@@ -44,28 +44,29 @@ def build_parser() -> Parser:
     add_spec_arguments(parser)
     add_qat_arguments(parser)
     add_search_arguments(parser)
-    parser.add_argument(
+    group = parser.add_argument_group("calibration")
+    group.add_argument(
         "--target",
         choices=tuple(TARGETS),
         help="the runtime to simulate (default: the weights' target, else tensorrt for efficientnet-quant-* and "
         "onnxruntime for all others)",
     )
     methods = tuple(CALIBRATION_METHODS)
-    parser.add_argument("--calibration-method", choices=methods, default=DEFAULT_METHOD, help="how to choose ranges")
-    parser.add_argument(
+    group.add_argument("--calibration-method", choices=methods, default=DEFAULT_METHOD, help="how to choose ranges")
+    group.add_argument(
         "--percentile", type=float, default=DEFAULT_PERCENTILE, help="percent of magnitudes inside the range"
     )
-    parser.add_argument("--calibration-images", type=int, default=512, help="training images to calibrate with")
-    parser.add_argument(
+    group.add_argument("--calibration-images", type=int, default=512, help="training images to calibrate with")
+    group.add_argument(
         "--ptq",
         metavar="RECIPE",
         help=f"{', '.join(PTQ_RECIPES)}: quantize without training by this recipe; needs --epochs 0",
     )
-    parser.add_argument(
+    group.add_argument(
         "--report",
         metavar="FILE",
         help="file for a page of plots of all ranges (.png, .pdf or .svg), or a folder for the "
-        "quantization report, a page for a browser",
+        "quantization report, a page for a browser; a bare name is in the workspace",
     )
     return parser
 
@@ -80,6 +81,7 @@ def job(arguments: Sequence[str]) -> int:
         _default_to_short_training(parsed)
     from effnet_quant.api import has_ranges
     from effnet_quant.cli.file_card import card_to_start_from
+    from effnet_quant.cli.run_file import write_run_file
     from effnet_quant.cli.training import say_what_is_used, settings, train_or_evaluate
     from effnet_quant.jobs.quantization_report import float_network, write_quantization_report
     from effnet_quant.jobs.quantized_training import check_start, prepare_quantized
@@ -102,6 +104,7 @@ def job(arguments: Sequence[str]) -> int:
     floats = None
     with _open(parsed, asked) as ready:
         say_what_is_used(ready, parsed)
+        write_run_file(ready, parsed, "quantize")
         if not parsed.evaluate:
             floats = float_network(ready) if folder is not None else None
             prepare_quantized(ready, qat, plots)
@@ -145,9 +148,14 @@ def _places_of_report(parsed: argparse.Namespace) -> tuple[Path | None, Path | N
     if not parsed.report:
         return None, None
     report = Path(parsed.report)
+    bare = report == Path(report.name)
+    if bare:  # in the workspace, as --raport-file is
+        report = Path(parsed.workspace) / report
     if report.suffix in FORMATS:
         if parsed.auto:
             raise UserError("--auto calibrates several times; give --report a folder, for the quantization report.")
+        if bare:
+            create_folder(report.parent, "--workspace")
         check_writable(report)
         return report, None
     if report.suffix and not report.is_dir():
@@ -170,6 +178,7 @@ def _auto(
 ) -> int:
     """Climb until the target is met; returns 1 if it is missed."""
     from effnet_quant.api import build
+    from effnet_quant.cli.run_file import write_run_file
     from effnet_quant.jobs.autoquant import WEIGHTS, autoquant
     from effnet_quant.jobs.quantization_report import float_network, write_quantization_report
     from effnet_quant.models.weights import read_weights
@@ -180,6 +189,7 @@ def _auto(
     workspace = Path(asked.place.workspace)
     weights = workspace / WEIGHTS
     with _open(parsed, asked) as ready:
+        write_run_file(ready, parsed, "quantize")
         floats = float_network(ready) if report is not None else None
         try:
             climb = autoquant(

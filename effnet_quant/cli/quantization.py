@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import argparse
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from effnet_quant.errors import UserError
-from effnet_quant.files import is_special
 from effnet_quant.quantization.choices import PTQ_RECIPES
 from effnet_quant.quantization.spec import PRESETS, QuantSpec, resolve_spec
+from effnet_quant.recipes.bounded_yaml import read_yaml
 
 if TYPE_CHECKING:
     from effnet_quant.quantization.qat import QatConfig
@@ -17,12 +17,13 @@ if TYPE_CHECKING:
 
 def add_spec_arguments(parser: argparse.ArgumentParser) -> None:
     """Add --quant-spec and --quant-override."""
-    parser.add_argument(
+    group = parser.add_argument_group("quantization spec")
+    group.add_argument(
         "--quant-spec",
         metavar="SPEC",
         help=f"{', '.join(PRESETS)}, or a YAML file (default: the weights' spec, else w8a8)",
     )
-    parser.add_argument(
+    group.add_argument(
         "--quant-override",
         metavar="PATTERN=SPEC",
         action="append",
@@ -32,7 +33,7 @@ def add_spec_arguments(parser: argparse.ArgumentParser) -> None:
 
 def add_qat_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the flags of training with fake quantization."""
-    add = parser.add_argument
+    add = parser.add_argument_group("training with fake quantization").add_argument
     add("--gradual-start", type=int, default=0, metavar="EPOCHS", help="switch the quantizers on one by one")
     add(
         "--follow-ranges",
@@ -55,7 +56,7 @@ def add_qat_arguments(parser: argparse.ArgumentParser) -> None:
 
 def add_search_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the flags that search for a quantization: autoquant and mixed precision."""
-    add = parser.add_argument
+    add = parser.add_argument_group("search").add_argument
     add(
         "--auto",
         action="store_true",
@@ -185,7 +186,7 @@ def asked_spec(parsed: argparse.Namespace) -> QuantSpec | None:
     given = getattr(parsed, "quant_spec", None)
     if given is None:
         return None
-    return resolve_spec(_read_yaml(Path(given)) if Path(given).suffix in (".yml", ".yaml") else given)
+    return resolve_spec(read_yaml(given) if Path(given).suffix in (".yml", ".yaml") else given)
 
 
 def asked_overrides(parsed: argparse.Namespace) -> list[tuple[str, str]]:
@@ -201,15 +202,3 @@ def asked_overrides(parsed: argparse.Namespace) -> list[tuple[str, str]]:
             raise UserError(f"--quant-override {override}: expected a pattern and a preset, such as 'stem=w8a16'.")
         pairs.append((pattern, name))
     return pairs
-
-
-def _read_yaml(path: Path) -> Any:
-    import yaml
-
-    if is_special(path):
-        raise UserError(f"--quant-spec {path} is a pipe or a device; give a file.")
-    try:
-        return yaml.safe_load(path.read_text(encoding="utf-8"))
-    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
-        reason = str(error).splitlines()[0]
-        raise UserError(f"--quant-spec {path} can't be read: {reason}") from error

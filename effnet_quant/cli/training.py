@@ -98,6 +98,7 @@ def settings(
 def _train_config(parsed: argparse.Namespace) -> TrainConfig:
     values = {field.name: getattr(parsed, field.name) for field in fields(TrainConfig) if field.name in parsed}
     values["channels_last"] = parsed.memory_format == "nhwc"
+    values["freeze"] = tuple(parsed.freeze or ())
     if parsed.jit == "script":
         print("--jit script: TorchScript has been superseded by torch.compile, which is used", flush=True)
         values["compile"] = True

@@ -93,8 +93,9 @@ def _verify(parsed: argparse.Namespace) -> bool:
     return verify_engine(model, card, engine, parsed)
 
 
-def add_verify_arguments(parser: argparse.ArgumentParser) -> None:
+def add_verify_arguments(parser: argparse._ActionsContainer) -> None:
     """Add the flags of the comparison."""
+    parser = parser.add_argument_group("comparison")
     parser.add_argument("-j", "--workers", type=int, default=0, help="data loading processes")
     parser.add_argument(
         "--min-agreement",
@@ -112,6 +113,9 @@ def refuse_comparison(parsed: argparse.Namespace) -> None:
     Raises:
         UserError: one was given.
     """
+    if parsed.tune:
+        why = "this is of --verify; --tune reads a single batch. Give --verify too, or leave this out."
+        refuse_unused(parsed, {"workers": "--workers"}, why)
     refuse_unused(parsed, _OF_COMPARISON, "nothing is compared without --verify; give it, or leave this out.")
 
 

@@ -23,7 +23,7 @@ def in_workers(dataset: Dataset[Any], workers: int, prefetch: int = 2, **options
     """A DataLoader over single items of a dataset. Its workers end only when the main process tells them."""
     # A worker that inherits an unreachable DALI pipeline would collect it, and wait for threads that it does not have
     gc.collect()
-    return DataLoader(
+    return _AnyNumberOfWorkers(
         dataset,
         batch_size=None,
         num_workers=workers,
@@ -34,6 +34,13 @@ def in_workers(dataset: Dataset[Any], workers: int, prefetch: int = 2, **options
         generator=torch.Generator(),
         **options,
     )
+
+
+class _AnyNumberOfWorkers(DataLoader[Any]):
+    """A DataLoader that does not warn of more workers than cores: their number is the user's choice, and harms nothing."""
+
+    def check_worker_number_rationality(self) -> None:
+        pass
 
 
 class Whereabouts:

@@ -89,8 +89,12 @@ def prepare_quantized(run: Run, qat: QatConfig, report: str | Path | None = None
     """Set up a quantized run: its teacher, its schedule, and calibration if the weights have no ranges.
 
     Raises:
-        UserError: a resumed run has no ranges, or calibration finds none.
+        UserError: a resumed run has no ranges, calibration finds none, or two settings exclude each other.
     """
+    if qat.reestimate_bn and run.config.freeze:
+        raise UserError(
+            "--reestimate-bn measures all BatchNorms again, and --freeze keeps some; leave one of them out."
+        )
     if qat.distill:
         run.trainer.loss = distilled(run, qat, qat.distill)
     if not has_ranges(run.model):

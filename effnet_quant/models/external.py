@@ -1,5 +1,7 @@
 """Registry entries of timm's and torchvision's image classifiers, named ``timm:<name>`` and ``torchvision:<name>``.
 
+``timm:hf-hub:<organisation>/<name>`` is a model of timm's on the Hugging Face hub.
+
 A library is imported when one of its models is asked for.
 """
 
@@ -8,6 +10,8 @@ from __future__ import annotations
 import difflib
 import math
 from collections.abc import Callable, Mapping
+from contextlib import suppress
+from dataclasses import replace
 from functools import partial
 from types import ModuleType
 from typing import Any
@@ -18,6 +22,7 @@ from effnet_quant.card import InputSpec, ModelCard
 from effnet_quant.errors import UserError
 from effnet_quant.models.download import fetch
 from effnet_quant.models.entry import ModelEntry
+from effnet_quant.models.hub import fetch_from_hub, quiet, read_json
 from effnet_quant.models.weights import Weights, read_weights
 
 # our options -> the libraries' keywords
@@ -25,6 +30,8 @@ _TIMM_KEYWORDS = {"dropout": "drop_rate", "survival_prob": "drop_path_rate", "in
 _TORCHVISION_KEYWORDS = {"dropout": "dropout", "survival_prob": "stochastic_depth_prob"}
 # Auxiliary classifiers only help training from scratch. The networks' own normalisation is in InputSpec instead.
 _INCEPTION = {"aux_logits": False, "transform_input": False, "init_weights": True}
+HUB = "hf-hub:"  # before the name of a repository
+_MOST_CLASSES = 100_000  # of a model on the hub; ImageNet-21k has 21,843
 _INCEPTION_MEAN = _INCEPTION_STD = (0.5, 0.5, 0.5)
 
 
@@ -39,6 +46,14 @@ def list_external(library: str) -> list[str]:
     """
     names = _timm().list_models() if library == "timm" else _torchvision_names()
     return [f"{library}:{name}" for name in names]
+
+
+def same_in_libraries(model: str) -> list[str]:
+    """The full names of the libraries' networks that are called ``model``."""
+    names = [f"torchvision:{model}"] if model in _torchvision_names() else []
+    with suppress(UserError):  # timm is not installed
+        names += [f"timm:{model}"] if _timm().is_model(model) else []
+    return names
 
 
 def external_entry(name: str) -> ModelEntry:
@@ -62,6 +77,8 @@ def _timm() -> ModuleType:
 def _timm_entry(model: str) -> ModelEntry:
     timm = _timm()
     name = f"timm:{model}"
+    if model.startswith(HUB):
+        return _hub_entry(model.removeprefix(HUB))
     if not timm.is_model(model):
         raise _unknown(name)
     config = timm.get_pretrained_cfg(model)
@@ -87,8 +104,15 @@ def _timm_entry(model: str) -> ModelEntry:
 
 
 def _timm_weights(model: str) -> Weights:
+    config = _timm().get_pretrained_cfg(model)
+    file = None
+    if config.hf_hub_id and not config.custom_load:
+        # timm's own download retries for a minute if the hub can't be reached
+        file = fetch_from_hub(config.hf_hub_id, _safe_filename(config.hf_hub_filename))
+    overlay = None if file is None else {"file": str(file)}
     try:
-        tensors = _timm().create_model(model, pretrained=True).state_dict()
+        with quiet():
+            tensors = _timm().create_model(model, pretrained=True, pretrained_cfg_overlay=overlay).state_dict()
     except Exception as error:  # timm loads weights in several ways, and each raises its own exceptions
         reason = (str(error).strip() or type(error).__name__).splitlines()[0].rstrip(".")
         raise UserError(
@@ -96,6 +120,68 @@ def _timm_weights(model: str) -> Weights:
             "--pretrained-from-file."
         ) from error
     return Weights(tensors, source=f"timm's weights of {model}")
+
+
+def _safe_filename(filename: str | None) -> str:
+    """The safetensors file that stands beside a repository's pickle."""
+    if filename in (None, "pytorch_model.bin"):
+        return "model.safetensors"
+    return f"{filename.rpartition('.')[0]}.safetensors" if "." in filename else filename
+
+
+def _hub_entry(hub_name: str) -> ModelEntry:
+    """The entry of a timm model in a repository of the Hugging Face hub; its name is that of its architecture.
+
+    Raises:
+        UserError: the repository can't be read, or it holds no model of timm's.
+    """
+    timm = _timm()
+    path = fetch_from_hub(hub_name, "config.json")
+    said = {} if path is None else read_json(path)
+    model = said.get("architecture")
+    if not isinstance(model, str) or not timm.is_model(model) or "." in model:
+        raise UserError(
+            f"{hub_name} holds no model of timm's; effnet_quant.from_pretrained loads what effnet_quant.push has written."
+        )
+    if said.get("model_args"):
+        raise UserError(f"{hub_name} changes timm's {model} by arguments of its own, which is not supported.")
+    config = said.get("pretrained_cfg", said)
+    classes = said.get("num_classes", config.get("num_classes") if isinstance(config, dict) else None)
+    if not isinstance(config, dict) or type(classes) is not int or not 0 < classes <= _MOST_CLASSES:
+        raise UserError(f"{hub_name} does not say how many classes its model has; check its config.json.")
+    usual = _timm_entry(model)
+    return replace(
+        usual,
+        input=_hub_input(config, usual.input, hub_name),
+        num_classes=classes,
+        weights_at=f"hf-hub:{hub_name}",
+        fetch_weights=partial(_hub_weights, model, hub_name, classes),
+    )
+
+
+def _hub_input(config: dict[str, Any], usual: InputSpec, hub_name: str) -> InputSpec:
+    """What a repository's config says of the images; ``usual`` where it is silent."""
+    try:
+        size = int(config.get("input_size", (3, 0, usual.image_size))[-1])
+        crop = float(config.get("crop_pct", usual.image_size / usual.resize_size))
+        interpolation = config.get("interpolation", usual.interpolation)
+        return InputSpec(
+            size,
+            math.floor(size / crop),
+            interpolation if interpolation in ("bilinear", "bicubic") else "bilinear",
+            tuple(map(float, config.get("mean", usual.mean))),
+            tuple(map(float, config.get("std", usual.std))),
+        )
+    except (TypeError, ValueError, IndexError, ZeroDivisionError, OverflowError) as error:
+        raise UserError(f"{hub_name} does not say what images its model takes; check its config.json.") from error
+
+
+def _hub_weights(model: str, hub_name: str, classes: int) -> Weights:
+    path = fetch_from_hub(hub_name, "model.safetensors")
+    if path is None:
+        raise UserError(f"{hub_name} has no model.safetensors; other formats are not read from strangers.")
+    own = read_weights(path)
+    return Weights(own.tensors, ModelCard(num_classes=classes), f"hf-hub:{hub_name}")
 
 
 def _torchvision_names() -> list[str]:

@@ -13,7 +13,7 @@ from effnet_quant.models.cifar_resnet import CifarResNet
 from effnet_quant.models.download import fetch
 from effnet_quant.models.efficientnet import EfficientNet
 from effnet_quant.models.entry import ModelEntry
-from effnet_quant.models.external import external_entry, list_external
+from effnet_quant.models.external import HUB, external_entry, list_external, same_in_libraries
 from effnet_quant.models.weights import Weights, read_weights
 
 LIBRARIES = ("timm", "torchvision")
@@ -143,13 +143,15 @@ def get_entry(name: str) -> ModelEntry:
     Raises:
         UserError: there is no such model. The message names similar ones.
     """
+    if name.startswith(HUB):
+        return external_entry(f"timm:{name}")
     if name.partition(":")[0] in LIBRARIES:
         return external_entry(name)
     if name in _NVIDIAS_NAMES:
         return replace(external_entry(_NVIDIAS_NAMES[name]), name=name, input=InputSpec(224, 224 + CROP_MARGIN))
     if name not in _ENTRIES:
-        near = difflib.get_close_matches(name, [*_ENTRIES, *_NVIDIAS_NAMES], n=3, cutoff=0.5)
-        near += [full for full in list_external("torchvision") if full == f"torchvision:{name}"]
+        near = same_in_libraries(name)
+        near += difflib.get_close_matches(name, [*_ENTRIES, *_NVIDIAS_NAMES], n=3, cutoff=0.5)
         hint = f"did you mean: {', '.join(near)}?" if near else "effnet-quant models lists them."
         raise UserError(f"there is no model '{name}'; {hint}")
     return _ENTRIES[name]

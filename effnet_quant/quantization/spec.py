@@ -101,7 +101,7 @@ class QuantSpec:
     def override(self, name: str) -> QuantSpec | Literal["base"] | None:
         """The override of the module or quantizer ``name``: a spec, None for float, or "base" if no pattern matches."""
         for pattern, spec in reversed(self.overrides):
-            if _matches(name, pattern):
+            if matches(name, pattern):
                 return spec
         return "base"
 
@@ -112,7 +112,7 @@ class QuantSpec:
 
     def unmatched(self, names: list[str]) -> list[str]:
         """The patterns that match none of ``names``."""
-        return [pattern for pattern, _ in self.overrides if not any(_matches(name, pattern) for name in names)]
+        return [pattern for pattern, _ in self.overrides if not any(matches(name, pattern) for name in names)]
 
     def learned(self) -> QuantSpec:
         """The same spec with learned ranges (LSQ)."""
@@ -164,7 +164,8 @@ def _override(pattern: Any, spec: Override) -> tuple[str, QuantSpec | None]:
     return pattern, resolved
 
 
-def _matches(name: str, pattern: str) -> bool:
+def matches(name: str, pattern: str) -> bool:
+    """Whether a pattern, as in ``QuantSpec.overrides``, matches a name or the name of a module around it."""
     parts = name.split(".")
     return any(fnmatch.fnmatchcase(".".join(parts[: end + 1]), pattern) for end in range(len(parts)))
 

@@ -3,20 +3,18 @@
 from __future__ import annotations
 
 import difflib
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable
 from importlib import resources
 from pathlib import Path
 from typing import Any
 
-import yaml
-
 from effnet_quant.errors import UserError
 from effnet_quant.files import possible_path
+from effnet_quant.recipes.bounded_yaml import parse_yaml, read_yaml
 
 SECTIONS = ("precision", "platform", "models", "mode", "model_mode")
 Recipes = dict[str, dict[str, Any]]
 _LEVELS = {"precision": 2, "platform": 2, "models": 4, "mode": 2, "model_mode": 3}  # of names, above the values
-_LONGEST, _DEEPEST, _MOST_VALUES = 2**20, 16, 2**16  # of a file; the package's largest has 5,000 values
 
 
 def load_recipes(path: str | Path | None = None) -> Recipes:
@@ -32,16 +30,11 @@ def load_recipes(path: str | Path | None = None) -> Recipes:
     recipes: Recipes = {section: {} for section in SECTIONS}
     for file in sorted(resources.files(__package__).iterdir(), key=lambda entry: entry.name):
         if file.name.endswith(".yml"):
-            _merge(recipes, _read(file.read_text(encoding="utf-8"), file.name))
+            _merge(recipes, _sections(parse_yaml(file.read_text(encoding="utf-8"), file.name), file.name))
     if path is not None:
         if not possible_path(path).is_file():
             raise UserError(f"there is no recipe file {path}; check the path.")
-        try:
-            text = Path(path).read_text(encoding="utf-8")
-        except (OSError, UnicodeDecodeError) as error:
-            raise UserError(f"{path} can't be read: {error}; a recipe file is YAML in UTF-8.") from error
-        _check_size(text, str(path))
-        own = _read(text, str(path))
+        own = _sections(read_yaml(path), str(path))
         if not any(own.values()):
             raise UserError(f"{path} holds no recipes: it has none of the sections {', '.join(SECTIONS)}.")
         _merge(recipes, own)
@@ -82,12 +75,7 @@ def _pick(values: dict[str, Any], name: str, what: str, *, optional: bool = Fals
     return chosen
 
 
-def _read(text: str, source: str) -> Recipes:
-    try:
-        content = yaml.safe_load(text)
-    except (yaml.YAMLError, ValueError, TypeError, AttributeError, KeyError, IndexError) as error:
-        # ValueError and the like: values that contradict their tags, e.g. a date in month 13
-        raise _no_yaml(source, error) from error
+def _sections(content: Any, source: str) -> Recipes:
     if not isinstance(content, dict):
         raise UserError(f"{source} holds no recipes: it has none of the sections {', '.join(SECTIONS)}.")
     for name in content:  # sections of other names may hold YAML anchors
@@ -99,43 +87,6 @@ def _read(text: str, source: str) -> Recipes:
             raise UserError(f"{source}: each of the sections {', '.join(SECTIONS)} is a mapping from names to values.")
         _check_values(section, _LEVELS[name], f"{source}: {name}")
     return sections
-
-
-def _check_size(text: str, source: str) -> None:
-    """Raises UserError before the YAML is built, if it is nested too deep or would grow too large by its aliases."""
-    if len(text) > _LONGEST:
-        raise UserError(f"{source} is longer than {_LONGEST:,} characters; recipes are not, so give another file.")
-    sizes: dict[str, int] = {}  # of the values with an anchor, aliases in them written out
-    opened: list[tuple[str | None, int]] = [(None, 0)]  # anchor and size of each value that is not complete yet
-    for event in _events(text, source):
-        size = 0
-        if isinstance(event, yaml.CollectionStartEvent):
-            opened.append((event.anchor, 1))
-        elif isinstance(event, yaml.CollectionEndEvent):
-            anchor, size = opened.pop()
-            sizes |= {} if anchor is None else {anchor: size}
-        elif isinstance(event, yaml.AliasEvent):
-            size = sizes.get(event.anchor or "", _MOST_VALUES)  # an alias to a value around itself never ends
-        elif isinstance(event, yaml.ScalarEvent):
-            size = 1
-            sizes |= {} if event.anchor is None else {event.anchor: 1}
-        opened[-1] = (opened[-1][0], opened[-1][1] + size)
-        if len(opened) > _DEEPEST or opened[-1][1] >= _MOST_VALUES:
-            raise UserError(
-                f"{source} is nested more than {_DEEPEST} deep, or has more than {_MOST_VALUES:,} values with its aliases "
-                "written out; recipes need neither."
-            )
-
-
-def _events(text: str, source: str) -> Iterator[yaml.Event]:
-    try:
-        yield from yaml.parse(text, Loader=yaml.SafeLoader)
-    except yaml.YAMLError as error:
-        raise _no_yaml(source, error) from error
-
-
-def _no_yaml(source: str, error: Exception) -> UserError:
-    return UserError(f"{source} is no YAML: {' '.join(str(error).split())}; correct it.")
 
 
 def _check_values(values: dict[Any, Any], levels: int, place: str) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import math
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -37,7 +38,9 @@ def write_calibration_page(ranges: Sequence[dict[str, Any]], path: Path) -> None
             widths = [entry[part][1] - entry[part][0] for entry in ranges]
             extents.barh(rows, widths, height, starts, color=colour, label=part)
         reach = [max(map(abs, entry["chosen"])) for entry in ranges]
-        extents.set_xscale("symlog", linthresh=max(min(reach), 1e-3 * max(reach)) or 1.0)
+        smallest = max(min(reach), 1e-3 * max(reach)) or 1.0
+        # a power of ten, because the ticks are: one within the linear part would stand on zero's label
+        extents.set_xscale("symlog", linthresh=10 ** math.ceil(math.log10(smallest)))
         extents.set_title("range", loc="left")
         extents.legend(
             loc="lower right", bbox_to_anchor=(1, 1), ncols=2, frameon=False

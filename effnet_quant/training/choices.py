@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-OPTIMIZERS = ("sgd", "rmsprop")
+OPTIMIZERS = ("sgd", "rmsprop", "adamw")
 SCHEDULES = ("step", "linear", "cosine")
 AMP_DTYPES = {"fp16": "float16", "bf16": "bfloat16"}  # name -> torch's dtype
 AFFINITIES = (

@@ -42,6 +42,9 @@ _ALLOWED = {
     "use_ema": SHARE,
     "rmsprop_alpha": SHARE,
     "rmsprop_eps": NOT_NEGATIVE,
+    "layer_decay": Allowed(lambda value: 0 < value <= 1, "above 0 and at most 1"),
+    "clip_grad_norm": ABOVE_ZERO,
+    "random_erasing": SHARE,
     "seed": Allowed(lambda value: 0 <= value < 2**63, "between 0 and 2**63 - 1"),
     "static_loss_scale": ABOVE_ZERO,
     "prof": Allowed(lambda value: value == -1 or value >= 1, "-1 (all batches) or at least 1"),
@@ -64,13 +67,18 @@ class TrainConfig:
         run_epochs: epochs of this run; -1 for all that are left.
         lr_schedule: "step", "linear" or "cosine".
         warmup: epochs of linear warm-up.
-        optimizer: "sgd" or "rmsprop".
+        optimizer: "sgd", "rmsprop" or "adamw".
+        momentum: of SGD and RMSprop; beta1 of AdamW, whose beta2 is 0.999 and whose epsilon is 1e-8.
+        layer_decay: factor of the learning rate from each layer to the one before it; 1 for one rate. See ``layer_depths``.
+        clip_grad_norm: the largest norm of all gradients together; larger ones are scaled down. None for no limit.
+        freeze: patterns of modules and parameters that are not trained; see ``freeze``.
         bn_weight_decay: whether BatchNorm's parameters decay too.
         batch_size: images per batch of one process.
         workers: processes that read images. For shards, the order of images depends on their number.
         optimizer_batch_size: images per optimizer step, over all processes: a multiple of processes x batch_size. -1 for one
             batch of each process.
         mixup: alpha of mixup's Beta distribution; 0 for no mixup.
+        random_erasing: probability with which a box of a training image is erased; see ``erase``.
         cutmix: alpha of CutMix's Beta distribution; 0 for no CutMix. With both, each batch takes one of them at random.
         use_ema: decay of the moving average of the weights; None for no average.
         amp: autocast, to float16 with a scaled loss on CUDA and to bfloat16 on the CPU.
@@ -104,11 +112,15 @@ class TrainConfig:
     nesterov: bool = False
     rmsprop_alpha: float = 0.9
     rmsprop_eps: float = 1e-3
+    layer_decay: float = 1.0
+    clip_grad_norm: float | None = None
+    freeze: tuple[str, ...] = ()
     batch_size: int = 256
     workers: int = 0
     optimizer_batch_size: int = -1
     mixup: float = 0.0
     cutmix: float = 0.0
+    random_erasing: float = 0.0
     use_ema: float | None = None
     amp: bool = False
     amp_dtype: str | None = None
@@ -143,6 +155,8 @@ class TrainConfig:
             raise UserError(f"--amp-dtype {self.amp_dtype} says what --amp computes in; give both.")
         if self.nesterov and (self.optimizer != "sgd" or self.momentum <= 0):
             raise UserError("--nesterov goes with --optimizer sgd and a momentum above 0.")
+        if self.optimizer == "adamw" and self.momentum >= 1:
+            raise UserError("--momentum is AdamW's beta1, which must be below 1.")
 
     def check_processes(self, processes: int) -> None:
         """Raises UserError if ``optimizer_batch_size`` is not a multiple of processes x batch_size."""

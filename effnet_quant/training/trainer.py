@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from effnet_quant.card import ModelCard
+from effnet_quant.data.erasing import erase
 from effnet_quant.data.loaders import Loader
 from effnet_quant.data.seeding import mix
 from effnet_quant.data.transforms import normalize
@@ -30,8 +31,9 @@ from effnet_quant.training.config import TrainConfig
 from effnet_quant.training.distributed import ALONE, World
 from effnet_quant.training.divergence import DivergenceWatch, check_weights
 from effnet_quant.training.ema import WeightAverage
+from effnet_quant.training.freezing import freeze
 from effnet_quant.training.metrics import LossMeter, Recorder, Stopwatch, describe
-from effnet_quant.training.optimizers import build_optimizer, learned_ranges, load_optimizer_state
+from effnet_quant.training.optimizers import LR_SCALE, build_optimizer, learned_ranges, load_optimizer_state
 from effnet_quant.training.precision import choose_precision
 from effnet_quant.training.progress import progress
 from effnet_quant.training.resume_point import Position, check_same_batches, random_states, restore_random_state
@@ -80,7 +82,9 @@ class Trainer:
             keep_freed_memory()
         self._memory_format = torch.channels_last if config.channels_last else torch.contiguous_format
         self.model = model.to(device, memory_format=self._memory_format)  # type: ignore[call-overload]
+        self._frozen_norms = freeze(model, config.freeze)
         self.optimizer = build_optimizer(model, config)
+        self._trained = [parameter for group in self.optimizer.param_groups for parameter in group["params"]]
         self.loss: Loss = self.task.loss
         self.callbacks: list[Callback] = []
         self.entries: dict[str, Any] = {}
@@ -318,10 +322,8 @@ class Trainer:
             end_lr=config.end_lr,
         )
         for group in self.optimizer.param_groups:
-            group["lr"] = lr
-        self.model.train()
-        for callback in self.callbacks:
-            callback.on_epoch_start(position.epoch)
+            group["lr"] = lr * group.get(LR_SCALE, 1)
+        self._start_training_mode()
         total = self._batches_of(loader)
         first, steps_before, effective_before = position.batch, position.step, self._effective_steps
         meter = LossMeter(self.device, self._loss_sums)
@@ -374,6 +376,13 @@ class Trainer:
             watch.report_skipped(skipped, steps)
         return metrics
 
+    def _start_training_mode(self) -> None:
+        self.model.train()
+        for norm in self._frozen_norms:
+            norm.eval()
+        for callback in self.callbacks:
+            callback.on_epoch_start(self._position.epoch)
+
     def _forward_backward(
         self,
         network: nn.Module,
@@ -385,9 +394,10 @@ class Trainer:
         watch: DivergenceWatch,
     ) -> None:
         seed = mix(self._seed, self._position.epoch, self._position.batch, self._world.rank)
-        inputs, targets = self.task.mixed(
-            self._inputs(images), self._targets(targets), self._card.num_classes or -1, seed
-        )
+        inputs = self._inputs(images)
+        if self.config.random_erasing:
+            inputs = erase(inputs, self.config.random_erasing, mix(seed, 1))
+        inputs, targets = self.task.mixed(inputs, self._targets(targets), self._card.num_classes or -1, seed)
         # processes exchange gradients once per optimizer step
         local = not complete and isinstance(network, DistributedDataParallel)
         with network.no_sync() if local else nullcontext():  # type: ignore[operator]
@@ -405,6 +415,9 @@ class Trainer:
             self._scaler.scale(loss / accumulated).backward()
 
     def _optimizer_step(self) -> None:
+        if self.config.clip_grad_norm is not None:
+            self._scaler.unscale_(self.optimizer)
+            nn.utils.clip_grad_norm_(self._trained, self.config.clip_grad_norm)
         self._scaler.step(self.optimizer)
         self._scaler.update()
         if self._average is not None:

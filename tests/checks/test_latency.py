@@ -105,6 +105,9 @@ def test_the_command_prints_a_table_and_writes_json(folder: Path, capsys: pytest
     ]
     assert len(rows) == 8
     assert rows[0][-1] == rows[4][-1] == "1.00x"
+    assert [command._times(ratio) for ratio in (12.345, 0.5, 0.1, 0.0312, 0.00047)] == [
+        "12.35x", "0.50x", "0.10x", "0.031x", "0.00047x",
+    ]  # fmt: skip
     assert ", 1 thread;" in out
     assert f"onnxruntime {__import__('onnxruntime').__version__}" in out
     stored = json.loads((folder / "latency.json").read_text())

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import multiprocessing
+import os
 from itertools import islice
 from pathlib import Path
 
@@ -118,6 +119,13 @@ def test_workers_change_nothing(image_folder):
     for (images, labels), (images_of_pair, labels_of_pair) in zip(alone, pair, strict=True):
         assert torch.equal(images, images_of_pair)
         assert torch.equal(labels, labels_of_pair)
+
+
+def test_more_workers_than_cores_are_the_users_choice(image_folder, recwarn):
+    workers = len(os.sched_getaffinity(0)) + 1
+    loader = Loader(FolderSource(image_folder / "train"), evaluation_transform(InputSpec(8, 8)), 18, workers=workers)
+    assert len(next(loader.epoch())[1]) == 18
+    assert not recwarn.list
 
 
 def test_random_transforms_do_not_depend_on_where_the_epoch_starts(image_folder):

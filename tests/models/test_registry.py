@@ -25,6 +25,7 @@ def test_libraries_are_listed_by_patterns_that_name_them() -> None:
         ("cifar-resnet21", "cifar-resnet20"),
         ("resnet34", "torchvision:resnet34"),
         ("resnet5O", "resnet50"),
+        ("resnet18", "did you mean: torchvision:resnet18, timm:resnet18, "),
         ("timm:resnet5O", "timm:resnet50"),
         ("torchvision:mnasnet1.0", "torchvision:mnasnet1_0"),
         ("qqqqqq", "effnet-quant models lists them"),

@@ -197,8 +197,9 @@ def assert_one_sentence(result, says):
 
 
 def written(folder):
-    """Files below ``folder``, but for the metrics log, which a run opens before its first batch."""
-    return [path.name for path in folder.rglob("*") if path.is_file() and path.name != "experiment_raport.json"]
+    """Files below ``folder``, but for the metrics log and the flags, which a run writes before its first batch."""
+    early = ("experiment_raport.json", "run.yml")
+    return [path.name for path in folder.rglob("*") if path.is_file() and path.name not in early]
 
 
 @pytest.mark.parametrize("name", NAMES)

@@ -137,6 +137,7 @@ def test_a_network_that_is_slower_than_in_float_is_no_success(
         (["--allow-slower"], "--allow-slower: nothing is measured without --tune"),
         (["--layers"], "--layers: nothing is compared without --verify"),
         (["--min-agreement", "90", "-j", "2"], "--workers, --min-agreement: nothing is compared without --verify"),
+        (["--tune", "digits", "-j", "2"], "--workers: this is of --verify; --tune reads a single batch"),
     ],
 )
 def test_a_flag_that_would_do_nothing_is_refused(run_script, weights, tmp_path, flags, says):

@@ -38,7 +38,8 @@ def test_spec_overrides_and_training_flags_reach_the_checkpoint(run_script, imag
     page = tmp_path / "ranges.png"
     flags = shlex.split(
         f"--quant-spec w4a4-lsq --quant-override conv1=w8a8 --quant-override linear=float --distill {weights} "
-        f"--gradual-start 1 --freeze-bn 1 --reestimate-bn --calibration-method mse --calibration-images 6 --report {page}"
+        f"--gradual-start 1 --freeze-bn 1 --reestimate-bn --calibration-method mse --calibration-images 6 "
+        f"--report {page.name}"
     )
     start = ["--pretrained-from-file", weights, "--epochs", 2, "--run-epochs", 1]
     result = run_script("quant_main.py", image_folder, *NETWORK, *flags, *start, "--workspace", tmp_path)
@@ -153,6 +154,7 @@ def test_weights_carry_their_spec_to_the_export(run_script, image_folder, weight
         ("--freeze-bn -1", "0 or more"),
         ("--distill nowhere.pth", "no file nowhere.pth"),
         ("--report page.txt", "expected a file named"),
+        ("--reestimate-bn --freeze conv1", "leave one of them out"),
     ],
 )
 def test_mistakes_end_with_a_sentence(run_script, image_folder, weights, tmp_path, flags, message):

@@ -45,7 +45,7 @@ def test_a_new_run_where_a_checkpoint_lies_is_refused_with_the_ways_on(run_scrip
     ways = f"go on from it with --resume {path}, choose another --workspace, or replace it with --overwrite."
     assert error == f"error: {path} is an earlier run's checkpoint; {ways}"
     assert path.read_bytes() == before
-    assert {path.name for path in workspace.iterdir()} == {kept, "experiment_raport.json"}
+    assert {path.name for path in workspace.iterdir()} == {kept, "experiment_raport.json", "run.yml"}
 
 
 def test_the_ways_on(run_script, workspace, tmp_path):

@@ -36,7 +36,7 @@ def test_losses_weights_and_validation_are_those_of_one_process_with_the_doubled
 ):
     model = tiny_network(batch_norm=False, dropout=0.0)
     raport = tmp_path / "raport.json"
-    trainer = make_trainer(model, tmp_path, Recorder(raport), batch_size=8, use_ema=0.9)
+    trainer = make_trainer(model, tmp_path, Recorder(raport), batch_size=8, use_ema=0.9, clip_grad_norm=0.5)
     trainer.fit(*make_loaders(8, count=49, val_count=101))
     two = load_checkpoint(results / "doubled" / CHECKPOINT)
     one = load_checkpoint(tmp_path / CHECKPOINT)

@@ -26,7 +26,7 @@ def decay_by_name(model, config):
     return {name: of_parameter[id(parameter)] for name, parameter in model.named_parameters()}
 
 
-@pytest.mark.parametrize("optimizer", ["sgd", "rmsprop"])
+@pytest.mark.parametrize("optimizer", ["sgd", "rmsprop", "adamw"])
 def test_batch_norm_does_not_decay(optimizer):
     decay = decay_by_name(create_model("efficientnet-b0", 10), TrainConfig(optimizer=optimizer, weight_decay=0.03))
     of_norm = {value for name, value in decay.items() if ".bn." in name}
@@ -35,7 +35,7 @@ def test_batch_norm_does_not_decay(optimizer):
     assert (of_norm, of_others) == ({0.0}, {0.03})
 
 
-@pytest.mark.parametrize("optimizer", ["sgd", "rmsprop"])
+@pytest.mark.parametrize("optimizer", ["sgd", "rmsprop", "adamw"])
 def test_batch_norm_decays_if_asked_for(tiny_network, optimizer):
     config = TrainConfig(optimizer=optimizer, weight_decay=0.03, bn_weight_decay=True)
     assert set(decay_by_name(tiny_network(), config).values()) == {0.03}
@@ -116,10 +116,10 @@ def test_five_steps_of_recorded_optimizers(recorded):
     assert norm.tolist() == pytest.approx(recorded["bn"], rel=1e-12)
 
 
-@pytest.mark.parametrize("optimizer", ["sgd", "rmsprop"])
+@pytest.mark.parametrize("optimizer", ["sgd", "rmsprop", "adamw"])
 def test_many_parameters_are_updated_at_a_time(tiny_network, optimizer):
     (kinds,) = {(group["fused"], group["foreach"]) for group in build(tiny_network(), optimizer).param_groups}
-    assert kinds == {"sgd": (True, None), "rmsprop": (None, True)}[optimizer]
+    assert kinds == {"sgd": (True, None), "rmsprop": (None, True), "adamw": (True, None)}[optimizer]
 
 
 def build(model, optimizer):
@@ -207,3 +207,77 @@ def test_a_setting_of_another_kind_is_refused(tiny_network, name, value):
     state["param_groups"][0][name] = value
     with pytest.raises(UserError, match=f"does not fit: {name} is"):
         load_optimizer_state(own, torch.amp.GradScaler("cpu", enabled=False), {"optimizer": state}, "c.pth.tar")
+
+
+def test_adamw_step(tiny_network):
+    config = TrainConfig(optimizer="adamw", lr=0.1, momentum=0.8, weight_decay=0.03)
+    weight, mean, square = 1.0, 0.0, 0.0
+    for step, gradient in enumerate((0.5, -0.2), 1):
+        mean = 0.8 * mean + 0.2 * gradient
+        square = 0.999 * square + 0.001 * gradient**2
+        weight -= 0.1 * 0.03 * weight
+        weight -= 0.1 * (mean / (1 - 0.8**step)) / ((square / (1 - 0.999**step)) ** 0.5 + 1e-8)
+    assert two_steps(tiny_network(), config, (0.5, -0.2)) == pytest.approx(weight, rel=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("change", "says"),
+    [
+        (lambda group, state: group.update(betas=[0.9, 0.999]), "betas is"),
+        (lambda group, state: group.update(betas=(0.9, 1.0)), "betas is"),
+        (lambda group, state: state.pop("exp_avg_sq"), "it has no exp_avg_sq of a parameter"),
+        (lambda group, state: state.update(exp_avg=state["exp_avg"][:1]), "exp_avg of shape"),
+    ],
+)
+def test_a_state_that_adamw_cannot_use_is_refused(tiny_network, change, says):
+    model = tiny_network()
+    own = build_optimizer(model, TrainConfig(optimizer="adamw"))
+    for parameter in model.parameters():
+        parameter.grad = torch.ones_like(parameter)
+    own.step()
+    state = own.state_dict()
+    change(state["param_groups"][0], state["state"][1])
+    fresh = build_optimizer(model, TrainConfig(optimizer="adamw"))
+    with pytest.raises(UserError, match=says):
+        load_optimizer_state(fresh, torch.amp.GradScaler("cpu", enabled=False), {"optimizer": state}, "c.pth.tar")
+
+
+def rates(model, config):
+    """The share of the learning rate of each parameter, and the names in the order of the groups."""
+    name_of = {id(parameter): name for name, parameter in model.named_parameters()}
+    groups = build_optimizer(model, config).param_groups
+    return {name_of[id(p)]: group["lr_scale"] for group in groups for p in group["params"]}
+
+
+@pytest.mark.parametrize(
+    ("name", "layers", "examples"),
+    [
+        # stem, 16 blocks, head convolution, classifier
+        (
+            "efficientnet-b0",
+            19,
+            {"stem.bn.weight": 0, "layers.0.block0.depsep.conv.weight": 1, "classifier.fc.bias": 18},
+        ),
+        # conv1 with bn1, 8 blocks, fc
+        ("torchvision:resnet18", 10, {"bn1.bias": 0, "layer2.0.downsample.0.weight": 3, "fc.weight": 9}),
+        # the embedding, 12 blocks, the head; as timm counts
+        (
+            "timm:vit_tiny_patch16_224",
+            14,
+            {"cls_token": 0, "blocks.11.norm1.bias": 12, "norm.bias": 12, "head.bias": 13},
+        ),
+    ],
+)
+def test_each_layer_learns_slower_than_the_next(name, layers, examples):
+    found = rates(create_model(name), TrainConfig(optimizer="adamw", layer_decay=0.5))
+    assert len(set(found.values())) == layers
+    assert {key: found[key] for key in examples} == {key: 0.5 ** (layers - 1 - at) for key, at in examples.items()}
+
+
+def test_learned_ranges_make_no_layer():
+    model = create_model("torchvision:resnet18", 10)
+    plain = rates(model, TrainConfig(layer_decay=0.5))
+    quantize(model, "w8a8-lsq")
+    found = rates(model, TrainConfig(layer_decay=0.5))
+    assert {name: found[name] for name in plain} == plain
+    assert len(found) > len(plain)

@@ -95,10 +95,18 @@ def test_resuming_between_epochs_is_bit_exact(
     assert same_weights(model, straight)
 
 
-def test_resuming_an_accumulating_rmsprop_within_an_epoch_is_bit_exact(
-    tiny_network, make_trainer, make_loaders, watch, tmp_path, same_weights
+@pytest.mark.parametrize(
+    "config",
+    [
+        {"optimizer": "rmsprop"},
+        {"optimizer": "adamw", "layer_decay": 0.5, "clip_grad_norm": 0.1, "random_erasing": 0.5, "freeze": ("1",)},
+    ],
+    ids=lambda config: config["optimizer"],
+)
+def test_resuming_an_accumulating_training_within_an_epoch_is_bit_exact(
+    tiny_network, make_trainer, make_loaders, watch, tmp_path, same_weights, config
 ):
-    config = {"optimizer": "rmsprop", "lr": 0.001, "optimizer_batch_size": 8}
+    config = {**config, "lr": 0.001, "optimizer_batch_size": 8}
     straight, stopped, model = tiny_network(dropout=0.0), tiny_network(dropout=0.0), tiny_network(seed=7, dropout=0.0)
     train, val = make_loaders()
     make_trainer(straight, tmp_path, **config).fit(train, val)
@@ -598,3 +606,38 @@ def test_compiled_training_is_the_eager_one(tiny_network, make_trainer, make_loa
     for name, tensor in eager.items():
         torch.testing.assert_close(compiled[name], tensor, rtol=1e-4, atol=1e-5)
     assert models[1]._compiled_call_impl is not None
+
+
+def test_gradients_are_clipped_together_after_accumulation(
+    tiny_network, make_trainer, make_loaders, preprocessing, tmp_path
+):
+    ours, reference = tiny_network(dropout=0.0), tiny_network(dropout=0.0)
+    config = {"epochs": 1, "lr": 0.1, "momentum": 0.0, "weight_decay": 0.0, "optimizer_batch_size": 8, "prof": 2}
+    train, val = make_loaders()
+    make_trainer(ours, tmp_path, clip_grad_norm=0.05, **config).fit(train, val)
+    for images, labels in list(train.epoch())[:2]:
+        (F.cross_entropy(reference(normalize(images, preprocessing)), labels) / 2).backward()
+    gradients = {name: parameter.grad for name, parameter in reference.named_parameters()}
+    norm = sum(gradient.double().square().sum() for gradient in gradients.values()).sqrt()
+    assert norm > 0.1
+    for (name, after), before in zip(ours.named_parameters(), reference.parameters(), strict=True):
+        torch.testing.assert_close(after, before - 0.1 * gradients[name] * float(0.05 / norm), rtol=1e-4, atol=1e-6)
+
+
+@pytest.mark.parametrize("optimizer", ["rmsprop", "adamw"])  # one asks for the overflow, the other's kernel is told
+def test_gradients_are_clipped_without_the_loss_scale(
+    tiny_network, make_trainer, make_loaders, tmp_path, same_weights, optimizer
+):
+    models = [tiny_network(dropout=0.0) for _ in range(2)]
+    config = {
+        "optimizer": optimizer,
+        "lr": 0.001,
+        "epochs": 1,
+        "amp": True,
+        "amp_dtype": "fp16",
+        "clip_grad_norm": 0.05,
+    }
+    for model, scale in zip(models, (1, 64), strict=True):
+        make_trainer(model, tmp_path, static_loss_scale=scale, **config).fit(*make_loaders())
+    for one, other in zip(*(model.parameters() for model in models), strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-3, atol=1e-5)  # a scale saves small gradients from underflow

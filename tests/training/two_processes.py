@@ -35,7 +35,7 @@ def doubled_batch(world):
     model = _tiny_network(batch_norm=False, dropout=0.0)
     workspace = folder("doubled")
     recorder = Recorder(workspace / "raport.json" if world.is_main else None)
-    trainer = _make_trainer(model, workspace, recorder, world, use_ema=0.9)
+    trainer = _make_trainer(model, workspace, recorder, world, use_ema=0.9, clip_grad_norm=0.5)
     trainer.fit(*_make_loaders(4, count=49, val_count=101, world=world))
 
 
