@@ -73,7 +73,7 @@ def _command_of(script: ModuleType, typed: str) -> str:
     program, _, verb = typed.rpartition(" ")
     if verb != "launch":
         return f"python {name}.py"
-    return f"{program} {'quantize' if name == 'quant_main' else 'train'}"
+    return f"{program} {'quantize' if name == 'quant_main' else 'train --defaults nvidia'}"
 
 
 def _flags(values: dict[str, Any], parser: Parser, source: str) -> list[str]:
