@@ -37,6 +37,11 @@ def job(arguments: Sequence[str]) -> int:
     from effnet_quant.jobs.training_result import read_result
 
     result = read_result(folder)
+    if Path(result.data).is_absolute() and not Path(result.data).exists():
+        raise UserError(
+            f"the images of {folder} are no longer in {result.data}; put them there again, or give DATA and "
+            f"--pretrained-from-file {folder / _BEST}."
+        )
     workspace = Path(parsed.workspace) if "workspace" in parsed.explicit else folder / _FOLDER
     status = quant_main.job(_command(parsed, arguments, result.data, workspace, target))
     return status or _export(folder, workspace, result.data, target)

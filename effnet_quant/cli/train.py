@@ -46,6 +46,7 @@ def job(arguments: Sequence[str]) -> int:
     from effnet_quant.data.arrays import SYNTHETIC
     from effnet_quant.jobs.run import open_run
     from effnet_quant.jobs.training_result import PICTURE, write_result
+    from effnet_quant.training.checkpoint import BEST_FILENAME
 
     # nothing is chosen for an evaluation or a measurement of speed
     plain = parsed.evaluate or parsed.prof > 0 or SYNTHETIC in (parsed.data, parsed.data_backend)
@@ -62,8 +63,9 @@ def job(arguments: Sequence[str]) -> int:
     with open_run(asked.card, asked.data, asked.config, asked.place, asked.start) as ready:
         print(f"folder: {printable(parsed.workspace)}", flush=True)
         status = train_or_evaluate(ready, parsed)
-        if status != 0 or parsed.training_only or not parsed.save_checkpoints or parsed.run_epochs >= 0:
-            return status
+        best = Path(parsed.workspace, BEST_FILENAME)
+        if status != 0 or parsed.run_epochs >= 0 or not parsed.save_checkpoints or not best.is_file():
+            return status  # there is more to train, or nothing was kept
         result = write_result(ready, asked.place)
     print(result)
     picture = Path(parsed.workspace, PICTURE)

@@ -10,8 +10,10 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from effnet_quant import UserError, train
 from effnet_quant.cli import app
 from effnet_quant.engines.engine import load_engine
+from effnet_quant.jobs.preset import Row
 from effnet_quant.models.weights import read_weights
 from effnet_quant.training.checkpoint import load_checkpoint
 
@@ -99,6 +101,32 @@ def test_a_flag_overrides_the_preset_and_a_run_goes_on_with_its_own_settings(ver
     assert (config["epochs"], config["lr"]) == (4, 0.02)
     assert json.loads((tmp_path / "here" / "result.json").read_text())["epochs"] == 4
     assert not (tmp_path / "runs").exists()
+
+
+@pytest.mark.slow
+def test_the_images_of_a_training_must_still_be_there(verb, pictures, tmp_path):
+    shutil.copytree(pictures, tmp_path / "data")
+    assert verb("train", "data", "--epochs", 1, "--workspace", "here")[0] == 0
+    shutil.move(tmp_path / "data", tmp_path / "moved")
+    status, out, err = verb("quantize", "here")
+    assert (status, out) == (2, "")
+    assert err.startswith(
+        f"error: the images of here are no longer in {tmp_path / 'data'}; put them there again, or give"
+    )
+
+
+@pytest.mark.slow
+def test_the_same_from_python(pictures, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("effnet_quant.jobs.preset.within_reach", lambda place: False)
+    monkeypatch.setattr("effnet_quant.jobs.preset.ROWS_FROM_NOTHING", (Row(float("inf"), 2, 8, 0.05),))
+    result = train(str(pictures))
+    assert (result.epochs, result.images, result.classes) == (2, 6, ["blue", "green", "red"])
+    assert (tmp_path / result.folder / "training.png").is_file()
+    assert result.per_class() == [100 * row[index] / 2 for index, row in enumerate(result.confusion)]
+    assert "trains small-resnet9 at 32 px, 2 epochs of batches of 6, learning rate 0.05" in capsys.readouterr().out
+    with pytest.raises(UserError, match="chooses all settings; give a ModelCard"):
+        train(str(pictures), "digits")
 
 
 @pytest.mark.parametrize(
