@@ -73,7 +73,7 @@ def draw_training(
     accuracy.set_ylabel("validation top-1 (%)")
     accuracy.set_ylim(0, 100)
     lines = [*curves.get_legend_handles_labels()[0], *accuracy.get_legend_handles_labels()[0]]
-    curves.legend(handles=lines, loc="upper center", bbox_to_anchor=(0.5, -0.14), ncols=1, frameon=False, fontsize=9)
+    curves.legend(handles=lines, loc="lower center", bbox_to_anchor=(0.5, 1.0), ncols=3, frameon=False, fontsize=9)
 
     totals = confusion.sum(1)
     shares = 100 * confusion.diagonal() / np.maximum(totals, 1)
