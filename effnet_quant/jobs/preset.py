@@ -222,6 +222,7 @@ def _config(facts: Facts, size: int, *, from_weights: bool) -> TrainConfig:
         channels_last=True,
         # small pictures are read faster than a process hands them over
         workers=0 if size <= _MEDIUM and (facts.side or size + 1) <= _MEDIUM else min(_cores(), _MOST_WORKERS),
+        print_freq=50,
         seed=0,
     )
 

