@@ -144,7 +144,7 @@ def table(rows: list[Row]) -> str:
 
 def default_size(name: str) -> int:
     """Small images: an export does not depend on their size, only the time to run it."""
-    return 32 if name.startswith("cifar") else 64
+    return 32 if name.startswith(("cifar", "small")) else 64
 
 
 def main() -> None:

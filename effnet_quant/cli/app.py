@@ -28,11 +28,11 @@ class Verb:
 
 
 VERBS = {
-    "train": Verb("main", "train or evaluate a float network (main.py)", "DATA --arch efficientnet-b0 --epochs 90"),
+    "train": Verb("train", "train a float network; data and machine choose what no flag says", "DATA"),
     "quantize": Verb(
-        "quant_main",
-        "calibrate a network, and fine-tune it with fake quantization (quant_main.py)",
-        "DATA --arch efficientnet-quant-b0 --pretrained-from-file fp32.safetensors",
+        "quantize",
+        "from a training's folder to a verified INT8 engine; or as quant_main.py",
+        "runs/2026-12-01-093000",
     ),
     "export": Verb(
         "model2onnx",

@@ -179,6 +179,7 @@ def _add_data_arguments(parser: argparse.ArgumentParser) -> None:
         type=float,
         help="share of an image's side that evaluation crops, as in timm (default: NVIDIA's crop)",
     )
+    add("--smallest-crop", type=float, default=0.08, help="share of an image's area that a training crop has at least")
     add("--augmentation", choices=(None, *AUGMENTATIONS), default=None, help="augmentation policy for training images")
     add("--max-bad-images", type=int, default=50, help="unreadable images to report and leave out before the run stops")
     add("-b", "--batch-size", type=int, default=256, help="images per batch of one process")

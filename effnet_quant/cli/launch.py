@@ -77,7 +77,7 @@ def _command_of(script: ModuleType, typed: str) -> str:
     program, _, verb = typed.rpartition(" ")
     if verb != "launch":
         return f"python {name}.py"
-    return f"{program} {'quantize' if name == 'quant_main' else 'train'}"
+    return f"{program} {'quantize' if name == 'quant_main' else 'train --defaults nvidia'}"
 
 
 def _check_keys(recipes: Recipes, actions: Actions, source: str) -> None:

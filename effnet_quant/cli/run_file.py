@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+from collections.abc import Collection
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -18,6 +19,7 @@ if TYPE_CHECKING:
 FILENAME = "run.yml"
 _NOT_OF_THE_RUN = {"config", "debug", "help"}  # flags that such a file can't hold
 DATA = "data"  # the one value that is no flag
+DEFAULTS = "defaults"  # whose values flags have that are not in the file
 
 
 def read_run_file(path: str, parser: argparse.ArgumentParser) -> dict[str, Any]:
@@ -33,6 +35,8 @@ def read_run_file(path: str, parser: argparse.ArgumentParser) -> dict[str, Any]:
     spellings = {**spellings_of(actions), DATA: DATA}
     values: dict[str, Any] = {}
     for key, value in content.items():
+        if key == DEFAULTS and key not in actions:
+            continue  # main.py has NVIDIA's, and no flag for them
         name = spellings.get(str(key).replace("-", "_"))
         if name is None:
             raise unknown_key(key, actions, path)
@@ -61,11 +65,12 @@ def with_run_file(arguments: list[str], path: str, given: set[str], parser: argp
     return [*data, *flags_of(values, actions_of(parser), path), *arguments]
 
 
-def write_run_file(run: Run, parsed: argparse.Namespace, verb: str) -> None:
+def write_run_file(run: Run, parsed: argparse.Namespace, verb: str, chosen: Collection[str] = ()) -> None:
     """Write run.yml to the workspace of a training, so that --config repeats it.
 
-    It has the values that were given, and those that were drawn or that depend on the machine: the seed and the number of
-    workers. A resumed run leaves the file of its beginning as it is. Runs without checkpoints write none.
+    It has the values that were given, those of ``chosen``, and those that were drawn or that depend on the machine: the
+    seed and the number of workers. A resumed run leaves the file of its beginning as it is. Runs without checkpoints write
+    none.
 
     Raises:
         UserError: the file can't be written.
@@ -78,7 +83,9 @@ def write_run_file(run: Run, parsed: argparse.Namespace, verb: str) -> None:
     import torch
     import yaml
 
-    values = {name: getattr(parsed, name) for name in parsed.explicit - _NOT_OF_THE_RUN}
+    values = {name: getattr(parsed, name) for name in (parsed.explicit | set(chosen)) - _NOT_OF_THE_RUN}
+    if verb == "train":
+        values[DEFAULTS] = getattr(parsed, DEFAULTS, "nvidia")
     values |= {"seed": run.config.seed, "workers": run.config.workers}
     processes = "" if run.world.size == 1 else f", in {run.world.size} processes"
     head = (

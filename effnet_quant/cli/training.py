@@ -20,18 +20,26 @@ from effnet_quant.jobs.run import Run
 from effnet_quant.models.registry import get_entry
 from effnet_quant.quantization.spec import QuantSpec
 from effnet_quant.terminal import printable
-from effnet_quant.training.config import ABOVE_ZERO, AT_LEAST_ONE, SHARE, Allowed, TrainConfig, check_allowed
+from effnet_quant.training.config import (
+    ABOVE_ZERO,
+    ABOVE_ZERO_TO_ONE,
+    AT_LEAST_ONE,
+    SHARE,
+    Allowed,
+    TrainConfig,
+    check_allowed,
+)
 from effnet_quant.training.signals import Interrupted
 
 DEFAULT_BACKEND = "pytorch"  # NVIDIA's default, dali-cpu, needs an optional package
 _OF_THE_MODEL = {
     "num_classes": AT_LEAST_ONE,
     "image_size": AT_LEAST_ONE,
-    "crop_pct": Allowed(lambda value: 0 < value <= 1, "above 0 and at most 1"),
+    "crop_pct": ABOVE_ZERO_TO_ONE,
     "bn_momentum": SHARE,
     "bn_epsilon": ABOVE_ZERO,
     "dropout": Allowed(lambda value: 0 <= value < 1, "at least 0 and below 1"),
-    "survival_prob": Allowed(lambda value: 0 < value <= 1, "above 0 and at most 1"),
+    "survival_prob": ABOVE_ZERO_TO_ONE,
 }
 
 
@@ -91,6 +99,7 @@ def settings(
         parsed.prefetch,
         parsed.max_bad_images,
         parsed.augmentation,
+        parsed.smallest_crop,
     )
     return Settings(card, data, _train_config(parsed), place, start)
 

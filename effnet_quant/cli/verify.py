@@ -180,19 +180,23 @@ def _print(comparison: Comparison, task: Task, engine: Engine, parsed: argparse.
     }
     for title, text in rows.items():
         print(f"{title:<26} {printable(text)}")
-    if high < gate:
-        print("the engine departs from the simulation")
-    elif comparison.images < parsed.min_images:
+    if high >= gate and comparison.images < parsed.min_images:
         print(f"{comparison.images} images are fewer than {parsed.min_images}; give more, or lower --min-images.")
-    elif low >= gate:
-        print("the engine does what the simulation says")
     else:
-        count = comparison.images_to_decide(gate)
-        enough = f"{count:,} images like these would decide" if count else "no number of images like these would decide"
-        said = (
-            "does what the simulation says on" if comparison.agreement >= gate else "may depart from the simulation on"
-        )
-        print(f"the engine {said} these {comparison.images} images, too few for {gate:g} %; {enough}")
+        print(verdict(comparison, gate))
+
+
+def verdict(comparison: Comparison, gate: float = AGREEMENT) -> str:
+    """What a comparison says of an engine that must agree with its simulation on ``gate`` percent of the images."""
+    low, high = comparison.interval
+    if high < gate:
+        return "the engine departs from the simulation"
+    if low >= gate:
+        return "the engine does what the simulation says"
+    count = comparison.images_to_decide(gate)
+    enough = f"{count:,} images like these would decide" if count else "no number of images like these would decide"
+    said = "does what the simulation says on" if comparison.agreement >= gate else "may depart from the simulation on"
+    return f"the engine {said} these {comparison.images} images, too few for {gate:g} %; {enough}"
 
 
 def main() -> None:

@@ -12,7 +12,7 @@ from effnet_quant.data.arrays import (
     DigitsSource,
     SyntheticSource,
 )
-from effnet_quant.data.folders import FolderSource, class_folders
+from effnet_quant.data.folders import FolderSource, class_folders, image_files
 from effnet_quant.data.shards import is_shards, open_shards
 from effnet_quant.data.sources import ImageSource
 from effnet_quant.data.tars import TRAIN_TAR, VAL_TAR, ImageNetSource
@@ -20,6 +20,7 @@ from effnet_quant.errors import UserError
 from effnet_quant.files import possible_path
 
 DIGITS = "digits"
+_SPLIT_NAMES = {"train", "training", "val", "valid", "validation", "dev", "test", "testing"}
 
 
 def open_sources(data: str, classes: list[str] | None = None) -> tuple[ImageSource, ImageSource]:
@@ -48,6 +49,24 @@ def fills_cache(data: str) -> bool:
     return data in CIFAR or (_is_folder(data) and any((Path(data) / tar).is_file() for tar in (TRAIN_TAR, VAL_TAR)))
 
 
+def is_undivided(data: str) -> bool:
+    """Whether ``data`` is a folder of class folders, without train/ and val/. ``share_of`` then divides each class.
+
+    Raises:
+        UserError: its folders have names of splits, and not those two.
+    """
+    if not _is_folder(data) or is_shards(data):
+        return False
+    root = Path(data)
+    own = (TRAIN_TAR, VAL_TAR, "train", "val", *CIFAR.values())
+    if any((root / name).exists() for name in own):
+        return False
+    found = class_folders(root)
+    if found and all(name.lower() in _SPLIT_NAMES for name in found):
+        raise UserError(f"{data} holds {', '.join(found)}, which are no classes; name its folders train and val.")
+    return any(next(image_files(str(root / name)), None) for name in found)
+
+
 def is_split(data: str, split: str) -> bool:
     """Whether ``data`` is a local folder that holds ``split`` as images, shards or ImageNet's tar file."""
     tar = TRAIN_TAR if split == "train" else VAL_TAR
@@ -62,7 +81,7 @@ def open_validation(data: str, classes: list[str] | None = None) -> ImageSource:
     """
     train = Path(data) / "train"
     if classes is None and _is_folder(data) and train.is_dir() and not is_shards(data):
-        classes = class_folders(train)
+        classes = class_folders(train)  # those of a folder without train/ are the same in both of its shares
     return _open(data, "val", classes)
 
 
@@ -88,4 +107,6 @@ def _open(data: str, split: str, classes: list[str] | None) -> ImageSource:
             return CifarSource(name, split, root)
     if (root / (TRAIN_TAR if split == "train" else VAL_TAR)).exists():
         return ImageNetSource(root, split, classes)
+    if is_undivided(data):
+        return FolderSource(root, classes, split)
     return FolderSource(root / split, classes)

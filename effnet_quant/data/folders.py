@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import os
 import stat
 import sys
@@ -28,12 +29,13 @@ class FolderSource(EncodedSource):
     Args:
         root: the folder of one split.
         classes: the classes that labels refer to; by default the names of the folders.
+        split: "train" or "val" for the share of each class that ``share_of`` chooses; None for all images.
 
     Raises:
         UserError: the folder is missing or unreadable, holds no images, or has a class that ``classes`` lacks.
     """
 
-    def __init__(self, root: Path, classes: list[str] | None = None) -> None:
+    def __init__(self, root: Path, classes: list[str] | None = None, split: str | None = None) -> None:
         found = class_folders(root)
         self.classes = found if classes is None else classes
         unknown = sorted(set(found) - set(self.classes))
@@ -47,6 +49,8 @@ class FolderSource(EncodedSource):
         labels: list[int] = []
         for name in found:
             files = sorted(image_files(os.path.join(root, name), above))
+            if split is not None:
+                files = share_of(files, os.path.join(root, ""), split)
             paths += files
             labels += [self.classes.index(name)] * len(files)
         if not paths:
@@ -65,6 +69,18 @@ class FolderSource(EncodedSource):
         return np.fromfile(self.name(index), dtype=np.uint8)
 
 
+def share_of(files: list[str], root: str, split: str) -> list[str]:
+    """The images of one class that are for training ("train") or for validation ("val"), in the order of ``files``.
+
+    A fifth of them is for validation, rounded, and at least one if there are two. A hash of each name below ``root``
+    decides. So the choice is the same on every machine, and few images change sides if some are added.
+    """
+    held = max(round(len(files) / 5), 1) if len(files) > 1 else 0
+    by_hash = sorted(files, key=lambda file: hashlib.sha256(os.fsencode(file.removeprefix(root))).digest())
+    validation = set(by_hash[:held])
+    return [file for file in files if (file in validation) == (split == "val")]
+
+
 def class_folders(root: Path) -> list[str]:
     """The names of the folders in ``root``, sorted.
 
@@ -72,7 +88,9 @@ def class_folders(root: Path) -> list[str]:
         UserError: there is no such folder, or it can't be read.
     """
     if not root.is_dir():
-        raise UserError(f"there is no folder {root}; DATA must hold train/<class>/ and val/<class>/.")
+        raise UserError(
+            f"there is no folder {root}; DATA must hold train/<class>/ and val/<class>/, or a folder of each class."
+        )
     try:
         above = _above(root)
         with os.scandir(root) as entries:

@@ -18,7 +18,7 @@ from effnet_quant.data.choices import AUGMENTATIONS
 from effnet_quant.data.decoding import Box, EncodedImage
 from effnet_quant.errors import UserError
 
-_AREA = (0.08, 1.0)  # of a training crop, as a share of the image's
+SMALLEST_CROP = 0.08  # of the image's area, in a training crop
 _ASPECT = (3 / 4, 4 / 3)  # of a training crop, width to height
 _CROP_TRIES = 10
 _LONGEST = 8  # ratio of the sides; images longer than that are cut before they are scaled
@@ -65,10 +65,12 @@ class TrainingTransform:
     Args:
         preprocessing: size and interpolation.
         augmentation: a name in ``AUGMENTATIONS``, or None.
+        smallest_crop: share of the image's area that a crop has at least, above 0 and at most 1.
     """
 
     preprocessing: InputSpec
     augmentation: str | None = None
+    smallest_crop: float = SMALLEST_CROP
 
     def __call__(self, image: Tensor | EncodedImage) -> Tensor:
         """From uint8 (3, H, W), or its file, to uint8 (3, image_size, image_size).
@@ -95,14 +97,15 @@ class TrainingTransform:
     def draw(self, height: int, width: int) -> tuple[Box, bool]:
         """Draw a random crop of an image of this size, and whether to flip it.
 
-        The crop has 8 to 100 % of the area and an aspect of 3/4 to 4/3, uniform in area and in log aspect (Szegedy et al.,
-        arXiv:1409.4842). If ten tries don't fit, it is the largest crop of an allowed aspect, at the centre.
+        The crop has ``smallest_crop`` to all of the area and an aspect of 3/4 to 4/3, uniform in area and in log aspect
+        (Szegedy et al., arXiv:1409.4842). If ten tries don't fit, it is the largest crop of an allowed aspect, at the
+        centre.
         """
         # torch gives the seed only: Python's generator draws single numbers in a tenth of the time
         numbers = random.Random(int(torch.randint(2**62, ())))
         flipped = numbers.random() < 0.5
         for _ in range(_CROP_TRIES):
-            area = height * width * numbers.uniform(*_AREA)
+            area = height * width * numbers.uniform(self.smallest_crop, 1.0)
             aspect = math.exp(numbers.uniform(math.log(_ASPECT[0]), math.log(_ASPECT[1])))
             w, h = round(math.sqrt(area * aspect)), round(math.sqrt(area / aspect))
             if 0 < w <= width and 0 < h <= height:
@@ -122,9 +125,12 @@ def evaluation_transform(preprocessing: InputSpec) -> EvaluationTransform:
     return EvaluationTransform(preprocessing)
 
 
-def training_transform(preprocessing: InputSpec, augmentation: str | None = None) -> TrainingTransform:
-    """Random resized crop (8-100 % of the area, aspect 3/4 to 4/3), random flip, then the augmentation of that name."""
-    return TrainingTransform(preprocessing, augmentation)
+def training_transform(
+    preprocessing: InputSpec, augmentation: str | None = None, smallest_crop: float = SMALLEST_CROP
+) -> TrainingTransform:
+    """Random resized crop (``smallest_crop`` to all of the area, aspect 3/4 to 4/3), random flip, then the augmentation of
+    that name."""
+    return TrainingTransform(preprocessing, augmentation, smallest_crop)
 
 
 def is_strip(height: int, width: int) -> bool:

@@ -6,7 +6,7 @@ import sys
 from pathlib import Path
 
 from effnet_quant.card import ModelCard
-from effnet_quant.data.data_argument import is_split
+from effnet_quant.data.data_argument import is_split, is_undivided
 from effnet_quant.data.folders import class_folders
 from effnet_quant.errors import UserError
 from effnet_quant.models.entry import ModelEntry
@@ -24,7 +24,11 @@ def label_order(data: str, said: ModelCard, *, evaluate: bool) -> list[str] | No
         evaluate: whether the images are only evaluated.
     """
     folder = Path(data, "val" if evaluate and not Path(data, "train").is_dir() else "train")
-    if said.classes is None or not folder.is_dir() or not is_split(data, folder.name):
+    if said.classes is None:
+        return None
+    if is_undivided(data):
+        folder = Path(data)
+    elif not folder.is_dir() or not is_split(data, folder.name):
         return None
     try:
         found = class_folders(folder)

@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from effnet_quant.errors import UserError
-from effnet_quant.training.config import AT_LEAST_ONE, NOT_NEGATIVE, check_allowed
+from effnet_quant.training.config import ABOVE_ZERO_TO_ONE, AT_LEAST_ONE, NOT_NEGATIVE, check_allowed
 
 
 @dataclass(frozen=True)
@@ -20,6 +20,7 @@ class DataConfig:
         prefetch: batches that each worker prepares ahead.
         max_bad_images: how many unreadable images are reported and left out; one more ends the run.
         augmentation: policy for training images: "autoaugment", "randaugment", "trivialaugment" or None.
+        smallest_crop: share of an image's area that a random crop for training has at least.
 
     Raises:
         UserError: a number is not allowed.
@@ -30,10 +31,12 @@ class DataConfig:
     prefetch: int = 2
     max_bad_images: int = 50
     augmentation: str | None = None
+    smallest_crop: float = 0.08
 
     def __post_init__(self) -> None:
         check_allowed("prefetch", self.prefetch, AT_LEAST_ONE)
         check_allowed("max_bad_images", self.max_bad_images, NOT_NEGATIVE)
+        check_allowed("smallest_crop", self.smallest_crop, ABOVE_ZERO_TO_ONE)
 
 
 @dataclass(frozen=True)

@@ -370,7 +370,7 @@ def _loaders(
     evaluation = evaluation_transform(card.input)
     train = None
     if train_source is not None:
-        augmented = training_transform(card.input, data.augmentation)
+        augmented = training_transform(card.input, data.augmentation, data.smallest_crop)
         transform = augmented if train_source.augmentable else evaluation
         train = loader(train_source, transform, shuffle=True, seed=config.seed)
     return train, loader(val_source, evaluation)
@@ -415,7 +415,7 @@ def hold_back(run: Run, count: int, calibration_images: int) -> Loader:
     free[:] = True
     free[held] = False
     evaluation = evaluation_transform(run.card.input)
-    augmented = training_transform(run.card.input, run.data.augmentation) if source.augmentable else evaluation
+    augmented = training_transform(run.card.input, run.data.augmentation, run.data.smallest_crop)
     loader = partial(
         open_loader,
         batch_size=run.config.batch_size,
@@ -424,8 +424,9 @@ def hold_back(run: Run, count: int, calibration_images: int) -> Loader:
         prefetch=run.data.prefetch,
         max_bad_images=run.data.max_bad_images,
     )
+    transform = augmented if source.augmentable else evaluation
     run.train = loader(
-        run.data.backend, source, augmented, indices=everything[free], shuffle=True, seed=run.config.seed
+        run.data.backend, source, transform, indices=everything[free], shuffle=True, seed=run.config.seed
     )
     return loader("pytorch", source, evaluation, indices=held)
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import http.client
 import re
+import socket
 import sys
 import urllib.error
 import urllib.parse
@@ -18,6 +19,8 @@ from effnet_quant.errors import UserError
 from effnet_quant.files import check_writable, create_folder, replace_file
 
 TIMEOUT_SECONDS = 30
+_SECONDS_TO_REACH = 3.0
+_TIMMS_HOST = "huggingface.co"
 _CHUNK = 1 << 20
 # PyTorch's convention: name-<first digits of the SHA-256>.ext. Fewer than eight digits are no hash but a date or version.
 _HASH_IN_NAME = re.compile(r"-([0-9a-f]{8,64})\.")
@@ -33,7 +36,7 @@ def fetch(url: str) -> Path:
     Raises:
         UserError: the server can't be reached or refuses, or the file has another length or hash than promised.
     """
-    folder = Path(torch.hub.get_dir()) / "checkpoints"
+    folder = _folder()
     path = folder / Path(urllib.parse.urlparse(url).path).name
     if path.is_file():
         if _intact(path):
@@ -50,6 +53,28 @@ def fetch(url: str) -> Path:
     replace_file(path, content)
     replace_file(_digest_file(path), f"{digest}  {path.name}\n".encode())
     return path
+
+
+def within_reach(place: str) -> bool:
+    """Whether it is worth trying to get published weights: they are in the cache, or their server answers within seconds.
+
+    Behind a proxy the answer is True, because only a download tells.
+
+    Args:
+        place: a URL, or in words where timm has the weights.
+    """
+    parsed = urllib.parse.urlparse(place)
+    if (_folder() / Path(parsed.path).name).is_file() or urllib.request.getproxies():
+        return True
+    try:
+        socket.create_connection((parsed.hostname or _TIMMS_HOST, 443), _SECONDS_TO_REACH).close()
+    except OSError:
+        return False
+    return True
+
+
+def _folder() -> Path:
+    return Path(torch.hub.get_dir()) / "checkpoints"
 
 
 def _download(url: str, path: Path) -> bytes:

@@ -14,6 +14,7 @@ from effnet_quant.models.download import fetch
 from effnet_quant.models.efficientnet import EfficientNet
 from effnet_quant.models.entry import ModelEntry
 from effnet_quant.models.external import HUB, external_entry, list_external, same_in_libraries
+from effnet_quant.models.small_resnet import SmallResNet
 from effnet_quant.models.weights import Weights, read_weights
 
 LIBRARIES = ("timm", "torchvision")
@@ -119,6 +120,7 @@ _ENTRIES = {
             for member in _SCALINGS
         ),
         *(_cifar_resnet(depth) for depth in _CIFAR_WEIGHTS),
+        ModelEntry("small-resnet9", SmallResNet, InputSpec(32, 32), num_classes=10),
     )
 }
 

@@ -23,6 +23,7 @@ AT_LEAST_ONE = Allowed(lambda value: value >= 1, "at least 1")
 NOT_NEGATIVE = Allowed(lambda value: 0 <= value < math.inf, "0 or more")
 SHARE = Allowed(lambda value: 0 <= value <= 1, "between 0 and 1")
 ABOVE_ZERO = Allowed(lambda value: value > 0, "above 0")
+ABOVE_ZERO_TO_ONE = Allowed(lambda value: 0 < value <= 1, "above 0 and at most 1")
 _ALLOWED = {
     "batch_size": AT_LEAST_ONE,
     "print_freq": AT_LEAST_ONE,

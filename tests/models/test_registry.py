@@ -9,7 +9,7 @@ from effnet_quant.models.registry import get_entry
 def test_list_models_takes_wildcards() -> None:
     assert list_models("efficientnet-quant-b?") == [f"efficientnet-quant-b{index}" for index in range(8)]
     assert list_models("cifar-*") == [f"cifar-resnet{depth}" for depth in (110, 20, 32, 44, 56)]
-    assert len(list_models()) == 37
+    assert len(list_models()) == 38
 
 
 def test_libraries_are_listed_by_patterns_that_name_them() -> None:
