@@ -21,6 +21,8 @@ _PUBLIC = {
     "calibrate": "effnet_quant.quantization.calibration",
     "compile_engine": "effnet_quant.engines.tensorrt.plans",
     "create_model": "effnet_quant.api",
+    "deploy": "effnet_quant.jobs.deploy",
+    "export_executorch": "effnet_quant.export.executorch",
     "export_onnx": "effnet_quant.export.onnx",
     "finetune_quantized": "effnet_quant.jobs.quantized_training",
     "list_models": "effnet_quant.models.registry",
