@@ -28,6 +28,7 @@ _PUBLIC = {
     "list_models": "effnet_quant.models.registry",
     "load": "effnet_quant.saved_model",
     "load_engine": "effnet_quant.engines.engine",
+    "predict": "effnet_quant.jobs.prediction",
     "ptq": "effnet_quant.quantization.recipe",
     "quantize": "effnet_quant.quantization.placement.insertion",
     "save": "effnet_quant.saved_model",

@@ -48,6 +48,11 @@ VERBS = {
     "classify": Verb(
         "classify", "name what is in images (classify.py)", "--pretrained-from-file int8.onnx --image cat.jpg"
     ),
+    "predict": Verb(
+        "predict",
+        "classify all images of a folder or of tars, resumably",
+        "SOURCE --engine deploy.json --output answers",
+    ),
     "verify": Verb(
         "verify",
         "compare an engine with its simulation on real images",

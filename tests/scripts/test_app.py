@@ -15,7 +15,7 @@ import effnet_quant
 from effnet_quant.cli import app
 
 # as the requirements of the command name them
-EXPECTED = ["train", "quantize", "export", "deploy", "compile", "classify", "verify", "sensitivity"]
+EXPECTED = ["train", "quantize", "export", "deploy", "compile", "classify", "predict", "verify", "sensitivity"]
 EXPECTED += ["latency", "data", "models", "serve", "launch", "demo"]
 
 
