@@ -1,4 +1,4 @@
-"""ExecuTorch with XNNPACK, on the CPU. The library is read by ExecuTorch's Python runtime."""
+"""ExecuTorch with XNNPACK, on the CPU: .pte files in ExecuTorch's Python runtime."""
 
 from __future__ import annotations
 
@@ -17,7 +17,6 @@ from effnet_quant.errors import UserError
 
 DEVICES = ("cpu",)
 PRECISIONS = ("fp32",)
-_DESCRIPTION = "effnet_quant"  # the method of export_executorch that returns card and signature
 _MAGIC = b"ET12"  # at offset 4 of a program, by FlatBuffers' file identifier
 _LARGEST_DESCRIPTION = 2**26  # bytes
 
@@ -33,7 +32,7 @@ def compile_file(path: Path, settings: Settings) -> Compiled:
             raise UserError(f"{path} is no program of ExecuTorch; export it with the target executorch.")
     runtime, threadpool = library()
     program = runtime.Runtime.get().load_program(path, verification=runtime.Verification.InternalConsistency)
-    if _DESCRIPTION not in program.method_names or "forward" not in program.method_names:
+    if CARD_KEY not in program.method_names or "forward" not in program.method_names:
         raise UserError(f"{path} does not describe its model; export it with export_executorch.")
     values = _described(program, path)
     try:
@@ -74,8 +73,8 @@ def library() -> tuple[Any, Any]:
 
 
 def _described(program: Any, path: Path) -> dict[str, Any]:
-    """The values of the method ``_DESCRIPTION``."""
-    (content,) = program.load_method(_DESCRIPTION).execute([])
+    """What the method CARD_KEY returns: card and signature, as ``export_executorch`` writes them."""
+    (content,) = program.load_method(CARD_KEY).execute([])
     try:
         data = content.numpy().tobytes()
         values = json.loads(data.decode("utf-8")) if len(data) <= _LARGEST_DESCRIPTION else None
@@ -89,29 +88,33 @@ def _described(program: Any, path: Path) -> dict[str, Any]:
 class _Run:
     """Runs the method, one call at a time: a loaded method has one memory for its values.
 
-    ExecuTorch has one pool of threads per process, and a loaded method keeps the pool of its time. So runs take turns,
-    across all engines. A run that needs another number of threads makes a new pool, and methods are loaded again.
+    ExecuTorch has one pool of threads per process, and loaded methods keep pointers to it. So runs take turns, across all
+    engines, and the first engine of the process decides on the number of threads.
+
+    Raises:
+        UserError: another number of threads than that of earlier engines.
     """
 
     _running = threading.Lock()
-    _pools = 0  # how many there have been
+    _pool_is_used = False
 
     def __init__(self, program: Any, threadpool: Any, threads: int | None) -> None:
-        self._program = program
-        self._threadpool = threadpool
-        self._threads = threads or threadpool._threadpool_get_thread_count()
-        self._method: Any = None
-        self._pool = -1  # the one of the method
+        with _Run._running:
+            own = threadpool._threadpool_get_thread_count()
+            if threads not in (None, own):
+                if _Run._pool_is_used:
+                    raise UserError(
+                        f"ExecuTorch's engines in this process have {own} threads already, so none can have {threads}; take "
+                        f"{own}, or another process."
+                    )
+                threadpool._unsafe_reset_threadpool(threads)
+            self._method = program.load_method("forward")
+            self._program = program
+            _Run._pool_is_used = True
 
     def __call__(self, arrays: Arrays) -> Arrays:
         import torch
 
         with _Run._running:
-            if self._threadpool._threadpool_get_thread_count() != self._threads:
-                self._threadpool._unsafe_reset_threadpool(self._threads)
-                _Run._pools += 1
-            if self._pool != _Run._pools:
-                self._method = self._program.load_method("forward")
-                self._pool = _Run._pools
             outputs = self._method.execute([torch.from_numpy(array) for array in arrays])
             return [np.array(output.numpy()) for output in outputs]

@@ -26,7 +26,6 @@ from effnet_quant.quantization.targets import Target, get_target
 from effnet_quant.saved_model import card_of
 from effnet_quant.tasks import get_task
 
-DESCRIPTION = "effnet_quant"  # the method that returns the file's description, as the bytes of a JSON text
 _PLAIN = ExportOptions()
 
 
@@ -100,7 +99,7 @@ def export_executorch(
                 program,
                 partitioner=[XnnpackPartitioner()],
                 compile_config=EdgeCompileConfig(_check_ir_validity=False),
-                constant_methods={DESCRIPTION: text},
+                constant_methods={CARD_KEY: text},
             )
             left_out = _left_out(lowered.exported_program().graph_module.graph)
             content = lowered.to_executorch().buffer

@@ -7,7 +7,6 @@ from pathlib import Path
 from torch import nn
 
 from effnet_quant.card import ModelCard
-from effnet_quant.export.executorch import export_executorch
 from effnet_quant.export.onnx import export_onnx
 from effnet_quant.export.options import ExportOptions
 from effnet_quant.quantization.targets import Target
@@ -35,6 +34,8 @@ def export_for(
         UserError: as these.
     """
     if target.suffix == ".pte":
+        from effnet_quant.export.executorch import export_executorch
+
         return export_executorch(model, path, image_size, target=target, card=card)
     export_onnx(model, path, image_size, target=target, card=card, options=options or ExportOptions())
     return {}

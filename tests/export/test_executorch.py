@@ -6,6 +6,8 @@ import json
 
 import pytest
 import torch
+from model_sweep import NETWORKS
+from random_weights import wake
 from torch import Tensor, nn
 
 from effnet_quant import UserError, calibrate, create_model, export_executorch, export_onnx, load_engine, quantize
@@ -111,9 +113,34 @@ def test_the_engine_computes_its_simulation(tmp_path):
     with torch.no_grad():
         expected = simulate_target(model, "executorch")(images[:3])
     assert ((got - expected).norm() / expected.norm()).item() < 2e-2
-    both = load_engine(tmp_path / "m.pte", "executorch", threads=2)
-    torch.testing.assert_close(torch.from_numpy(both(images[:3].numpy())), got)
-    torch.testing.assert_close(torch.from_numpy(engine(images[:3].numpy())), got)
+    other = load_engine(tmp_path / "m.pte", "executorch")
+    torch.testing.assert_close(torch.from_numpy(other(images[:3].numpy())), got)
+    with pytest.raises(UserError, match="have 1 threads already, so none can have 2"):
+        load_engine(tmp_path / "m.pte", "executorch", threads=2)
+    content = (tmp_path / "m.pte").read_bytes()
+    (tmp_path / "half.pte").write_bytes(content[: len(content) // 2])
+    with pytest.raises(UserError):
+        load_engine(tmp_path / "half.pte", "executorch")
+
+
+@needs_executorch
+@pytest.mark.slow
+@pytest.mark.parametrize("name", NETWORKS)
+@torch.no_grad()
+def test_every_network_of_the_sweep(name, tmp_path):
+    pytest.importorskip("timm", reason="timm is not installed: pip install 'effnet-quant[timm]'")
+    torch.manual_seed(0)
+    model, size = wake(create_model(name, num_classes=100)).eval(), NETWORKS[name]
+    images = torch.randn(4, 3, size, size, generator=torch.Generator().manual_seed(1))
+    in_float = model(images)
+    quantize(model, target="executorch")
+    calibrate(model, [images], method="max")
+    expected = model(images)
+    export_executorch(model, tmp_path / "m.pte", size)
+    got = torch.from_numpy(load_engine(tmp_path / "m.pte", "executorch")(images.numpy()))
+    # random weights amplify: two roundings of one network part, but less than the network and its rounding
+    quantization = ((expected - in_float).norm() / in_float.norm()).item()
+    assert ((got - expected).norm() / expected.norm()).item() <= max(2e-2, quantization)
 
 
 @needs_executorch

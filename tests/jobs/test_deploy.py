@@ -134,6 +134,27 @@ def weights(tmp_path_factory):
     return path
 
 
+@pytest.mark.parametrize(
+    ("flags", "says"),
+    [
+        ("digits", "there are no weights; give them with --weights."),
+        ("digits --weights missing.safetensors", "there is no file missing.safetensors"),
+        ("digits --weights missing.safetensors --time-budget 5", "expected a number and a unit"),
+        (
+            "digits --weights missing.safetensors --runtimes tensorrt",
+            "the runtime tensorrt is not installed; pip install",
+        ),
+    ],
+)
+def test_wrong_command_lines(run_script, tmp_path, monkeypatch, flags, says):
+    monkeypatch.chdir(tmp_path)
+    result = run_script("effnet_quant/__main__.py", "deploy", *shlex.split(flags))
+    assert result.code == 2
+    assert len(result.error_lines) == 1
+    assert says in result.err
+    assert list(tmp_path.iterdir()) == []
+
+
 @pytest.mark.slow
 def test_the_command_line(run_process, image_folder, weights, tmp_path):
     flags = shlex.split("--runtimes onnxruntime openvino --time-budget 60s --threads 1")
