@@ -43,11 +43,16 @@ class ExecutorchWriter:
             elif Kind.CONVOLVES in kind_of(node):
                 self.values[node] = self._convolution(node)
             else:
-                args = list(fx.map_arg(tuple(node.args), self._value))
+                args: list[Any] = []
                 if is_layer(node):
-                    args[1:] = self._parameters(node)
+                    assert isinstance(node.args[0], fx.Node)
+                    args = [self._value(node.args[0]), *self._parameters(node)]
+                else:
+                    args = list(fx.map_arg(tuple(node.args), self._value))
                 kwargs = fx.map_arg(dict(node.kwargs), self._value)
-                self.values[node] = self.graph.call_function(node.target, tuple(args), kwargs)  # type: ignore[arg-type]
+                # quantized_decomposed keeps strides that the traced operations did not; a view needs others
+                target = aten.reshape.default if node.target is aten.view.default else node.target
+                self.values[node] = self.graph.call_function(target, tuple(args), kwargs)  # type: ignore[arg-type]
         self.graph.output(tuple(self._value(node) for node in self.traced.outputs))
         return fx.GraphModule(self.root, self.graph)
 

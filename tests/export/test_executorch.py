@@ -81,6 +81,9 @@ def test_layers_have_the_forms_that_the_partitioner_takes():
         assert len(node.args[0].users) == 1  # a partition of its own
         assert node.args[1].target is decomposed.dequantize_per_channel.default
         assert [user.target in names for user in node.users] == [True]
+    assert {len(node.users) for node in module.graph.nodes if node.op == "get_attr"} == {
+        1
+    }  # the file holds what is used
     for node in module.graph.nodes:
         if node.target is decomposed.quantize_per_tensor.default:
             *_, low, high, dtype = node.args
