@@ -10,6 +10,7 @@ version = re.search(r'__version__ = "(.+)"', (root / "effnet_quant/__init__.py")
 assert version is not None
 
 openvino = ["openvino>=2025.0"]
+executorch = ["executorch>=1.5"]
 report = ["matplotlib>=3.8"]
 dali = ["nvidia-dali-cuda130>=2.0"]
 webdataset = ["webdataset>=1.0", "fsspec>=2024.2"]
@@ -44,6 +45,7 @@ setup(
     ],
     extras_require={
         "openvino": openvino,
+        "executorch": executorch,
         "report": report,
         "timm": timm,
         "hub": hub,

@@ -43,8 +43,8 @@ from onnxruntime.quantization.shape_inference import quant_pre_process
 from random_weights import wake
 
 from effnet_quant import calibrate, create_model, export_onnx, load_engine, quantize
+from effnet_quant.checks.engines_machine import describe_engines_machine, machine_line
 from effnet_quant.checks.latency import interleaved_seconds, rounds_for
-from effnet_quant.cli.latency import describe_engines_machine, machine_line
 from effnet_quant.engines.cpu import cpu_has_bf16, cpu_has_exact_int8
 from effnet_quant.engines.openvino import OpenvinoRunner, shared_core
 from effnet_quant.engines.signature import ArrayInput, ArrayOutput, Signature

@@ -39,9 +39,19 @@ VERBS = {
         "write an ONNX file for one runtime (model2onnx.py)",
         "--arch efficientnet-quant-b0 --pretrained-from-file qat.safetensors --target openvino",
     ),
+    "deploy": Verb(
+        "deploy",
+        "find the fastest engine on this machine that agrees with its simulation",
+        "--weights qat.safetensors DATA --output deploy",
+    ),
     "compile": Verb("model2trt", "build a TensorRT plan from an ONNX file (model2trt.py)", "int8.onnx --max-batch 64"),
     "classify": Verb(
         "classify", "name what is in images (classify.py)", "--pretrained-from-file int8.onnx --image cat.jpg"
+    ),
+    "predict": Verb(
+        "predict",
+        "classify all images of a folder or of tars, resumably",
+        "SOURCE --engine deploy.json --output answers",
     ),
     "verify": Verb(
         "verify",

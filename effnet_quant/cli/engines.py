@@ -7,19 +7,22 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from effnet_quant.engines.deployment import is_deployment, read_deployment
 from effnet_quant.engines.runtimes import BACKENDS
 from effnet_quant.errors import UserError
 
 if TYPE_CHECKING:
     from effnet_quant.engines.engine import Engine
 
-_BACKEND_OF = {".onnx": "onnxruntime", ".plan": "tensorrt"}
+_BACKEND_OF = {".onnx": "onnxruntime", ".plan": "tensorrt", ".pte": "executorch"}
 
 
 def add_engine_arguments(parser: argparse.ArgumentParser) -> None:
     """Add --backend, --device, --engine-precision and --threads."""
     parser.add_argument(
-        "--backend", choices=BACKENDS, help="runtime of the engine (default: onnxruntime for .onnx, tensorrt for .plan)"
+        "--backend",
+        choices=BACKENDS,
+        help="runtime of the engine (default: by the file; onnxruntime for .onnx)",
     )
     parser.add_argument(
         "--device", choices=("cpu", "cuda"), help="device of the engine (default: the backend's usual one)"
@@ -33,12 +36,18 @@ def add_engine_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def is_engine(path: str) -> bool:
-    """Whether a file is an ONNX file or a plan, by its name."""
-    return Path(path).suffix in _BACKEND_OF
+    """Whether a file is an engine or a deploy.json, by its name."""
+    return Path(path).suffix in _BACKEND_OF or is_deployment(path)
 
 
 def usual_backend(path: str) -> str:
-    """The default backend of a file, by its name; "torch" for weights."""
+    """The default backend of a file: by its name, "torch" for weights; the one that a deploy.json names.
+
+    Raises:
+        UserError: the deploy.json can't be used.
+    """
+    if is_deployment(path):
+        return read_deployment(path)[0].backend
     return _BACKEND_OF.get(Path(path).suffix, "torch")
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.metadata
 import json
 import re
 from collections.abc import Sequence
@@ -13,7 +12,6 @@ from typing import TYPE_CHECKING, Any
 from effnet_quant.cli.arguments import Parser
 from effnet_quant.cli.engines import usual_backend
 from effnet_quant.cli.process import run
-from effnet_quant.engines.cpu import NOTABLE, cpu_flags
 from effnet_quant.engines.runtimes import BACKENDS, get_backend
 from effnet_quant.errors import UserError
 from effnet_quant.files import check_writable, possible_path, replace_file
@@ -24,7 +22,6 @@ if TYPE_CHECKING:
     from effnet_quant.engines.engine import Engine
 
 BATCH_SIZES = (1, 2, 4, 8, 16, 32, 64, 128, 256)  # as in NVIDIA's tables
-_RUNTIMES = ("torch", "onnxruntime", "openvino", "tensorrt")
 # FILE, FILE@BACKEND or FILE@BACKEND@PRECISION; FILE may contain an @
 _ENGINE = re.compile(rf"(.*?)(?:@({'|'.join(BACKENDS)})(?:@(\w+))?)?", re.DOTALL)
 _TITLES = ("engine", "backend", "precision", "batch", "img/s", "avg ms", "50 % ms", "95 % ms", "99 % ms", "speed")
@@ -51,6 +48,7 @@ def job(arguments: Sequence[str]) -> int:
         raise UserError("--batch-sizes and --seconds must be positive.")
     if parsed.json:
         check_writable(Path(parsed.json))
+    from effnet_quant.checks.engines_machine import describe_engines_machine, machine_line
     from effnet_quant.checks.latency import measure_engines
 
     engines = [_load(text, parsed.device, parsed.threads) for text in parsed.engines]
@@ -73,29 +71,6 @@ def job(arguments: Sequence[str]) -> int:
     return 0
 
 
-def describe_engines_machine(threads: int | None) -> dict[str, Any]:
-    """``describe_machine`` plus what decides the speed of engines: threads, CPU features, versions of runtimes."""
-    from effnet_quant.training.machine import describe_machine
-
-    flags = cpu_flags()
-    return {
-        **describe_machine(),
-        "threads": threads,
-        "cpu_flags": None if flags is None else [name for name in NOTABLE if name in flags],
-        "runtimes": {name: version for name in _RUNTIMES if (version := _version(name))},
-    }
-
-
-def machine_line(machine: dict[str, Any]) -> str:
-    """The result of ``describe_engines_machine`` on one line."""
-    flags = ", ".join(machine["cpu_flags"] or ["features unknown"])
-    count = machine["threads"]
-    threads = "the runtimes' own threads" if count is None else f"{count} thread{'s' * (count != 1)}"
-    versions = ", ".join(f"{name} {version}" for name, version in machine["runtimes"].items())
-    device = "" if machine["device"] == "CPU" else f"{machine['device']}; "
-    return f"{device}{machine['processor']}, {machine['cores']} cores ({flags}), {threads}; {versions}"
-
-
 def _load(text: str, device: str | None, threads: int | None) -> Engine:
     from effnet_quant.engines.engine import load_engine
 
@@ -108,13 +83,6 @@ def _load(text: str, device: str | None, threads: int | None) -> Engine:
         device = None
     on_cpu = (device or devices[0]) == "cpu"
     return load_engine(path, backend, device=device, precision=precision, threads=threads if on_cpu else None)
-
-
-def _version(package: str) -> str | None:
-    try:
-        return importlib.metadata.version(package)
-    except importlib.metadata.PackageNotFoundError:
-        return None
 
 
 def _cells(engine: Engine, latency: Latency, first: Latency) -> list[str]:

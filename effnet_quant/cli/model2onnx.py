@@ -30,11 +30,18 @@ if TYPE_CHECKING:
     from effnet_quant.checks.tuning import Tuning
 
 TUNE_BATCH = 8
+_OF_ONNX = {
+    "opset": "--opset",
+    "dynamic_size": "--dynamic-size",
+    "fp16": "--fp16",
+    "with_preprocessing": "--with-preprocessing",
+    "weights": "--weights",
+}
 
 
 def job(arguments: Sequence[str]) -> int:
     """Export as the command line says; returns the exit status."""
-    parser = Parser("Export a model, float or quantized, to ONNX.")
+    parser = Parser("Export a model, float or quantized, to ONNX, or to ExecuTorch.")
     add_model_arguments(parser, None)
     add_spec_arguments(parser)
     parser.add_argument("--image-size", type=int, help="image size in pixels (default: the weights', else the model's)")
@@ -48,7 +55,9 @@ def job(arguments: Sequence[str]) -> int:
         "--target", choices=tuple(TARGETS), help="the runtime to export for (default: see docs/deployment.md)"
     )
     _add_form_arguments(parser)
-    parser.add_argument("--output", metavar="FILE", help="file to write (default: <arch>.onnx, with : replaced by -)")
+    parser.add_argument(
+        "--output", metavar="FILE", help="file to write (default: <arch>.onnx, or .pte, with : replaced by -)"
+    )
     parser.add_argument("--verify", metavar="DATA", dest="data", help="compare the engine with its simulation on DATA")
     parser.add_argument(
         "--tune",
@@ -65,18 +74,20 @@ def job(arguments: Sequence[str]) -> int:
     from effnet_quant.cli.file_card import card_to_start_from
     from effnet_quant.cli.model_flags import load_model
     from effnet_quant.engines.engine import load_engine
-    from effnet_quant.export.onnx import export_onnx
+    from effnet_quant.export.file_formats import export_for
 
     _refuse_idle_flags(parsed)
     said = card_to_start_from(parsed)
     parsed.target = parsed.target or _usual_target(said)
+    if get_target(parsed.target).suffix != ".onnx":
+        refuse_unused(parsed, _OF_ONNX, f"{parsed.target} reads no ONNX file; leave this out.")
     if (parsed.data or parsed.tune) and parsed.target == "tensorrt" and importlib.util.find_spec("tensorrt") is None:
         raise UserError(
             "--verify and --tune run the engine, and TensorRT is not installed; check the graph with "
             "effnet-quant verify --lint tensorrt."
         )
     ExportOptions(opset=parsed.opset)  # report a wrong opset before the model is built
-    output = parsed.output or f"{parsed.arch}.onnx".replace(":", "-")
+    output = parsed.output or f"{parsed.arch}{get_target(parsed.target).suffix}".replace(":", "-")
     check_writable(Path(output))
     model, card = load_model(parsed)
     _note_coarser_grids(model, card, parsed.target)
@@ -95,8 +106,10 @@ def job(arguments: Sequence[str]) -> int:
     precision = tuning.precision if tuning else None
     if tuning:
         card = replace(card, tuned_precision=precision)
-    export_onnx(model, output, image_size, target=rules, card=card, options=options)
+    left_out = export_for(model, Path(output), image_size, rules, card, options)
     print(f"{printable(output)}: {os.path.getsize(output):,} bytes, for {parsed.target}, any batch size")
+    for name, count in left_out.items():
+        print(f"note: {count} x {name} runs outside of XNNPACK, in portable kernels.")
     status = 0
     if tuning is not None and tuning.speedup < 1 and not parsed.allow_slower:
         print(

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from effnet_quant.cli.arguments import Parser
 from effnet_quant.cli.engines import usual_backend
 from effnet_quant.cli.process import run
+from effnet_quant.engines.deployment import is_deployment, read_deployment
 from effnet_quant.serving.settings import FILE_NAMES, MAX_BATCH, QUEUE_DELAY_US, Serving
 from effnet_quant.terminal import printable
 
@@ -15,9 +16,13 @@ def job(arguments: Sequence[str]) -> int:
     """Write the model as the command line says; returns the exit status."""
     parser = Parser("Put an engine into a model repository of Triton Inference Server.")
     add = parser.add_argument
-    add("engine", metavar="ENGINE", help="an ONNX file, or a plan of model2trt.py")
+    add("engine", metavar="ENGINE", help="an ONNX file, a plan of model2trt.py, or a deploy.json")
     add("repository", metavar="REPOSITORY", help="the folder of the model repository")
-    add("--backend", choices=tuple(FILE_NAMES), help="default: onnxruntime for .onnx, tensorrt for .plan")
+    add(
+        "--backend",
+        choices=tuple(FILE_NAMES),
+        help="default: onnxruntime for .onnx, tensorrt for .plan, deploy.json's own",
+    )
     add("--device", choices=("cpu", "cuda"), help="default: cuda for tensorrt, else cpu")
     add("--name", help="name of the model (default: the file's)")
     add("--version", type=int, help="number of the version (default: the next)")
@@ -37,9 +42,10 @@ def job(arguments: Sequence[str]) -> int:
     from effnet_quant.serving.triton_repository import write_model
 
     backend = parsed.backend or usual_backend(parsed.engine)
+    path = read_deployment(parsed.engine)[1] if is_deployment(parsed.engine) else parsed.engine
     device = parsed.device or ("cuda" if backend == "tensorrt" else "cpu")
     serving = Serving(backend, device, parsed.instances, parsed.max_batch, parsed.queue_delay)
-    folder = write_model(parsed.engine, parsed.repository, serving, name=parsed.name, version=parsed.version)
+    folder = write_model(path, parsed.repository, serving, name=parsed.name, version=parsed.version)
     start = f"tritonserver --model-repository={parsed.repository}"
     print(printable(f"{folder}: served by {backend} on the device {device}; start: {start}"))
     return 0

@@ -12,6 +12,7 @@ from numpy.typing import NDArray
 from effnet_quant.card import InputSpec
 from effnet_quant.engines.compiled import Compiled, Settings, run_in_batches
 from effnet_quant.engines.cpu import cpu_has_bf16
+from effnet_quant.engines.deployment import is_deployment, read_deployment
 from effnet_quant.engines.onnx_file import read_onnx_card
 from effnet_quant.engines.runtimes import BACKENDS, get_backend
 from effnet_quant.engines.signature import MOST_NUMBERS, ArrayInput, arrange, has_nan
@@ -243,7 +244,7 @@ class Engine:
 
 def load_engine(
     path: str | Path,
-    backend: str = "onnxruntime",
+    backend: str | None = None,
     *,
     device: str | None = None,
     precision: str | None = None,
@@ -254,8 +255,10 @@ def load_engine(
 
     Args:
         path: an ONNX file written by ``export_onnx``; for "tensorrt" also a plan written by ``compile_engine``; for
-            "torch" a weights file or checkpoint.
-        backend: "onnxruntime", "openvino", "tensorrt", or "torch" for the model itself, float or simulated.
+            "executorch" a file of ``export_executorch``; for "torch" a weights file or checkpoint. Or the deploy.json of
+            ``deploy``. It names a file beside it, a backend, a precision and threads; the arguments below win over it.
+        backend: "onnxruntime", "openvino", "executorch", "tensorrt", or "torch" for the model itself, float or simulated.
+            None is deploy.json's, else "onnxruntime".
         device: "cpu" or "cuda"; None for the backend's usual one.
         precision: of operations that the file leaves in floating point: "fp32", with OpenVINO and torch also "bf16", with
             torch also "fp16". TensorRT takes all precisions from the file. None takes the precision that the file was tuned
@@ -268,6 +271,14 @@ def load_engine(
         UserError: the file is missing, damaged or of another kind, or the backend is unknown, not installed, does not run
             on this device or in this precision, or refuses the file.
     """
+    if is_deployment(path):
+        chosen, path = read_deployment(path)
+        if backend in (None, chosen.backend):
+            precision = precision or chosen.precision
+        backend = backend or chosen.backend
+        if threads is None and device != "cuda":
+            threads = chosen.threads
+    backend = backend or "onnxruntime"
     module = get_backend(backend)
     device = _choice(backend, "run on the device", device, module.DEVICES)
     if precision is not None:

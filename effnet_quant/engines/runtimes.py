@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import importlib.util
 from types import ModuleType
 
 from effnet_quant.errors import UserError
@@ -11,10 +12,24 @@ from effnet_quant.errors import UserError
 _MODULES = {
     "onnxruntime": "effnet_quant.engines.onnxruntime",
     "openvino": "effnet_quant.engines.openvino",
+    "executorch": "effnet_quant.engines.executorch",
     "tensorrt": "effnet_quant.engines.tensorrt.backend",
     "torch": "effnet_quant.engines.pytorch",
 }
 BACKENDS = tuple(_MODULES)
+# the runtimes that files are exported for, and the package that each needs; extras of setup.py have their names
+_PACKAGES = {"onnxruntime": "onnxruntime", "openvino": "openvino", "executorch": "executorch", "tensorrt": "tensorrt"}
+RUNTIMES = tuple(_PACKAGES)
+
+
+def installed(runtime: str) -> bool:
+    """Whether the package of one of RUNTIMES is installed."""
+    return importlib.util.find_spec(_PACKAGES[runtime]) is not None
+
+
+def how_to_install(runtime: str) -> str:
+    """The command that installs one of RUNTIMES."""
+    return f"pip install {'onnxruntime' if runtime == 'onnxruntime' else f'effnet-quant[{runtime}]'}"
 
 
 def get_backend(name: str) -> ModuleType:

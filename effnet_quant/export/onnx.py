@@ -92,6 +92,8 @@ def build_onnx(
 ) -> onnx.ModelProto:
     """Return the ONNX model that ``export_onnx`` writes, checked by ``onnx.checker``."""
     rules = get_target(target)
+    if rules.suffix != ".onnx":
+        raise UserError(f"{rules.name} reads {rules.suffix} files, not ONNX; take export_{rules.name}.")
     quantized = any(True for _ in quantizers(model))
     if options.fp16 and quantized and rules.quantized_outputs:
         raise UserError(

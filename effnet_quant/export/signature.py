@@ -76,12 +76,13 @@ def _leaves(structure: Any, path: tuple[int | str, ...]) -> Iterator[tuple[int, 
         )
 
 
-def _to_json(structure: Any) -> Any:
+def structure_to_json(structure: Any) -> Any:
+    """Plain values for a structure of outputs' positions, as engines/signature.py reads them."""
     if isinstance(structure, int):
         return structure
     if isinstance(structure, dict):
-        return {"dict": {key: _to_json(value) for key, value in structure.items()}}
-    return {"tuple" if isinstance(structure, tuple) else "list": [_to_json(value) for value in structure]}
+        return {"dict": {key: structure_to_json(value) for key, value in structure.items()}}
+    return {"tuple" if isinstance(structure, tuple) else "list": [structure_to_json(value) for value in structure]}
 
 
 def value_infos(nodes: list[fx.Node], names: list[str], symbols: dict[Any, str]) -> list[onnx.ValueInfoProto]:
@@ -124,7 +125,7 @@ def signature(model: onnx.ModelProto, structure: Any) -> dict[str, Any]:
             for value in model.graph.input
         ],
         "outputs": [{"name": value.name, "dtype": _dtype(value)} for value in model.graph.output],
-        "structure": _to_json(structure),
+        "structure": structure_to_json(structure),
     }
 
 

@@ -186,7 +186,7 @@ def _marked(model: nn.Module, target: Target, *, same_convolutions: bool = False
 
 
 def _traced(model: nn.Module, examples: tuple[Tensor, ...], dimensions: tuple[Any, ...]) -> TracedGraph:
-    with torch.no_grad(), _quiet(), _plain_attention():
+    with torch.no_grad(), quiet(), _plain_attention():
         program = torch.export.export(model, examples, dynamic_shapes=_by_parameter(model, dimensions), strict=False)
     signature = program.graph_signature
     values = {**dict(program.state_dict), **program.constants}
@@ -228,8 +228,8 @@ def _runs(model: nn.Module, images: Tensor) -> bool:
 
 
 @contextlib.contextmanager
-def _quiet() -> Iterator[None]:
-    """Silence torch.export, which prints the graph of a model that it can't trace."""
+def quiet() -> Iterator[None]:
+    """Silence torch.export and what takes its graphs. They print much about a model that they can't take."""
     before = logging.root.manager.disable
     logging.disable(logging.CRITICAL)
     try:

@@ -16,11 +16,12 @@ from effnet_quant.checks.verify import Comparison, compare
 from effnet_quant.data.backends import open_loader
 from effnet_quant.data.data_argument import open_sources, open_validation
 from effnet_quant.data.loaders import Loader
+from effnet_quant.data.sources import ImageSource
 from effnet_quant.data.transforms import evaluation_transform, normalize
 from effnet_quant.engines.engine import Engine, load_engine, usable_precisions
 from effnet_quant.engines.tensorrt.plans import compile_engine, discard_plan
 from effnet_quant.errors import UserError
-from effnet_quant.export.onnx import export_onnx
+from effnet_quant.export.file_formats import export_for
 from effnet_quant.export.options import ExportOptions
 from effnet_quant.quantization.placement.insertion import simulate_target
 from effnet_quant.quantization.targets import Target, get_target
@@ -44,6 +45,21 @@ def validation_loader(data: str, card: ModelCard, spec: InputSpec, batch_size: i
         raise UserError("--batch-size must be at least 1.")
     source = open_validation(data, None if card.classes is None else list(card.classes))
     return open_loader("pytorch", source, evaluation_transform(spec), batch_size, torch.device("cpu"), workers=workers)
+
+
+def open_images(data: str, card: ModelCard) -> ImageSource:
+    """The validation images of ``data``. Labels refer to the card's classes, if any.
+
+    Raises:
+        UserError: there are no such images, or their classes are not the model's.
+    """
+    source = open_validation(data, None if card.classes is None else list(card.classes))
+    count = len(source.classes)
+    if card.num_classes is not None and count != card.num_classes:
+        raise UserError(f"{data} has {count} classes, but the model has {card.num_classes}; give its data.")
+    if card.classes is not None and (unknown := [name for name in source.classes if name not in card.classes]):
+        raise UserError(f"{data} has the class {unknown[0]}, which the model does not know; give its data.")
+    return source
 
 
 def training_batches(
@@ -121,8 +137,8 @@ def tune_on(
     with tempfile.TemporaryDirectory() as folder:
 
         def compile_for(rules: Target, precision: str) -> Callable[[], Any]:
-            path = Path(folder, "candidate.onnx")
-            export_onnx(model, path, spec.image_size, target=rules, options=options)
+            path = Path(folder, f"candidate{rules.suffix}")
+            export_for(model, path, spec.image_size, rules, options=options)
             engine = load_engine(path, target, precision=precision)
             if target == "tensorrt":
                 discard_plan(compile_engine(path))  # or the cache would keep the plan of every candidate

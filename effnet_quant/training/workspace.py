@@ -36,7 +36,7 @@ def check_unused(workspace: Path, names: tuple[str, ...]) -> None:
 
 
 @contextmanager
-def locked(workspace: Path, job: str = "") -> Iterator[None]:
+def locked(workspace: Path, job: str = "", *, setting: str = "--workspace") -> Iterator[None]:
     """Hold a lock file in the workspace for the duration of the block.
 
     The file names process and host. A lock whose process has ended on this host is taken over.
@@ -44,13 +44,14 @@ def locked(workspace: Path, job: str = "") -> Iterator[None]:
     Args:
         workspace: the folder.
         job: torchrun's name of the job. A job takes over its own lock from another host, where its processes have ended.
+        setting: the flag that chooses another folder, for messages.
 
     Raises:
         UserError: another run holds the lock, or may hold it on a host that can't be asked.
     """
     path, own = workspace / LOCK, _this_process() | {"job": job}
     deadline = time.monotonic() + _PEER_SECONDS
-    while not _acquired(path, own, deadline):
+    while not _acquired(path, own, deadline, setting):
         time.sleep(0.2)
     try:
         yield
@@ -60,7 +61,7 @@ def locked(workspace: Path, job: str = "") -> Iterator[None]:
                 path.unlink()
 
 
-def _acquired(path: Path, own: dict[str, Any], deadline: float) -> bool:
+def _acquired(path: Path, own: dict[str, Any], deadline: float, setting: str) -> bool:
     """Try to write the lock file; returns False if a process of the same job holds it and may soon be gone."""
     with _alone_in(path.parent):
         if path.exists():
@@ -70,7 +71,7 @@ def _acquired(path: Path, own: dict[str, Any], deadline: float) -> bool:
             if alive and same_job and time.monotonic() < deadline:
                 return False
             if alive or (alive is None and not same_job):
-                raise UserError(_refusal(path, owner, known=bool(alive)))
+                raise UserError(_refusal(path, owner, setting, known=bool(alive)))
             path.unlink(missing_ok=True)
         try:
             with path.open("x", encoding="utf-8") as file:
@@ -130,13 +131,13 @@ def _is_alive(owner: dict[str, Any], own: dict[str, Any]) -> bool | None:
     return owner.get("started") in (None, started)  # another process may have its number by now
 
 
-def _refusal(path: Path, owner: dict[str, Any], *, known: bool) -> str:
+def _refusal(path: Path, owner: dict[str, Any], setting: str, *, known: bool) -> str:
     who = f"process {owner.get('pid', '?')} on {owner.get('host', 'an unknown host')}, since {owner.get('since', '?')}"
     if known:
-        return f"another run uses {path.parent} ({who}); wait for its end, or choose another --workspace."
+        return f"another run uses {path.parent} ({who}); wait for its end, or choose another {setting}."
     return (
         f"another run may be using {path.parent} ({who}), which can't be checked from here; if it has ended, delete {path}, "
-        "else choose another --workspace."
+        f"else choose another {setting}."
     )
 
 

@@ -15,8 +15,8 @@ import effnet_quant
 from effnet_quant.cli import app
 
 # as the requirements of the command name them
-EXPECTED = ["train", "quantize", "export", "compile", "classify", "verify", "sensitivity", "latency", "data", "models"]
-EXPECTED += ["serve", "launch", "demo"]
+EXPECTED = ["train", "quantize", "export", "deploy", "compile", "classify", "predict", "verify", "sensitivity"]
+EXPECTED += ["latency", "data", "models", "serve", "launch", "demo"]
 
 
 @pytest.fixture

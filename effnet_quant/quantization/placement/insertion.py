@@ -68,7 +68,7 @@ def quantize(
     Args:
         model: any module with Conv2d, Linear or average pooling modules.
         spec: a preset's name, a QuantSpec, or a mapping as ``resolve_spec`` takes it.
-        target: the runtime to simulate, "onnxruntime", "openvino" or "tensorrt"; ``export_onnx`` takes the same name.
+        target: the runtime to simulate, "onnxruntime", "openvino", "executorch" or "tensorrt"; exports take the same name.
 
     Returns:
         The same model.
