@@ -21,6 +21,7 @@ _PUBLIC = {
     "calibrate": "effnet_quant.quantization.calibration",
     "compile_engine": "effnet_quant.engines.tensorrt.plans",
     "create_model": "effnet_quant.api",
+    "export_integer": "effnet_quant.export.integer",
     "export_onnx": "effnet_quant.export.onnx",
     "finetune_quantized": "effnet_quant.jobs.quantized_training",
     "list_models": "effnet_quant.models.registry",

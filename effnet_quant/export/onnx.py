@@ -92,6 +92,8 @@ def build_onnx(
 ) -> onnx.ModelProto:
     """Return the ONNX model that ``export_onnx`` writes, checked by ``onnx.checker``."""
     rules = get_target(target)
+    if rules.halves_up:  # QuantizeLinear rounds them to even
+        raise UserError(f"a file for the target {rules.name} has no float operations; write it with export_integer.")
     quantized = any(True for _ in quantizers(model))
     if options.fp16 and quantized and rules.quantized_outputs:
         raise UserError(

@@ -33,6 +33,7 @@ class Target:
         quantized_bias: whether biases are written as int32 with scale s_input * s_weight; else they stay float.
         pools_integers: whether max pooling runs on integers. The export then moves QDQ from after the pooling to before
             it; the values are the same. With ``quantized_outputs`` the export does so in any case.
+        halves_up: whether activations halfway between two integers are rounded up; else to the even one.
     """
 
     name: str
@@ -45,6 +46,7 @@ class Target:
     quantized_outputs: bool
     quantized_bias: bool
     pools_integers: bool
+    halves_up: bool = False
 
     def leaving_in_float(self, operations: Iterable[str]) -> Target:
         """The same target with these operations in float.
