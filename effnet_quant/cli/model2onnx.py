@@ -30,6 +30,14 @@ if TYPE_CHECKING:
     from effnet_quant.checks.tuning import Tuning
 
 TUNE_BATCH = 8
+_OF_FLOAT_FILES = {
+    "opset": "--opset",
+    "dynamic_size": "--dynamic-size",
+    "fp16": "--fp16",
+    "with_preprocessing": "--with-preprocessing",
+    "weights": "--weights",
+    "tune": "--tune",
+}
 
 
 def job(arguments: Sequence[str]) -> int:
@@ -65,6 +73,7 @@ def job(arguments: Sequence[str]) -> int:
     from effnet_quant.cli.file_card import card_to_start_from
     from effnet_quant.cli.model_flags import load_model
     from effnet_quant.engines.engine import load_engine
+    from effnet_quant.export.integer import export_integer
     from effnet_quant.export.onnx import export_onnx
 
     _refuse_idle_flags(parsed)
@@ -75,6 +84,8 @@ def job(arguments: Sequence[str]) -> int:
             "--verify and --tune run the engine, and TensorRT is not installed; check the graph with "
             "effnet-quant verify --lint tensorrt."
         )
+    if parsed.target == "integer":
+        refuse_unused(parsed, _OF_FLOAT_FILES, "an integer file has one form; leave this out.")
     ExportOptions(opset=parsed.opset)  # report a wrong opset before the model is built
     output = parsed.output or f"{parsed.arch}.onnx".replace(":", "-")
     check_writable(Path(output))
@@ -95,7 +106,10 @@ def job(arguments: Sequence[str]) -> int:
     precision = tuning.precision if tuning else None
     if tuning:
         card = replace(card, tuned_precision=precision)
-    export_onnx(model, output, image_size, target=rules, card=card, options=options)
+    if parsed.target == "integer":
+        export_integer(model, output, image_size, card=card)
+    else:
+        export_onnx(model, output, image_size, target=rules, card=card, options=options)
     print(f"{printable(output)}: {os.path.getsize(output):,} bytes, for {parsed.target}, any batch size")
     status = 0
     if tuning is not None and tuning.speedup < 1 and not parsed.allow_slower:

@@ -170,28 +170,22 @@ class Lowering:
         assert not isinstance(value, list)
         return value
 
-    def _bytes(self, node: Any, path: fx.Node) -> Bytes:
-        """The value of ``node`` as 8-bit integers. A function that no quantizer follows gets a grid over its results."""
+    def _bytes(self, node: Any) -> Bytes:
+        """The value of ``node`` as 8-bit integers. If no quantizer rounds it here, a grid is chosen for it."""
         value = self._value(node)
         if isinstance(value, Bytes):
             return value
-        if isinstance(value, Sums):
-            wanted = self._wanted_grid(node)
-            if wanted is None:
-                raise ValueError("takes a value that no quantizer rounds to 8 bits")
-            self.values[node] = self._quantize(node, value, wanted)  # for all who come after
-            return self.values[node]  # type: ignore[return-value]
-        results = value.results()
-        low, high = min(float(results.min()), 0.0), max(float(results.max()), 0.0)
-        scale = max((high - low) / 255, 2.0**-100)
-        grid = Grid(torch.tensor(scale, dtype=torch.float64), round(-low / scale), 0, 255)
-        return self._quantize(path, value, grid)
+        grid = self._neighbours_grid(node)
+        if grid is None:
+            low, high = self._needed(node) if isinstance(value, Sums) else value.ends()
+            scale, zero_point = scale_and_zero_point(torch.tensor(high), AFFINE_UINT8, torch.tensor(low))
+            assert zero_point is not None
+            grid = Grid(scale, int(zero_point), *AFFINE_UINT8.bounds)
+        rounded = self.values[node] = self._quantize(node, value, grid)  # for all who come after
+        return rounded
 
-    def _wanted_grid(self, node: fx.Node) -> Grid | None:
-        """A grid for a value between operations that are not quantized: that of another user of the value, if one rounds it.
-
-        Else it is the range that later quantizers need (passes/needed_ranges.py). None if nothing is known.
-        """
+    def _neighbours_grid(self, node: fx.Node) -> Grid | None:
+        """The widest grid of the other users of a value, if one of them rounds it; they may move or clip it first."""
         found: list[Grid] = []
         pending = [node]
         while pending:
@@ -200,14 +194,14 @@ class Lowering:
                     found.append(self.traced.grid(user))
                 elif Kind.MOVES in kind_of(user) or Kind.CLIPS in kind_of(user):
                     pending.append(user)
-        if found:
-            return max(found, key=lambda grid: float(grid.scale) * (grid.high - grid.low))
+        return max(found, key=lambda grid: float(grid.scale) * (grid.high - grid.low), default=None)
+
+    def _needed(self, node: fx.Node) -> tuple[float, float]:
+        """The range of sums that later quantizers need (passes/needed_ranges.py)."""
         needed = needed_of(self.traced, node)
         if needed is None:
-            return None
-        scale, zero_point = scale_and_zero_point(torch.tensor(needed.high), AFFINE_UINT8, torch.tensor(needed.low))
-        assert zero_point is not None
-        return Grid(scale, int(zero_point), *AFFINE_UINT8.bounds)
+            raise ValueError("takes a value that no quantizer rounds to 8 bits")
+        return needed.low, needed.high
 
     def _quantize(self, node: fx.Node, value: Value, grid: Grid) -> Bytes:
         scale, zero_point = float(grid.scale), grid.zero_point
@@ -300,20 +294,20 @@ class Lowering:
         if varying[0] is varying[1] or (sources[0] is sources[1] and isinstance(sources[0], Bytes)):
             return self._elementwise(node)
         if node.target is aten.add.Tensor and node.kwargs.get("alpha", 1) == 1:
-            operands = [self._operand(at, node) for at in varying]
+            operands = [self._operand(at) for at in varying]
             return self._sum(node, operands, ".sum")
         if node.target is aten.mul.Tensor:
-            a, b = (self._bytes(value, node) for value in varying)
+            a, b = (self._bytes(value) for value in varying)
             name = self._name(node, ".product")
             self._add(Product((a.name, b.name), name, (a.zero_point, b.zero_point)))
             return Sums(name, np.float64(a.scale * b.scale).reshape(()), inner_sizes(node))
         raise self._refusal(node)
 
-    def _operand(self, node: fx.Node, path: fx.Node) -> Bytes | Sums:
+    def _operand(self, node: fx.Node) -> Bytes | Sums:
         """An operand of an addition: sums as they are, unless an activation clips them."""
         value = self._value(node)
         whole = isinstance(value, Sums) and math.isinf(value.low) and math.isinf(value.high)
-        return value if whole else self._bytes(node, path)  # type: ignore[return-value]
+        return value if whole else self._bytes(node)  # type: ignore[return-value]
 
     def _sum(self, node: fx.Node, operands: list[Bytes | Sums], suffix: str) -> Sums:
         """Operands in a common unit: the scale of the largest operand as 8-bit integers, divided by 2**LEFT_SHIFT."""
@@ -360,7 +354,7 @@ class Lowering:
         varying = {value for value in node.all_input_nodes if value not in self.traced.constants}
         values = {source: self._value(source) for source in varying}
         if Kind.CLIPS not in kind_of(node):
-            values = {at: self._bytes(at, node) if isinstance(value, Sums) else value for at, value in values.items()}
+            values = {at: self._bytes(at) if isinstance(value, Sums) else value for at, value in values.items()}
         if node.target is aten.batch_norm.default and argument(node, "training"):
             raise ValueError("is in training mode")
         first = next(iter(values.values()))
@@ -392,7 +386,7 @@ class Lowering:
         return Pointwise(source, compute)
 
     def _average(self, node: fx.Node) -> Sums:
-        x: Any = self._bytes(node.args[0], node)
+        x: Any = self._bytes(node.args[0])
         windows = average_windows(node, x.shape)
         for axis, positions in windows.spread:  # windows of unequal size: a copy of each one's values, and zeros
             c, *size = x.shape
@@ -408,7 +402,7 @@ class Lowering:
         return result if result.shape == inner_sizes(node) else self.reshaped(node, result)
 
     def _maximum(self, node: fx.Node) -> Value | list[Value]:
-        x = self._bytes(node.args[0], node)
+        x = self._bytes(node.args[0])
         name = self._name(node)
         self._add(Maximum(x.name, name, *largest_windows(node, x.shape)))
         several = not isinstance(node.meta["val"], Tensor)
@@ -417,7 +411,7 @@ class Lowering:
         return [result] if several else result
 
     def _concat(self, node: fx.Node) -> Bytes:
-        parts = [self._bytes(value, node) for value in argument(node, "tensors")]
+        parts = [self._bytes(value) for value in argument(node, "tensors")]
         widest = max(parts, key=lambda part: part.scale)
         grid = Grid(torch.tensor(widest.scale, dtype=torch.float64), widest.zero_point, 0, 255)
         parts = [self._quantize(node, part, grid) for part in parts]
@@ -441,7 +435,7 @@ class Lowering:
 
     def movable(self, node: fx.Node) -> Bytes | Sums:
         value = self._value(node.args[0])
-        return value if isinstance(value, Sums) else self._bytes(node.args[0], node)
+        return value if isinstance(value, Sums) else self._bytes(node.args[0])
 
     def reshaped(self, node: fx.Node, value: Value) -> Any:
         inner = inner_sizes(node)

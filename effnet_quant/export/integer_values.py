@@ -78,6 +78,11 @@ class Pointwise:
         y = y.reshape(TABLE_LENGTH, channels)
         return y[:, :1] if bool((y == y[:, :1]).all()) else y
 
+    def ends(self) -> tuple[float, float]:
+        """The smallest and the largest result."""
+        results = self.results()
+        return float(results.min()), float(results.max())
+
 
 Value = Bytes | Sums | Pointwise
 

@@ -77,7 +77,7 @@ class FastProgram:
                 values[output] = run(*(values[name] for name in names))
                 for name in done:
                     del values[name]
-            return values[LOGITS].numpy()
+            return values[LOGITS].to(torch.int32).numpy()
 
 
 def _with_tables(program: Program) -> list[Step]:
