@@ -2,8 +2,8 @@
 
 Prints the rows of the MRT zoo for our networks, as markdown: top-1 of the float network, of the quantized simulation, of
 ONNX Runtime's INT8 engine (QDQ) and of the integer engine. Then the agreement of the integer engine with the simulation for
-ONNX Runtime (QDQ), and with the float network. On the first 64 images ONNX Runtime runs the integer file too; its answers must
-be the same bits.
+ONNX Runtime (QDQ), and with the float network. On the first 64 images ONNX Runtime runs the integer file too, and must give
+the same bits.
 
     python benchmarks/integer.py ../shared/data                                      the CIFAR-10 ResNet-20, LeNet on digits
     python benchmarks/integer.py ../shared/data --networks timm:tf_efficientnet_lite0 --lite0 FOLDER

@@ -155,6 +155,8 @@ def _print_layers(model: nn.Module, engine: Engine, pixels: Tensor, spec: InputS
 
     if not any(True for _ in quantizers(model)):
         reason = "the model is not quantized"
+    elif engine.card.output_scale is not None:
+        reason = "the engine computes with integers alone"
     elif not shows_layers(engine):
         reason = f"{engine.backend} shows no values in between; verify the ONNX file in ONNX Runtime or OpenVINO"
     else:

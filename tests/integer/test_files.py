@@ -231,6 +231,12 @@ def test_a_file_that_was_tampered_with_is_refused(what: str, file: Path, tmp_pat
         load_engine(path, "integer")
 
 
+def test_openvino_is_refused(file: Path) -> None:
+    pytest.importorskip("openvino")
+    with pytest.raises(UserError, match="needs 64-bit integers, which OpenVINO computes in 32 bits"):
+        load_engine(file, "openvino")
+
+
 def test_a_file_of_another_target_is_refused(tmp_path: Path) -> None:
     export_onnx(quantized(), tmp_path / "qdq.onnx", SIZE)
     with pytest.raises(UserError, match="holds no integer program"):
