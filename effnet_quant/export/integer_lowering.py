@@ -13,20 +13,17 @@ from torch import Tensor, fx
 from effnet_quant.card import InputSpec
 from effnet_quant.errors import UserError
 from effnet_quant.export.custom_ops import CONV_PADDED, QUANTIZE
+from effnet_quant.export.integer_layers import convolution, linear
 from effnet_quant.export.integer_moves import MOVES
 from effnet_quant.export.integer_pools import average_windows, largest_windows
 from effnet_quant.export.integer_values import Bytes, Pointwise, Sums, Value, inner_sizes, on_grid
-from effnet_quant.export.passes.convolution_padding import per_dimension
 from effnet_quant.export.passes.needed_ranges import needed_of
 from effnet_quant.export.traced_graph import Grid, TracedGraph, argument, kind_of, module_path, shape_of
 from effnet_quant.integer.arithmetic import LEFT_SHIFT, SUM_LIMIT, multiplier_and_shift
 from effnet_quant.integer.program import (
     IMAGE,
     LOGITS,
-    WEIGHT_ZERO_POINT,
     Concat,
-    Convolution,
-    Linear,
     Maximum,
     Move,
     Product,
@@ -36,7 +33,6 @@ from effnet_quant.integer.program import (
     Sum,
     Table,
     WindowSum,
-    proof_of,
 )
 from effnet_quant.quantization.grid import scale_and_zero_point
 from effnet_quant.quantization.operation_kinds import Kind
@@ -111,7 +107,7 @@ class Lowering:
         scale = self._write_logits(output)
         return Program(self.image, tuple(self.steps), scale, len(shape_of(output)))
 
-    def _add(self, step: Step) -> None:
+    def add(self, step: Step) -> None:
         try:
             self.bounds[step.output] = step.check(self.bounds)
         except ValueError as error:
@@ -128,7 +124,7 @@ class Lowering:
             "networks."
         )
 
-    def _name(self, node: fx.Node, suffix: str = "") -> str:
+    def name(self, node: fx.Node, suffix: str = "") -> str:
         base = (module_path(node) or node.name) + suffix
         name, count = base, 1
         while name in self._names:
@@ -139,15 +135,15 @@ class Lowering:
     def _lower(self, node: fx.Node) -> Value | list[Value]:
         target = node.target
         if target is QUANTIZE:
-            return self._quantize(node, self._value(node.args[0]), self.traced.grid(node))
+            return self._quantize(node, self.value(node.args[0]), self.traced.grid(node))
         if target in _CONVOLUTIONS:
-            return self._convolution(node)
+            return convolution(self, node)
         if target is aten.linear.default:
-            return self._linear(node)
+            return linear(self, node)
         if target is operator.getitem:
             return self.values[node.args[0]][node.args[1]]  # type: ignore[index]
         if target in _CASTS or target in _REPEATS:
-            return self._value(node.args[0])
+            return self.value(node.args[0])
         if target in _ARITHMETIC:
             return self._arithmetic(node)
         if target in _ELEMENTWISE:
@@ -163,7 +159,7 @@ class Lowering:
             raise self._refusal(node)
         return move(self, node)
 
-    def _value(self, node: Any) -> Value:
+    def value(self, node: Any) -> Value:
         if not isinstance(node, fx.Node) or node not in self.values:
             raise ValueError("has an operand without integers")
         value = self.values[node]
@@ -172,12 +168,12 @@ class Lowering:
 
     def _bytes(self, node: Any) -> Bytes:
         """The value of ``node`` as 8-bit integers. If no quantizer rounds it here, a grid is chosen for it."""
-        value = self._value(node)
+        value = self.value(node)
         if isinstance(value, Bytes):
             return value
         grid = self._neighbours_grid(node)
         if grid is None:
-            low, high = self._needed(node) if isinstance(value, Sums) else value.ends()
+            low, high = self._range(node, value)
             scale, zero_point = scale_and_zero_point(torch.tensor(high), AFFINE_UINT8, torch.tensor(low))
             assert zero_point is not None
             grid = Grid(scale, int(zero_point), *AFFINE_UINT8.bounds)
@@ -196,12 +192,15 @@ class Lowering:
                     pending.append(user)
         return max(found, key=lambda grid: float(grid.scale) * (grid.high - grid.low), default=None)
 
-    def _needed(self, node: fx.Node) -> tuple[float, float]:
-        """The range of sums that later quantizers need (passes/needed_ranges.py)."""
+    def _range(self, node: fx.Node, value: Pointwise | Sums) -> tuple[float, float]:
+        """The range of a value that no quantizer rounds: what it can be, and what later quantizers need of that."""
+        low, high = value.ends
         needed = needed_of(self.traced, node)
-        if needed is None:
+        if needed is not None and isinstance(value, Sums):
+            low, high = max(low, needed.low), min(high, needed.high)
+        if not (math.isfinite(low) and math.isfinite(high)):
             raise ValueError("takes a value that no quantizer rounds to 8 bits")
-        return needed.low, needed.high
+        return low, max(low, high)
 
     def _quantize(self, node: fx.Node, value: Value, grid: Grid) -> Bytes:
         scale, zero_point = float(grid.scale), grid.zero_point
@@ -211,8 +210,8 @@ class Lowering:
                 raise ValueError("gives no finite number for some integers")
             integers = on_grid(results.numpy(), scale, zero_point, grid.low, grid.high)
             table = np.ascontiguousarray(integers.T.astype(np.uint8)).reshape(-1)
-            name = self._name(node)
-            self._add(Table(value.of.name, name, table, len(value.of.shape) - 1))
+            name = self.name(node)
+            self.add(Table(value.of.name, name, table, len(value.of.shape) - 1))
             return Bytes(name, scale, zero_point, grid.low, grid.high, value.of.shape)
         if isinstance(value, Bytes):
             if value.has_grid(grid) and grid.low <= value.low and value.high <= grid.high:
@@ -222,66 +221,9 @@ class Lowering:
             int(on_grid(end, scale, zero_point, grid.low, grid.high)) if math.isfinite(end) else own
             for end, own in ((value.low, grid.low), (value.high, grid.high))
         )
-        name = self._name(node)
-        self._add(Rescale(value.name, name, *_multipliers(value.unit / scale), zero_point, low, high, "uint8"))
+        name = self.name(node)
+        self.add(Rescale(value.name, name, *_multipliers(value.unit / scale), zero_point, low, high, "uint8"))
         return Bytes(name, scale, zero_point, low, high, value.shape)
-
-    def _parameters(self, node: fx.Node) -> tuple[Bytes, np.ndarray, np.ndarray, np.ndarray]:
-        """A layer's input, integer weights (int64), integer biases and the unit of its sums, (O,)."""
-        value = self._value(node.args[0])
-        if not isinstance(value, Bytes):
-            raise ValueError("takes an input that is not quantized to 8 bits")
-        found = self.traced.quantized_weights(node)
-        if found is None:
-            raise ValueError("has weights that are not quantized")
-        weight, grid = found
-        if grid.zero_point != 0:
-            raise ValueError("has weights with a zero point")
-        scales = grid.scale.double().flatten().expand(len(weight))
-        steps = scales.reshape((-1,) + (1,) * (weight.ndim - 1))
-        integers = torch.clamp(torch.round(weight.double() / steps), grid.low, grid.high).numpy().astype(np.int64)
-        unit = scales.numpy() * value.scale
-        bias = np.rint(self._bias(node, len(weight)) / unit)
-        if np.abs(bias).max(initial=0) >= SUM_LIMIT:
-            raise ValueError("has a bias that does not fit 32 bits")
-        return value, integers, bias.astype(np.int32), unit
-
-    def _bias(self, node: fx.Node, channels: int) -> np.ndarray:
-        bias = argument(node, "bias")
-        if bias is None:
-            return np.zeros(channels)
-        if bias.target is QUANTIZE:
-            bias = bias.args[0]
-        if bias not in self.traced.constants:
-            raise ValueError("has a bias that is computed from the image")
-        return self.traced.constants[bias].double().numpy()
-
-    def _convolution(self, node: fx.Node) -> Sums:
-        x, weight, bias, unit = self._parameters(node)
-        padding = per_dimension(argument(node, "padding"), 2 if node.target is not CONV_PADDED else 4)
-        stored = (weight + WEIGHT_ZERO_POINT).astype(np.uint8)
-        name = self._name(node, ".sums")
-        step = Convolution(
-            x.name,
-            name,
-            x.zero_point,
-            stored,
-            bias,
-            _pair(argument(node, "stride")),
-            tuple(padding if len(padding) == 4 else padding * 2),  # type: ignore[arg-type]
-            _pair(argument(node, "dilation")),
-            int(argument(node, "groups")),
-            proof_of(stored, bias, x.zero_point, 0),
-        )
-        self._add(step)
-        return Sums(name, unit.reshape(-1, 1, 1), inner_sizes(node))
-
-    def _linear(self, node: fx.Node) -> Sums:
-        x, weight, bias, unit = self._parameters(node)
-        stored = np.ascontiguousarray((weight.T + WEIGHT_ZERO_POINT).astype(np.uint8))
-        name = self._name(node, ".sums")
-        self._add(Linear(x.name, name, x.zero_point, stored, bias, proof_of(stored, bias, x.zero_point, 1)))
-        return Sums(name, unit, inner_sizes(node))
 
     def _arithmetic(self, node: fx.Node) -> Value:
         varying = [
@@ -289,7 +231,7 @@ class Lowering:
         ]
         if len(varying) < 2:
             return self._elementwise(node)
-        values = [self._value(value) for value in varying]
+        values = [self.value(value) for value in varying]
         sources = [value.of if isinstance(value, Pointwise) else value for value in values]
         if varying[0] is varying[1] or (sources[0] is sources[1] and isinstance(sources[0], Bytes)):
             return self._elementwise(node)
@@ -298,14 +240,16 @@ class Lowering:
             return self._sum(node, operands, ".sum")
         if node.target is aten.mul.Tensor:
             a, b = (self._bytes(value) for value in varying)
-            name = self._name(node, ".product")
-            self._add(Product((a.name, b.name), name, (a.zero_point, b.zero_point)))
-            return Sums(name, np.float64(a.scale * b.scale).reshape(()), inner_sizes(node))
+            name = self.name(node, ".product")
+            self.add(Product((a.name, b.name), name, (a.zero_point, b.zero_point)))
+            corners = [one * other for one in a.ends for other in b.ends]
+            unit = np.float64(a.scale * b.scale).reshape(())
+            return Sums(name, unit, inner_sizes(node), reach=(min(corners), max(corners)))
         raise self._refusal(node)
 
     def _operand(self, node: fx.Node) -> Bytes | Sums:
         """An operand of an addition: sums as they are, unless an activation clips them."""
-        value = self._value(node)
+        value = self.value(node)
         whole = isinstance(value, Sums) and math.isinf(value.low) and math.isinf(value.high)
         return value if whole else self._bytes(node)  # type: ignore[return-value]
 
@@ -324,8 +268,8 @@ class Lowering:
             multiplier_and_shift(scale / (reference if is_bytes else unit))
             for scale, is_bytes in zip(scales, bytes_of, strict=True)
         ]
-        name = self._name(node, suffix)
-        self._add(
+        name = self.name(node, suffix)
+        self.add(
             Sum(
                 tuple(value.name for value in operands),
                 name,
@@ -335,7 +279,8 @@ class Lowering:
                 tuple(shift for _, shift in ratios),
             )
         )
-        return Sums(name, np.float64(unit).reshape(()), inner_sizes(node))
+        lows, highs = zip(*(value.ends for value in operands), strict=True)
+        return Sums(name, np.float64(unit).reshape(()), inner_sizes(node), reach=(sum(lows), sum(highs)))
 
     def _uniform(self, node: fx.Node, value: Sums, name: str | None = None) -> Sums:
         """Sums with one unit for all channels: the largest."""
@@ -344,15 +289,15 @@ class Lowering:
         if value.unit.ndim == 0 and name is None:
             return value
         unit = value.unit.max()
-        name = name or self._name(node, ".uniform")
+        name = name or self.name(node, ".uniform")
         numbers = _multipliers(value.unit / unit)
-        self._add(Rescale(value.name, name, *numbers, 0, -SUM_LIMIT, SUM_LIMIT - 1, "int32"))
-        return Sums(name, np.float64(unit).reshape(()), value.shape)
+        self.add(Rescale(value.name, name, *numbers, 0, -SUM_LIMIT, SUM_LIMIT - 1, "int32"))
+        return Sums(name, np.float64(unit).reshape(()), value.shape, reach=value.reach)
 
     def _elementwise(self, node: fx.Node) -> Value:
         """A function of one value, as a table; an activation that clips sums changes the ends of the next rounding."""
         varying = {value for value in node.all_input_nodes if value not in self.traced.constants}
-        values = {source: self._value(source) for source in varying}
+        values = {source: self.value(source) for source in varying}
         if Kind.CLIPS not in kind_of(node):
             values = {at: self._bytes(at) if isinstance(value, Sums) else value for at, value in values.items()}
         if node.target is aten.batch_norm.default and argument(node, "training"):
@@ -369,6 +314,7 @@ class Lowering:
                 first.shape,
                 low if low > -1e300 else -math.inf,
                 high if high < 1e300 else math.inf,
+                first.reach,
             )
         source = first.of if isinstance(first, Pointwise) else first
         functions = {
@@ -396,15 +342,15 @@ class Lowering:
             x = self.moved(node, x, "pad", (x.zero_point, *amounts), (c, *size))
             size[axis - 2] = len(positions)
             x = self.moved(node, x, "gather", (axis, *positions), (c, *size))
-        name = self._name(node, ".sums")
-        self._add(WindowSum(x.name, name, x.zero_point, windows.kernel, windows.strides, windows.pads, windows.terms))
-        result = Sums(name, np.asarray(windows.factor * x.scale), (x.shape[0], *windows.size))
+        name = self.name(node, ".sums")
+        self.add(WindowSum(x.name, name, x.zero_point, windows.kernel, windows.strides, windows.pads, windows.terms))
+        result = Sums(name, np.asarray(windows.factor * x.scale), (x.shape[0], *windows.size), reach=x.ends)
         return result if result.shape == inner_sizes(node) else self.reshaped(node, result)
 
     def _maximum(self, node: fx.Node) -> Value | list[Value]:
         x = self._bytes(node.args[0])
-        name = self._name(node)
-        self._add(Maximum(x.name, name, *largest_windows(node, x.shape)))
+        name = self.name(node)
+        self.add(Maximum(x.name, name, *largest_windows(node, x.shape)))
         several = not isinstance(node.meta["val"], Tensor)
         inner = tuple(int(size) for size in (node.meta["val"][0] if several else node.meta["val"]).shape[1:])
         result = Bytes(name, x.scale, x.zero_point, x.low, x.high, inner)
@@ -418,8 +364,8 @@ class Lowering:
         axis = int(argument(node, "dim")) % len(shape_of(node))
         if axis == 0:
             raise ValueError("joins along the batch")
-        name = self._name(node)
-        self._add(Concat(tuple(part.name for part in parts), name, axis))
+        name = self.name(node)
+        self.add(Concat(tuple(part.name for part in parts), name, axis))
         low, high = min(part.low for part in parts), max(part.high for part in parts)
         return Bytes(name, widest.scale, widest.zero_point, low, high, inner_sizes(node))
 
@@ -427,14 +373,14 @@ class Lowering:
         if isinstance(value, Sums) and value.unit.ndim:
             value = self._uniform(node, value)
         assert isinstance(value, (Bytes, Sums))
-        name = self._name(node)
-        self._add(Move(value.name, name, kind, numbers))
+        name = self.name(node)
+        self.add(Move(value.name, name, kind, numbers))
         if isinstance(value, Bytes):
             return Bytes(name, value.scale, value.zero_point, value.low, value.high, shape)
-        return Sums(name, value.unit, shape, value.low, value.high)
+        return Sums(name, value.unit, shape, value.low, value.high, value.reach)
 
     def movable(self, node: fx.Node) -> Bytes | Sums:
-        value = self._value(node.args[0])
+        value = self.value(node.args[0])
         return value if isinstance(value, Sums) else self._bytes(node.args[0])
 
     def reshaped(self, node: fx.Node, value: Value) -> Any:
@@ -444,7 +390,7 @@ class Lowering:
     def _write_logits(self, output: fx.Node) -> float:
         """Steps that give the result as int32 in one unit; returns the unit."""
         try:
-            value: Any = self._value(output)
+            value: Any = self.value(output)
             if isinstance(value, Pointwise):
                 raise ValueError("is computed at the end, where no quantizer follows")
             if isinstance(value, Bytes):
@@ -461,8 +407,3 @@ def _multipliers(ratios: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         np.array(numbers, np.int64).reshape(np.shape(ratios)) for numbers in zip(*pairs, strict=True)
     )
     return multipliers, shifts
-
-
-def _pair(value: Any) -> tuple[int, int]:
-    first, second = per_dimension(value, 2)
-    return first, second

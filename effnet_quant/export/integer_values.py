@@ -32,6 +32,11 @@ class Bytes:
     high: int
     shape: tuple[int, ...]
 
+    @property
+    def ends(self) -> tuple[float, float]:
+        """The real numbers of the smallest and the largest integer."""
+        return (self.low - self.zero_point) * self.scale, (self.high - self.zero_point) * self.scale
+
     def has_grid(self, grid: Grid) -> bool:
         """Whether scale and zero point are those of ``grid``."""
         return self.scale == float(grid.scale) and self.zero_point == grid.zero_point
@@ -45,6 +50,7 @@ class Sums:
         unit: float64; its shape broadcasts to ``shape``.
         low, high: real ends of an activation that clips; infinite without one.
         shape: without the batch.
+        reach: real numbers that the sums lie between, as far as the operands' grids say; infinite if they don't.
     """
 
     name: str
@@ -52,6 +58,12 @@ class Sums:
     shape: tuple[int, ...]
     low: float = -math.inf
     high: float = math.inf
+    reach: tuple[float, float] = (-math.inf, math.inf)
+
+    @property
+    def ends(self) -> tuple[float, float]:
+        """The real numbers that the clipped sums lie between."""
+        return max(self.low, self.reach[0]), min(self.high, self.reach[1])
 
 
 @dataclass(frozen=True)
@@ -78,6 +90,7 @@ class Pointwise:
         y = y.reshape(TABLE_LENGTH, channels)
         return y[:, :1] if bool((y == y[:, :1]).all()) else y
 
+    @property
     def ends(self) -> tuple[float, float]:
         """The smallest and the largest result."""
         results = self.results()
