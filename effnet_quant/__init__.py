@@ -23,6 +23,7 @@ _PUBLIC = {
     "create_model": "effnet_quant.api",
     "deploy": "effnet_quant.jobs.deploy",
     "export_executorch": "effnet_quant.export.executorch",
+    "export_integer": "effnet_quant.export.integer",
     "export_onnx": "effnet_quant.export.onnx",
     "finetune_quantized": "effnet_quant.jobs.quantized_training",
     "from_pretrained": "effnet_quant.serving.hub",

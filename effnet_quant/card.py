@@ -117,6 +117,7 @@ class ModelCard:
         target: the runtime that a quantized model simulates, or that a file was exported for.
         tuned_precision: the precision that ``--tune`` chose for the file's float operations.
         float_operations: operations that the target computes with integers but this file keeps in float.
+        output_scale: the real number that one unit of an integer file's outputs stands for.
 
     Raises:
         UserError: a value of a wrong type, or an invalid one.
@@ -132,6 +133,7 @@ class ModelCard:
     target: str | None = None
     tuned_precision: str | None = None
     float_operations: tuple[str, ...] = field(default=())
+    output_scale: float | None = None
 
     def __post_init__(self) -> None:
         for name in ("arch", "activation", "target", "tuned_precision"):
@@ -155,6 +157,9 @@ class ModelCard:
             raise UserError(f"input must be an InputSpec, not {_shown(self.input)}.")
         if not isinstance(self.quant_spec, (Mapping, type(None))):
             raise UserError(f"quant_spec must be a mapping, not {_shown(self.quant_spec)}.")
+        scale = self.output_scale
+        if scale is not None and not (_is_finite(scale) and scale > 0):
+            raise UserError(f"output_scale must be a positive number, not {_shown(scale)}.")
 
     @property
     def quantized(self) -> bool:
@@ -175,6 +180,7 @@ class ModelCard:
             "target": self.target,
             "tuned_precision": self.tuned_precision,
             "float_operations": list(self.float_operations) or None,
+            "output_scale": self.output_scale,
         }
         return {name: value for name, value in values.items() if value is not None}
 

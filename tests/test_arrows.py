@@ -22,7 +22,7 @@ FLOORS = (
     ("tasks",),
     ("data",),
     ("models",),
-    ("card", "recipes"),
+    ("card", "recipes", "integer"),
 )
 # every room may import these, and they import errors and terminal alone
 FOUNDATIONS = ("errors", "files", "memory", "structure", "terminal")

@@ -111,8 +111,8 @@ def compare_layers(
 
 
 def shows_layers(engine: Engine) -> bool:
-    """Whether the engine's runtime can show intermediate values."""
-    return engine.backend in ("onnxruntime", "openvino")
+    """Whether the engine's runtime can show intermediate values, as real numbers."""
+    return engine.backend in ("onnxruntime", "openvino") and engine.card.output_scale is None
 
 
 def _in_onnxruntime(

@@ -86,6 +86,8 @@ def job(arguments: Sequence[str]) -> int:
             "--verify and --tune run the engine, and TensorRT is not installed; check the graph with "
             "effnet-quant verify --lint tensorrt."
         )
+    if parsed.target == "integer":
+        refuse_unused(parsed, _OF_ONNX | {"tune": "--tune"}, "an integer file has one form; leave this out.")
     ExportOptions(opset=parsed.opset)  # report a wrong opset before the model is built
     output = parsed.output or f"{parsed.arch}{get_target(parsed.target).suffix}".replace(":", "-")
     check_writable(Path(output))

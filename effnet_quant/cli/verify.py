@@ -127,7 +127,7 @@ def verify_engine(model: nn.Module, card: ModelCard, engine: Engine, parsed: arg
     Returns:
         Whether there are enough images, and these do not exclude that the two agree often enough.
     """
-    from effnet_quant.jobs.inference import compare_on, simulate_engine, validation_loader
+    from effnet_quant.jobs.inference import compare_on, distance_to_qdq, simulate_engine, validation_loader
     from effnet_quant.quantization.placement.insertion import output_quantizers
 
     simulate_engine(model, engine)
@@ -143,6 +143,9 @@ def verify_engine(model: nn.Module, card: ModelCard, engine: Engine, parsed: arg
     task = get_task(card.task)
     comparison = compare_on(loader, engine, model, spec, task)
     _print(comparison, task, engine, parsed)
+    if engine.card.output_scale is not None:
+        distance, unit = distance_to_qdq(loader, engine, model, spec), engine.card.output_scale
+        print(f"{'distance to the QDQ engine':<26} {distance:,} in the last place, at most (one is {unit:.3g})")
     if parsed.layers or comparison.agreement < parsed.min_agreement:
         _print_layers(model, engine, next(iter(loader.epoch()))[0][:LAYER_IMAGES], spec, asked=parsed.layers)
     return comparison.interval[1] >= parsed.min_agreement and comparison.images >= parsed.min_images
@@ -156,6 +159,8 @@ def _print_layers(model: nn.Module, engine: Engine, pixels: Tensor, spec: InputS
 
     if not any(True for _ in quantizers(model)):
         reason = "the model is not quantized"
+    elif engine.card.output_scale is not None:
+        reason = "the engine computes with integers alone"
     elif not shows_layers(engine):
         reason = f"{engine.backend} shows no values in between; verify the ONNX file in ONNX Runtime or OpenVINO"
     else:

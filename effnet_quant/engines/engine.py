@@ -130,7 +130,7 @@ class Engine:
         for start in range(0, len(given), PREDICTED_TOGETHER):
             pixels = torch.stack([transform(as_pixels(image)) for image in given[start : start + PREDICTED_TOGETHER]])
             prepared = pixels if self.input.dtype == "uint8" else normalize(pixels, spec)
-            outputs = map_leaves(torch.from_numpy, self(prepared.numpy().astype(self.input.dtype)))
+            outputs = map_leaves(torch.from_numpy, self.real(self(prepared.numpy().astype(self.input.dtype))))
             answers += task.answers(outputs, self.classes, topk)
         return answers if several else answers[0]
 
@@ -138,7 +138,8 @@ class Engine:
         """What the model returns for its arguments: an array, or tuples, lists and dicts of arrays.
 
         An image classifier takes normalised float32 images (N, C, H, W) and returns float32 logits (N, classes). A file
-        exported with preprocessing takes uint8 pixels (N, C, H, W). ``inputs`` lists types and shapes. The batch comes first
+        exported with preprocessing takes uint8 pixels (N, C, H, W). A file of ``export_integer`` takes pixels and
+        returns int32 logits. ``inputs`` lists types and shapes. The batch comes first
         and may have any size N >= 1: if the file limits it, arrays are split or padded. float16 outputs are returned as
         float32.
 
@@ -161,6 +162,13 @@ class Engine:
             raise UserError(f"{self.backend} can't run {self.path}: {_reason(error)}; check the arrays.") from error
         outputs = [output.astype(np.float32) if output.dtype == np.float16 else output for output in outputs]
         return arrange(outputs, self._signature.structure)
+
+    def real(self, outputs: Any) -> Any:
+        """What the engine returned, as real numbers. An integer file's int32 outputs are multiplied by the card's scale."""
+        scale = self.card.output_scale
+        if scale is None:
+            return outputs
+        return map_leaves(lambda array: (array * np.float64(scale)).astype(np.float32), outputs)
 
     def _checked(self, value: ArrayInput, array: NDArray[Any]) -> NDArray[Any]:
         try:
@@ -255,10 +263,11 @@ def load_engine(
 
     Args:
         path: an ONNX file written by ``export_onnx``; for "tensorrt" also a plan written by ``compile_engine``; for
-            "executorch" a file of ``export_executorch``; for "torch" a weights file or checkpoint. Or the deploy.json of
-            ``deploy``. It names a file beside it, a backend, a precision and threads; the arguments below win over it.
-        backend: "onnxruntime", "openvino", "executorch", "tensorrt", or "torch" for the model itself, float or simulated.
-            None is deploy.json's, else "onnxruntime".
+            "executorch" a file of ``export_executorch``; for "torch" a weights file or checkpoint; for "integer" a file of
+            ``export_integer``. Or the deploy.json of ``deploy``. It names a file beside it, a backend, a precision and
+            threads; the arguments below win over it.
+        backend: "onnxruntime", "openvino", "executorch", "tensorrt", "integer", or "torch" for the model itself, float or
+            simulated. None is deploy.json's, else "onnxruntime".
         device: "cpu" or "cuda"; None for the backend's usual one.
         precision: of operations that the file leaves in floating point: "fp32", with OpenVINO and torch also "bf16", with
             torch also "fp16". TensorRT takes all precisions from the file. None takes the precision that the file was tuned

@@ -62,6 +62,8 @@ class OnnxFile:
 
     def precision(self, floats: str) -> str:
         """The engine's precision, if its runtime computes float32 operations in ``floats``."""
+        if self.card.output_scale is not None:
+            return "int32"
         floats = "fp16" if self.half else floats
         return f"int8 + {floats}" if self.quantized else floats
 

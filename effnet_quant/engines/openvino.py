@@ -27,9 +27,13 @@ def compile_file(path: Path, settings: Settings) -> Compiled:
     """Compile an ONNX file. Networks for single shapes are compiled when the shapes first come.
 
     Raises:
-        UserError: OpenVINO is missing, the CPU has no bfloat16, or the file is missing or damaged.
+        UserError: OpenVINO is missing, the CPU has no bfloat16, or the file is missing, damaged or of the target "integer".
     """
     file = read_onnx(path)
+    if file.card.output_scale is not None:
+        raise UserError(
+            f"{path} needs 64-bit integers, which OpenVINO computes in 32 bits; take the backend integer or onnxruntime."
+        )
     try:
         import openvino  # noqa: F401
     except ImportError as error:

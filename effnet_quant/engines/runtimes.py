@@ -10,6 +10,7 @@ from effnet_quant.errors import UserError
 
 # name -> module; loaded on first use, and each loads its runtime where it compiles
 _MODULES = {
+    "integer": "effnet_quant.engines.integer",
     "onnxruntime": "effnet_quant.engines.onnxruntime",
     "openvino": "effnet_quant.engines.openvino",
     "executorch": "effnet_quant.engines.executorch",

@@ -20,7 +20,7 @@ def export_for(
     card: ModelCard | None = None,
     options: ExportOptions | None = None,
 ) -> dict[str, int]:
-    """Write a model of images for one runtime, with ``export_onnx`` or ``export_executorch``.
+    """Write a model of images for one runtime, with ``export_onnx``, ``export_executorch`` or ``export_integer``.
 
     Args:
         model, path, image_size, card: as these take them.
@@ -37,5 +37,10 @@ def export_for(
         from effnet_quant.export.executorch import export_executorch
 
         return export_executorch(model, path, image_size, target=target, card=card)
+    if target.halves_up:
+        from effnet_quant.export.integer import export_integer
+
+        export_integer(model, path, image_size, card=card)
+        return {}
     export_onnx(model, path, image_size, target=target, card=card, options=options or ExportOptions())
     return {}

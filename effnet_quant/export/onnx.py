@@ -94,6 +94,8 @@ def build_onnx(
     rules = get_target(target)
     if rules.suffix != ".onnx":
         raise UserError(f"{rules.name} reads {rules.suffix} files, not ONNX; take export_{rules.name}.")
+    if rules.halves_up:  # QuantizeLinear rounds them to even
+        raise UserError(f"a file for the target {rules.name} has no float operations; write it with export_integer.")
     quantized = any(True for _ in quantizers(model))
     if options.fp16 and quantized and rules.quantized_outputs:
         raise UserError(

@@ -29,10 +29,37 @@ from effnet_quant.tasks.task import Task
 
 
 def run_engine(engine: Engine, pixels: Tensor, spec: InputSpec) -> Tensor:
-    """The engine's outputs for uint8 images (N, C, H, W). They are normalised here if the engine takes float images."""
-    if engine.input.dtype == "uint8":
-        return torch.from_numpy(engine(pixels.numpy()))
-    return torch.from_numpy(engine(normalize(pixels, spec).numpy()))
+    """The engine's outputs for uint8 images (N, C, H, W), as real numbers.
+
+    The images are normalised here if the engine takes float images.
+    """
+    images = pixels if engine.input.dtype == "uint8" else normalize(pixels, spec)
+    return torch.from_numpy(engine.real(engine(images.numpy())))
+
+
+def distance_to_qdq(loader: Loader, engine: Engine, model: nn.Module, spec: InputSpec) -> int:
+    """How far an integer engine's outputs are from those of ONNX Runtime's engine of the same network, at most.
+
+    The unit is the last place of the integer outputs. The two are not promised to be equal: the QDQ file rounds halves to
+    even and computes its scales in float.
+
+    Args:
+        loader: the images.
+        engine: of ``export_integer``.
+        model: the quantized network that it was exported from.
+        spec: how images are normalised.
+    """
+    scale = engine.card.output_scale
+    assert scale is not None
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder, "qdq.onnx")
+        export_onnx(model, path, spec.image_size, target="onnxruntime")
+        qdq = load_engine(path)
+    distances = [
+        (run_engine(qdq, pixels, spec).double() / scale - torch.from_numpy(engine(pixels.numpy()))).abs().max()
+        for pixels, _ in loader.epoch()
+    ]
+    return round(float(torch.stack(distances).max()))
 
 
 def validation_loader(data: str, card: ModelCard, spec: InputSpec, batch_size: int, workers: int = 0) -> Loader:

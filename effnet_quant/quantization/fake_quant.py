@@ -13,7 +13,13 @@ from effnet_quant.quantization.spec import TensorSpec
 
 
 def fake_quantize(
-    x: Tensor, amax: Tensor, spec: TensorSpec, amin: Tensor | None = None, *, batched: bool = True
+    x: Tensor,
+    amax: Tensor,
+    spec: TensorSpec,
+    amin: Tensor | None = None,
+    *,
+    batched: bool = True,
+    halves_up: bool = False,
 ) -> Tensor:
     """Quantize and dequantize ``x``. The result lies on the grid to the last bit.
 
@@ -43,34 +49,41 @@ def fake_quantize(
         low, high = low - zero_point, high - zero_point
     if not spec.learned:
         function = _FusedStraightThrough if torch.compiler.is_compiling() else _StraightThrough
-        result: Tensor = function.apply(x.float(), scale, low, high)
+        result: Tensor = function.apply(x.float(), scale, low, high, halves_up)
         return result.to(x.dtype)
     # LSQ's N, the number of values that share a range: weights of the layer or channel, activations of one image
     features = max(1, x.numel() // amax.numel() // (x.shape[0] if batched else 1))
     if spec.symmetric:
-        result = _LearnedScale.apply(x.float(), amax, scale, low, high, math.sqrt(spec.bounds[1] / features))
+        result = _LearnedScale.apply(x.float(), amax, scale, low, high, math.sqrt(spec.bounds[1] / features), halves_up)
     else:
-        result = _LearnedRange.apply(x.float(), amin, amax, scale, low, high, steps, math.sqrt(steps / features))
+        result = _LearnedRange.apply(
+            x.float(), amin, amax, scale, low, high, steps, math.sqrt(steps / features), halves_up
+        )
     return result.to(x.dtype)
+
+
+def _rounded(ratio: Tensor, halves_up: bool) -> Tensor:
+    """A new tensor of the nearest integers."""
+    return torch.floor(ratio + 0.5) if halves_up else torch.round(ratio)
 
 
 class _StraightThrough(torch.autograd.Function):
     """The form for eager mode, where each pass goes through memory: four passes forward, one backward, one tensor saved."""
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, scale: Tensor, low: int | Tensor, high: int | Tensor) -> Tensor:
+    def forward(ctx: Any, x: Tensor, scale: Tensor, low: int | Tensor, high: int | Tensor, halves_up: bool) -> Tensor:
         ratio = x / scale
         ctx.save_for_backward(ratio)
         ctx.bounds = (low, high)
-        return torch.round(ratio).clamp_(low, high).mul_(scale)  # type: ignore[arg-type]
+        return _rounded(ratio, halves_up).clamp_(low, high).mul_(scale)  # type: ignore[arg-type]
 
     @staticmethod
-    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None, None, None]:
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None, None, None, None]:
         (ratio,) = ctx.saved_tensors
         low, high = ctx.bounds
         if isinstance(low, Tensor):
-            return torch.where((ratio > low - 0.5) & (ratio < high + 0.5), gradient, 0), None, None, None
-        return torch.ops.aten.hardtanh_backward(gradient, ratio, low - 0.5, high + 0.5), None, None, None
+            return torch.where((ratio > low - 0.5) & (ratio < high + 0.5), gradient, 0), None, None, None, None
+        return torch.ops.aten.hardtanh_backward(gradient, ratio, low - 0.5, high + 0.5), None, None, None, None
 
 
 class _FusedStraightThrough(torch.autograd.Function):
@@ -82,17 +95,17 @@ class _FusedStraightThrough(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, scale: Tensor, low: int | Tensor, high: int | Tensor) -> Tensor:
+    def forward(ctx: Any, x: Tensor, scale: Tensor, low: int | Tensor, high: int | Tensor, halves_up: bool) -> Tensor:
         ctx.save_for_backward(x, scale)
         ctx.bounds = (low, high)
-        return torch.round(x / scale).clamp_(low, high).mul_(scale)  # type: ignore[arg-type]
+        return _rounded(x / scale, halves_up).clamp_(low, high).mul_(scale)  # type: ignore[arg-type]
 
     @staticmethod
-    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None, None, None]:
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None, None, None, None]:
         x, scale = ctx.saved_tensors
         low, high = ctx.bounds
         inside = x.clamp((low - 0.5) * scale, (high + 0.5) * scale) == x
-        return torch.where(inside, gradient, 0), None, None, None
+        return torch.where(inside, gradient, 0), None, None, None, None
 
 
 class _LearnedScale(torch.autograd.Function):
@@ -103,11 +116,13 @@ class _LearnedScale(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, amax: Tensor, scale: Tensor, low: int, high: int, gradient_scale: float) -> Tensor:
+    def forward(
+        ctx: Any, x: Tensor, amax: Tensor, scale: Tensor, low: int, high: int, gradient_scale: float, halves_up: bool
+    ) -> Tensor:
         ratio = x / scale
         ctx.save_for_backward(ratio)
         ctx.constants = (low, high, gradient_scale, amax.shape)
-        return torch.round(ratio).clamp_(low, high).mul_(scale)
+        return _rounded(ratio, halves_up).clamp_(low, high).mul_(scale)
 
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
@@ -116,7 +131,7 @@ class _LearnedScale(torch.autograd.Function):
         inside = (ratio > low) & (ratio < high)
         slope = torch.where(inside, torch.round(ratio) - ratio, torch.clamp(ratio, low, high))
         to_amax = (gradient * slope).sum_to_size(shape) * gradient_scale
-        return torch.where(inside, gradient, 0), to_amax, None, None, None, None
+        return torch.where(inside, gradient, 0), to_amax, None, None, None, None, None
 
 
 class _LearnedRange(torch.autograd.Function):
@@ -138,11 +153,12 @@ class _LearnedRange(torch.autograd.Function):
         high: Tensor,
         steps: int,
         gradient_scale: float,
+        halves_up: bool,
     ) -> Tensor:
         ratio = x / scale
         ctx.save_for_backward(ratio, low, high, amin, amax)
         ctx.constants = (steps, steps * gradient_scale)
-        return torch.round(ratio).clamp_(low, high).mul_(scale)
+        return _rounded(ratio, halves_up).clamp_(low, high).mul_(scale)
 
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
@@ -157,4 +173,4 @@ class _LearnedRange(torch.autograd.Function):
         # The grid always holds zero, so an end on the wrong side of zero has no effect. It may only move back.
         to_amin = torch.where(amin > 0, to_amin.clamp(min=0), to_amin)
         to_amax = torch.where(amax < 0, to_amax.clamp(max=0), to_amax)
-        return torch.where(inside, gradient, 0), to_amin, to_amax, None, None, None, None, None
+        return torch.where(inside, gradient, 0), to_amin, to_amax, None, None, None, None, None, None

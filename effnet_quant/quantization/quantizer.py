@@ -53,6 +53,7 @@ class TensorQuantizer(FollowsTarget, nn.Module):
     Attributes:
         spec: the grid in use: the given one, or an unsigned one over the same range (``follow``).
         simulated: whether the simulated engine rounds here; if not, values pass through.
+        halves_up: whether it rounds halves up here; else to the even integer.
         never_negative: whether the network's structure keeps negative values away, as a ReLU does.
     """
 
@@ -74,6 +75,7 @@ class TensorQuantizer(FollowsTarget, nn.Module):
         self.operation = operation
         self.role = role
         self.simulated = True
+        self.halves_up = False
         self.never_negative = False
         self.enabled = role == "gate"
         self.observer: Observer | None = None
@@ -191,6 +193,7 @@ class TensorQuantizer(FollowsTarget, nn.Module):
         are never negative get the unsigned grid 0 … 2**bits - 1 if the engine takes it; its steps are half as wide.
         """
         self.simulated = self.operation in target.quantized and (self.role != "output" or target.quantized_outputs)
+        self.halves_up = target.halves_up and self.role != "weight"
         given = self._given_spec
         unsigned = target.unsigned and self.never_negative and given.symmetric and given.bits <= 8
         self.spec = replace(given, signed=False, narrow=False) if unsigned else given
@@ -204,7 +207,9 @@ class TensorQuantizer(FollowsTarget, nn.Module):
             self.observer.observe(x)
         if not self.rounds:
             return x
-        return fake_quantize(x, self.upper, self.spec, self.lower, batched=self.role != "weight")
+        return fake_quantize(
+            x, self.upper, self.spec, self.lower, batched=self.role != "weight", halves_up=self.halves_up
+        )
 
     def _save_to_state_dict(self, destination: dict[str, Any], prefix: str, keep_vars: bool) -> None:
         if self.role != "output" or self.enabled:  # not self.calibrated, which waits for the GPU

@@ -69,12 +69,8 @@ def as_written(proto: onnx.ModelProto) -> Tensor:
     return torch.from_numpy(session.run(None, {"input": IMAGES.numpy()})[0])
 
 
-PLACEMENTS = [
-    (name, activation)
-    for name in TARGETS
-    if get_target(name).suffix == ".onnx"
-    for activation in ("SiLU", "hard-swish")
-]
+QDQ = [name for name, target in TARGETS.items() if target.suffix == ".onnx" and not target.halves_up]
+PLACEMENTS = [(name, activation) for name in QDQ for activation in ("SiLU", "hard-swish")]
 
 
 @pytest.mark.parametrize(

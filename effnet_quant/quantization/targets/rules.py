@@ -34,6 +34,7 @@ class Target:
         pools_integers: whether max pooling runs on integers. The export then moves QDQ from after the pooling to before
             it; the values are the same. With ``quantized_outputs`` the export does so in any case.
         suffix: of the files that the runtime reads: ".onnx" (``export_onnx``) or ".pte" (``export_executorch``).
+        halves_up: whether activations halfway between two integers are rounded up; else to the even one.
     """
 
     name: str
@@ -47,6 +48,7 @@ class Target:
     quantized_bias: bool
     pools_integers: bool
     suffix: str = ".onnx"
+    halves_up: bool = False
 
     def leaving_in_float(self, operations: Iterable[str]) -> Target:
         """The same target with these operations in float.
