@@ -22,6 +22,7 @@ from effnet_quant.engines.engine import Engine, load_engine, usable_precisions
 from effnet_quant.engines.tensorrt.plans import compile_engine, discard_plan
 from effnet_quant.errors import UserError
 from effnet_quant.export.file_formats import export_for
+from effnet_quant.export.onnx import export_onnx
 from effnet_quant.export.options import ExportOptions
 from effnet_quant.quantization.placement.insertion import simulate_target
 from effnet_quant.quantization.targets import Target, get_target
