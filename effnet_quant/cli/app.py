@@ -104,9 +104,18 @@ def main() -> None:
         sys.exit(2)
 
 
+# the scripts whose verbs do more than they
+_OF_SCRIPTS = {
+    "main.py": "DATA --arch efficientnet-b0 --epochs 90",
+    "quant_main.py": "DATA --arch efficientnet-quant-b0 --pretrained-from-file fp32.safetensors",
+}
+
+
 def example_of(command: str) -> str | None:
     """The example for the end of a command's help. ``command`` is as the user typed it: "effnet-quant verify", "main.py"."""
     name = command.rpartition(" ")[2]
+    if name in _OF_SCRIPTS:
+        return f"example:\n  python {command} {_OF_SCRIPTS[name]}"
     for verb_name, verb in VERBS.items():
         if name == verb_name:
             return f"example:\n  {command} {verb.example}"

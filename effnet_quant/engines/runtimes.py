@@ -10,12 +10,12 @@ from effnet_quant.errors import UserError
 
 # name -> module; loaded on first use, and each loads its runtime where it compiles
 _MODULES = {
-    "integer": "effnet_quant.engines.integer",
     "onnxruntime": "effnet_quant.engines.onnxruntime",
     "openvino": "effnet_quant.engines.openvino",
     "executorch": "effnet_quant.engines.executorch",
     "tensorrt": "effnet_quant.engines.tensorrt.backend",
     "torch": "effnet_quant.engines.pytorch",
+    "integer": "effnet_quant.engines.integer",
 }
 BACKENDS = tuple(_MODULES)
 # the runtimes that files are exported for, and the package that each needs; extras of setup.py have their names

@@ -53,7 +53,8 @@ def test_checkpoint_of_the_moment_is_whole(interrupted):
     assert state["epoch"] == 0
     assert 3 <= state["batch"] <= steps + 1  # the line of a step is printed when the next batch is asked for
     assert int(state["state_dict"]["bn1.num_batches_tracked"]) == state["batch"]
-    assert sorted(path.name for path in workspace.iterdir()) == ["checkpoint.pth.tar", "experiment_raport.json"]
+    files = sorted(path.name for path in workspace.iterdir())
+    assert files == ["checkpoint.pth.tar", "experiment_raport.json", "run.yml"]
 
 
 def test_resume_goes_on_from_there(run_script, interrupted, tmp_path):

@@ -121,7 +121,7 @@ def test_only_process_0_speaks_and_writes(two_machines):
     (log,) = (root / "logs1").glob("*/attempt_0/0/stdout.log")
     assert log.read_text().count("train.loss") == 3
     files = sorted(path.name for path in (root / "two" / "float").iterdir())
-    assert files == ["checkpoint.pth.tar", "experiment_raport.json"]
+    assert files == ["checkpoint.pth.tar", "experiment_raport.json", "run.yml"]
 
 
 def test_calibration_images_are_shared_between_processes(two_machines):

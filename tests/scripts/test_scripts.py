@@ -98,7 +98,7 @@ def exported(run_script, tuned, tmp_path_factory):
 
 
 def test_main_writes_checkpoints_and_a_raport(trained):
-    assert names(trained) == ["checkpoint.pth.tar", "experiment_raport.json", "model_best.pth.tar"]
+    assert names(trained) == ["checkpoint.pth.tar", "experiment_raport.json", "model_best.pth.tar", "run.yml"]
     (line,) = raport(trained)[:1]
     assert line["step"] == [0]
     assert set(line["data"]) == TRAINING_METRICS | VALIDATION_METRICS
@@ -146,7 +146,7 @@ def test_extracted_weights_are_the_checkpoints(trained, weights):
 
 
 def test_calibration_records_its_metrics_and_a_checkpoint(calibrated):
-    assert names(calibrated) == ["checkpoint.pth.tar", "experiment_raport.json"]
+    assert names(calibrated) == ["checkpoint.pth.tar", "experiment_raport.json", "run.yml"]
     (line,) = raport(calibrated)
     assert line["step"] == []
     assert set(line["data"]) == {
@@ -165,7 +165,7 @@ def test_calibration_sets_every_range_and_keeps_the_weights(calibrated, weights)
 
 
 def test_fine_tuning_trains_the_weights_and_keeps_the_ranges(calibrated, tuned):
-    assert names(tuned) == ["checkpoint.pth.tar", "experiment_raport.json", "model_best.pth.tar"]
+    assert names(tuned) == ["checkpoint.pth.tar", "experiment_raport.json", "model_best.pth.tar", "run.yml"]
     before, after = (state_of(folder / "checkpoint.pth.tar")["state_dict"] for folder in (calibrated, tuned))
     for name in before:
         if name.endswith("_amax"):

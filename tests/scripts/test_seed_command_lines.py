@@ -141,7 +141,7 @@ def raport(path):
 def test_training(run_line, tmp_path, line):
     run_line(line, *EXTRA, "--epochs", 1, *(["--calibration-images", 4] if "quant_main" in line else []))
     assert sorted(path.name for path in tmp_path.iterdir()) == [
-        "checkpoint.pth.tar", "experiment_raport.json", "model_best.pth.tar",
+        "checkpoint.pth.tar", "experiment_raport.json", "model_best.pth.tar", "run.yml",
     ]  # fmt: skip
     assert raport(tmp_path / "experiment_raport.json")[-1]["train.loss"] > 0
 
