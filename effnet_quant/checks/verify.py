@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from effnet_quant.checks import AGREEMENT
 from effnet_quant.errors import UserError
 from effnet_quant.structure import in_float32, map_leaves
 from effnet_quant.tasks.classification import CLASSIFICATION
@@ -31,6 +32,8 @@ class Comparison:
             there are none.
         mean_error, worst_error: mean and largest absolute difference of two numbers.
         worst_image: position of the example with the largest difference.
+        own_agreement: share of the examples, in percent, on which the simulation agrees with itself computed in float64;
+            100 unless it was measured.
     """
 
     images: int
@@ -42,6 +45,7 @@ class Comparison:
     mean_error: float
     worst_error: float
     worst_image: int
+    own_agreement: float = 100.0
 
     @property
     def engine_score(self) -> float:
@@ -60,6 +64,18 @@ class Comparison:
         middle = (share + spread / 2) / (1 + spread)
         half = math.sqrt(share * (1 - share) * spread + spread * spread / 4) / (1 + spread)
         return 100 * max(0.0, middle - half), 100 * min(1.0, middle + half)
+
+    def gate(self, wanted: float = AGREEMENT) -> float:
+        """The agreement, in percent, that an engine must reach: ``wanted``, or the simulation's with itself if that is less.
+
+        A deep network may amplify a single rounding until its last layers round differently. No engine can agree with such
+        a simulation more often than the simulation does with itself.
+        """
+        return min(wanted, self.own_agreement)
+
+    def agrees(self, wanted: float = AGREEMENT) -> bool:
+        """Whether these images do not exclude that the engine reaches its gate."""
+        return self.interval[1] >= self.gate(wanted)
 
     def images_to_decide(self, gate: float) -> int | None:
         """How many images with this agreement would put ``gate``, in percent, outside the interval; None for no number."""

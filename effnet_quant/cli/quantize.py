@@ -9,7 +9,7 @@ from pathlib import Path
 
 from effnet_quant.cli import quant_main
 from effnet_quant.cli.process import run, typed_command
-from effnet_quant.cli.verify import AGREEMENT, verdict
+from effnet_quant.cli.verify import verdict
 from effnet_quant.errors import UserError
 from effnet_quant.terminal import printable
 
@@ -84,7 +84,7 @@ def _export(folder: Path, workspace: Path, data: str, target: str) -> int:
     if integer.latency_ms > floating.latency_ms and integer.images_per_s < floating.images_per_s:
         print(f"note: the INT8 engine is slower than the float one here; {printable(str(folder / FLOAT))} is better.")
     print(f"{printable(str(made.path))}: {verdict(comparison)}")
-    if high < AGREEMENT:
+    if not comparison.agrees():
         return 1
     program = typed_command().rpartition(" ")[0]
     print(f"next: {program} classify --pretrained-from-file {printable(str(made.path))} --image photo.jpg", flush=True)

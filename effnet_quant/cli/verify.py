@@ -6,6 +6,7 @@ import argparse
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
+from effnet_quant.checks import AGREEMENT
 from effnet_quant.cli.arguments import Parser, add_model_arguments
 from effnet_quant.cli.engines import add_engine_arguments, chosen_engine, refuse_unused
 from effnet_quant.cli.process import run
@@ -21,8 +22,6 @@ if TYPE_CHECKING:
     from effnet_quant.engines.engine import Engine
     from effnet_quant.tasks.task import Task
 
-# percent of images on which engine and simulation must agree
-AGREEMENT = 99.5
 BATCH = 32
 LAYER_IMAGES = 8
 _OF_COMPARISON = {
@@ -141,14 +140,14 @@ def verify_engine(model: nn.Module, card: ModelCard, engine: Engine, parsed: arg
     batch_size = BATCH if parsed.batch_size is None else parsed.batch_size
     loader = validation_loader(parsed.data, card, spec, batch_size, parsed.workers)
     task = get_task(card.task)
-    comparison = compare_on(loader, engine, model, spec, task)
+    comparison = compare_on(loader, engine, model, spec, task, parsed.min_agreement)
     _print(comparison, task, engine, parsed)
     if engine.card.output_scale is not None:
         distance, unit = distance_to_qdq(loader, engine, model, spec), engine.card.output_scale
         print(f"{'distance to the QDQ engine':<26} {distance:,} in the last place, at most (one is {unit:.3g})")
     if parsed.layers or comparison.agreement < parsed.min_agreement:
         _print_layers(model, engine, next(iter(loader.epoch()))[0][:LAYER_IMAGES], spec, asked=parsed.layers)
-    return comparison.interval[1] >= parsed.min_agreement and comparison.images >= parsed.min_images
+    return comparison.agrees(parsed.min_agreement) and comparison.images >= parsed.min_images
 
 
 def _print_layers(model: nn.Module, engine: Engine, pixels: Tensor, spec: InputSpec, *, asked: bool) -> None:
@@ -185,7 +184,9 @@ def _print(comparison: Comparison, task: Task, engine: Engine, parsed: argparse.
     }
     for title, text in rows.items():
         print(f"{title:<26} {printable(text)}")
-    if high >= gate and comparison.images < parsed.min_images:
+    if comparison.own_agreement < gate:
+        print(f"{'simulation with itself':<26} {comparison.own_agreement:.2f} %, computed in float64")
+    if comparison.agrees(gate) and comparison.images < parsed.min_images:
         print(f"{comparison.images} images are fewer than {parsed.min_images}; give more, or lower --min-images.")
     else:
         print(verdict(comparison, gate))
@@ -194,8 +195,13 @@ def _print(comparison: Comparison, task: Task, engine: Engine, parsed: argparse.
 def verdict(comparison: Comparison, gate: float = AGREEMENT) -> str:
     """What a comparison says of an engine that must agree with its simulation on ``gate`` percent of the images."""
     low, high = comparison.interval
-    if high < gate:
+    if not comparison.agrees(gate):
         return "the engine departs from the simulation"
+    if high < gate:
+        return (
+            "the engine is as close to the simulation as the simulation is to itself: this network amplifies single roundings, "
+            f"and computed in float64 its simulation has the same answer on {comparison.own_agreement:.2f} %"
+        )
     if low >= gate:
         return "the engine does what the simulation says"
     count = comparison.images_to_decide(gate)

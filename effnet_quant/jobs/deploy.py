@@ -33,7 +33,7 @@ from effnet_quant.errors import UserError
 from effnet_quant.export.file_formats import export_for
 from effnet_quant.files import check_writable, create_folder, replace_file
 from effnet_quant.jobs.engine_choice import Candidate, Deployed, choose
-from effnet_quant.jobs.inference import open_images, run_engine, training_batches
+from effnet_quant.jobs.inference import open_images, own_agreement, run_engine, training_batches
 from effnet_quant.quantization.eager_evaluation import Batch, model_arguments
 from effnet_quant.quantization.placement.insertion import quantizers, simulate_target
 from effnet_quant.quantization.ptq.range_refinement import RangeRefinement
@@ -276,22 +276,26 @@ class _Work:
                     expected = self._simulated(simulate_target(model, exported), self.images)
                     if rules is None:  # the same for every runtime
                         self.float_outputs = expected
-                self._examine(candidate, expected)
+                self._examine(candidate, expected, model)
             except UserError as error:  # the others may do
                 candidate.note = f"can't be run: {error}"
             self.say(f"{name}: {candidate.note or 'measured'}, {self._clock()}")
 
-    def _examine(self, candidate: Candidate, expected: Sequence[Any]) -> None:
-        """Load an engine, compare it with its simulation, and time it for the first time."""
+    def _examine(self, candidate: Candidate, expected: Sequence[Any], simulation: nn.Module) -> None:
+        """Load an engine, compare it with its simulation's outputs ``expected``, and time it for the first time."""
         engine = load_engine(candidate.path, candidate.runtime, precision=candidate.precision, threads=self.threads)
         engine.warm_up()
         outputs = iter(expected)
+        task = get_task(self.card.task)
         candidate.comparison = compare(
             lambda pixels: run_engine(engine, torch.from_numpy(pixels), self.spec).numpy(),
             lambda pixels: next(outputs),
             self.images,
-            get_task(self.card.task),
+            task,
         )
+        if not candidate.comparison.agrees():
+            own = own_agreement(simulation, self.images, self.spec, task)
+            candidate.comparison = replace(candidate.comparison, own_agreement=own)
         run = partial(engine, *engine.example_inputs(1))
         candidate.single = Latency.of(1, interleaved_seconds([run], SCREENING_ROUNDS)[0])
         candidate.engine = engine

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
+from effnet_quant.checks import AGREEMENT
 from effnet_quant.checks.footprint import Footprint
 from effnet_quant.checks.latency import Latency
 from effnet_quant.checks.verify import Comparison
@@ -13,7 +14,6 @@ from effnet_quant.engines.engine import Engine
 from effnet_quant.quantization.targets import Target
 from effnet_quant.report.deployment_page import EngineRow, format_engines
 
-AGREEMENT = 99.5  # percent of images; an engine is out if this is above the 95 % interval of its agreement
 FASTER = 1.02  # over the best float engine, for integers to be worth their rounding
 
 
@@ -48,7 +48,7 @@ class Candidate:
     @property
     def usable(self) -> bool:
         """Whether it agrees with its simulation, and has been timed."""
-        return self.single is not None and self.comparison is not None and self.comparison.interval[1] >= AGREEMENT
+        return self.single is not None and self.comparison is not None and self.comparison.agrees()
 
     @property
     def seconds(self) -> float:

@@ -1,13 +1,18 @@
 """Engine beside simulation: figures from float64, and outputs of any structure."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import pytest
 import torch
+from torch import nn
 
+from effnet_quant.card import InputSpec
 from effnet_quant.checks.verify import Comparison, compare
+from effnet_quant.cli.verify import verdict
 from effnet_quant.errors import UserError
+from effnet_quant.jobs.inference import own_agreement
+from effnet_quant.tasks.classification import CLASSIFICATION
 from effnet_quant.tasks.task import Metric, Score, Task
 
 
@@ -166,3 +171,31 @@ def test_so_many_images_decide_and_no_fewer() -> None:
     assert Comparison(count - 1, {}, {}, below.score, 98.0, 0, 0, 0, 0).interval[1] >= 99.5
     assert compared(199, 200).images_to_decide(99.5) is None
     assert compared(200, 200).images_to_decide(100) is None
+
+
+class Amplifier(nn.Module):
+    """Answers with the 8th and 9th decimal of a mean, which float32 does not hold."""
+
+    def forward(self, images: torch.Tensor) -> torch.Tensor:
+        decimals = (images.flatten(1).mean(1, keepdim=True) * 1e8).remainder(1.0)
+        return torch.cat([decimals, 0.5 * torch.ones_like(decimals)], dim=1)
+
+
+def test_an_engine_need_not_agree_more_often_than_the_simulation_with_itself() -> None:
+    generator = torch.Generator().manual_seed(0)
+    pixels = torch.randint(256, (200, 3, 8, 8), dtype=torch.uint8, generator=generator)
+    batches = [(part, torch.zeros(len(part), dtype=torch.int64)) for part in pixels.split(64)]
+    steady = nn.Sequential(nn.Flatten(), nn.Linear(192, 2)).eval()
+    assert own_agreement(steady, batches, InputSpec(8, 8), CLASSIFICATION) == 100
+    assert steady[1].weight.dtype == torch.float32
+    own = own_agreement(Amplifier(), batches, InputSpec(8, 8), CLASSIFICATION)
+    assert 20 < own < 80
+
+    known = compared(196, 200)  # 98 %, whose interval ends at 99.2 %
+    assert not known.agrees()
+    assert verdict(known) == "the engine departs from the simulation"
+    itself = replace(known, own_agreement=98.5)
+    assert (itself.gate(), known.gate(), itself.gate(90.0)) == (98.5, 99.5, 90.0)
+    assert itself.agrees()
+    assert "computed in float64 its simulation has the same answer on 98.50 %" in verdict(itself)
+    assert not replace(known, own_agreement=99.4).agrees()
