@@ -199,8 +199,8 @@ def verdict(comparison: Comparison, gate: float = AGREEMENT) -> str:
         return "the engine departs from the simulation"
     if high < gate:
         return (
-            "the engine is as close to the simulation as the simulation is to itself: this network amplifies single roundings, "
-            f"and computed in float64 its simulation has the same answer on {comparison.own_agreement:.2f} %"
+            "the engine is as close to the simulation as the simulation is to itself: this network amplifies single "
+            f"roundings, and its simulation in float64 has the same answer on {comparison.own_agreement:.2f} %"
         )
     if low >= gate:
         return "the engine does what the simulation says"

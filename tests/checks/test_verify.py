@@ -197,5 +197,5 @@ def test_an_engine_need_not_agree_more_often_than_the_simulation_with_itself() -
     itself = replace(known, own_agreement=98.5)
     assert (itself.gate(), known.gate(), itself.gate(90.0)) == (98.5, 99.5, 90.0)
     assert itself.agrees()
-    assert "computed in float64 its simulation has the same answer on 98.50 %" in verdict(itself)
+    assert "its simulation in float64 has the same answer on 98.50 %" in verdict(itself)
     assert not replace(known, own_agreement=99.4).agrees()
