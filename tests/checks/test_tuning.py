@@ -51,6 +51,7 @@ def waits(
     return compile_for
 
 
+@pytest.mark.slow
 def test_what_pays_is_left_in_float_alone_and_together(model: nn.Module) -> None:
     said: list[str] = []
     alive: list[int] = []

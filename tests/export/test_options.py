@@ -301,6 +301,7 @@ export_onnx(model, sys.argv[1], 8, metadata={"b": 1, "a": 2})
 """
 
 
+@pytest.mark.slow
 def test_two_processes_write_the_same_bytes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     seed = "2" if os.environ.get("PYTHONHASHSEED") == "1" else "1"  # another than here
     environment = {**os.environ, "PYTHONHASHSEED": seed, "PYTHONPATH": os.getcwd(), "OMP_NUM_THREADS": "1"}

@@ -94,6 +94,7 @@ def test_a_float_network_becomes_an_engine_that_runs(image_folder, tmp_path):
     assert not re.search(r"(src|href)=", html)  # it loads nothing
 
 
+@pytest.mark.slow
 def test_a_quantized_network_is_compared_with_its_float_form(image_folder, tmp_path):
     model = network()
     ptq(model, [torch.randn(8, 3, 32, 32)], target="onnxruntime", recipe="minmax")

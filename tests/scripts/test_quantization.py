@@ -183,6 +183,7 @@ TINY = shlex.split(
 )
 
 
+@pytest.mark.slow
 def test_hard_swish_is_known_to_all_that_follows(run_script, image_folder, tmp_path):
     arch = "timm:test_efficientnet"
     torch.manual_seed(0)

@@ -17,6 +17,7 @@ def weights_of(folder):
     return torch.load(folder / "checkpoint.pth.tar", weights_only=True)["state_dict"]
 
 
+@pytest.mark.slow
 def test_the_file_of_a_run_repeats_it_to_the_bit(run_script, tmp_path):
     tuned = ["--optimizer", "adamw", "--lr", 1e-3, "--freeze", "conv1", "--freeze", "bn1", "--random-erasing", 0.3]
     first = run_script("main.py", *SMALL, *tuned, "--workspace", tmp_path / "a")
