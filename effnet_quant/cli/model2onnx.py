@@ -33,7 +33,7 @@ TUNE_BATCH = 8
 _OF_ONNX = {
     "opset": "--opset",
     "dynamic_size": "--dynamic-size",
-    "fp16": "--fp16",
+    "fp16": "--fp16 or --fp32",
     "with_preprocessing": "--with-preprocessing",
     "weights": "--weights",
 }
@@ -182,7 +182,20 @@ def _add_form_arguments(parser: argparse.ArgumentParser) -> None:
         help=f"version of ONNX's operators, {OPSETS[0]} to {OPSETS[-1]} (default: the lowest possible)",
     )
     add("--dynamic-size", action="store_true", help="accept images of any height and width")
-    add("--fp16", action="store_true", help="compute float operations in float16; input and logits stay float32")
+    precision = parser.add_mutually_exclusive_group()
+    precision.add_argument(
+        "--fp16",
+        action="store_true",
+        default=None,
+        help="compute float operations in float16; input and logits stay float32 (default: INT8 for tensorrt)",
+    )
+    precision.add_argument(
+        "--fp32",
+        dest="fp16",
+        action="store_false",
+        default=None,
+        help="compute float operations in float32 (default for all other files)",
+    )
     add(
         "--with-preprocessing",
         action="store_true",

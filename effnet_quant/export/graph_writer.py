@@ -17,6 +17,10 @@ from effnet_quant.quantization.targets import Target
 _HALF_MAX = float(np.finfo(np.float16).max)
 
 
+class TooLargeForHalf(UserError):
+    """A constant is too large for float16."""
+
+
 class GraphWriter:
     """An ONNX graph under construction for one target.
 
@@ -31,7 +35,7 @@ class GraphWriter:
     def __init__(self, target: Target, opset: int, options: ExportOptions) -> None:
         self.target = target
         self.opset = opset
-        self.half = options.fp16
+        self.half = bool(options.fp16)
         self.nodes: list[onnx.NodeProto] = []
         self.initializers: dict[str, onnx.TensorProto] = {}
         self._names: set[str] = set()
@@ -42,11 +46,13 @@ class GraphWriter:
         Float32 numbers become float16 if ``half`` is true. By default they do if the graph computes in float16.
 
         Raises:
-            UserError: a number is too large for float16.
+            TooLargeForHalf: a number is too large for float16.
         """
         if value.dtype == np.float32 and (self.half if half is None else half):
             if bool((np.isfinite(value) & (np.abs(value) > _HALF_MAX)).any()):
-                raise UserError(f"{name} holds {np.abs(value).max():.3g}, more than float16 can; export without fp16.")
+                raise TooLargeForHalf(
+                    f"{name} holds {np.abs(value).max():.3g}, more than float16 can; export in float32 (--fp32)."
+                )
             value = value.astype(np.float16)
         name = self._unique(name)
         self.initializers[name] = numpy_helper.from_array(np.array(value, order="C"), name)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import warnings
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -13,7 +14,7 @@ from torch import Tensor, nn
 
 from effnet_quant.card import CARD_KEY, EXTRA_KEY, SIGNATURE_KEY, ModelCard
 from effnet_quant.errors import UserError
-from effnet_quant.export.graph_writer import GraphWriter
+from effnet_quant.export.graph_writer import GraphWriter, TooLargeForHalf
 from effnet_quant.export.image_input import describe, image_input, write_input
 from effnet_quant.export.onnx_writer import OnnxWriter
 from effnet_quant.export.options import ExportOptions
@@ -92,11 +93,24 @@ def build_onnx(
 ) -> onnx.ModelProto:
     """Return the ONNX model that ``export_onnx`` writes, checked by ``onnx.checker``."""
     rules = get_target(target)
+    quantized = any(True for _ in quantizers(model))
+    if options.fp16 is None and quantized and rules.half_floats:
+
+        def build(*, fp16: bool) -> onnx.ModelProto:
+            chosen = replace(options, fp16=fp16)
+            return build_onnx(
+                model, image_size, inputs=inputs, target=target, card=card, metadata=metadata, options=chosen
+            )
+
+        try:
+            return build(fp16=True)
+        except TooLargeForHalf as error:
+            warnings.warn(f"{str(error).partition(';')[0]}; the file computes in float32.", stacklevel=2)
+            return build(fp16=False)
     if rules.suffix != ".onnx":
         raise UserError(f"{rules.name} reads {rules.suffix} files, not ONNX; take export_{rules.name}.")
     if rules.halves_up:  # QuantizeLinear rounds them to even
         raise UserError(f"a file for the target {rules.name} has no float operations; write it with export_integer.")
-    quantized = any(True for _ in quantizers(model))
     if options.fp16 and quantized and rules.quantized_outputs:
         raise UserError(
             f"{rules.name} has no integer kernels between float16 values; export the quantized model without fp16, or for "

@@ -22,7 +22,8 @@ class ExportOptions:
     Attributes:
         opset: version of ONNX's operators, 17 to 21; None for the lowest that the other choices need.
         dynamic_size: height and width of the images stay open, as the batch does.
-        fp16: everything that is not integer is computed in float16. Inputs and outputs stay float32 and are cast.
+        fp16: everything that is not integer is computed in float16. Inputs and outputs stay float32 and are cast. None does
+            so for quantized networks if the target wants it (``Target.half_floats``) and float16 holds all constants.
         normalisation: the graph takes uint8 pixels (N, C, H, W) and normalises them in float32 with this mean and std. None
             for normalised float32 images.
         float_weights: quantized weights are stored as float32 with a QuantizeLinear behind them, instead of as integers.
@@ -35,7 +36,7 @@ class ExportOptions:
 
     opset: int | None = None
     dynamic_size: bool = False
-    fp16: bool = False
+    fp16: bool | None = None
     normalisation: InputSpec | None = None
     float_weights: bool = False
     int4_weights: bool = True
@@ -64,7 +65,7 @@ class ExportOptions:
         lowest = HALF_QDQ_OPSET if self.fp16 and quantized else OPSETS[0]
         if self.opset is not None and self.opset < lowest:
             raise UserError(
-                f"opset {self.opset} has no float16 around quantized values; choose {lowest} or higher, or leave fp16 out."
+                f"opset {self.opset} has no float16 around quantized values; choose {lowest} or higher, or float32 (--fp32)."
             )
         if wide and self.fp16:
             raise UserError("float16 has fewer digits than 16-bit activations; export them without fp16.")

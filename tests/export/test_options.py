@@ -252,6 +252,27 @@ def test_what_float16_can_not_do_is_said(model: nn.Module) -> None:
         build_onnx(large, 32, options=ExportOptions(fp16=True))
 
 
+@torch.no_grad()
+def test_quantized_files_for_tensorrt_compute_in_float16_where_that_can_hold_them() -> None:
+    network = nn.Sequential(nn.Conv2d(3, 4, 3), nn.SiLU(), nn.AdaptiveAvgPool2d(1), nn.Flatten()).eval()
+    half, single = (
+        build_onnx(network, 32, target="tensorrt", options=ExportOptions(fp16=choice)) for choice in (None, False)
+    )
+    assert half == single  # a float network stays in float32
+    calibrate(quantize(network, "w8a8", target="tensorrt"), [IMAGES], method="max")
+    plain, half, single = (
+        build_onnx(network, 32, target="tensorrt", options=ExportOptions(fp16=choice)) for choice in (None, True, False)
+    )
+    assert plain == half != single
+    network[0].weight.mul_(1e9)
+    network[0]._weight_quantizer.set_amax(1e9 * network[0]._weight_quantizer.amax)
+    with pytest.warns(
+        UserWarning, match=r"0\.weight_scale holds .*, more than float16 can; the file computes in float32\."
+    ):
+        proto = build_onnx(network, 32, target="tensorrt")
+    assert relative_error(run(proto, IMAGES), network(IMAGES)) < FLIPS
+
+
 @pytest.mark.parametrize("target", TARGETS)
 @torch.no_grad()
 def test_normalisation_in_the_graph(model: nn.Module, target: str, tmp_path: Path) -> None:
@@ -269,7 +290,7 @@ def test_normalisation_in_the_graph(model: nn.Module, target: str, tmp_path: Pat
 @pytest.mark.parametrize("target", TARGETS)
 @torch.no_grad()
 def test_float_weights_are_rounded_in_the_graph(model: nn.Module, target: str) -> None:
-    proto = build_onnx(model, 32, target=target, options=ExportOptions(float_weights=True))
+    proto = build_onnx(model, 32, target=target, options=ExportOptions(float_weights=True, fp16=False))
     weights = [entry for entry in proto.graph.initializer if entry.name.endswith(".weight")]
     assert len(weights) == 20
     assert {entry.data_type for entry in weights} == {onnx.TensorProto.FLOAT}

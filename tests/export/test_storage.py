@@ -146,7 +146,7 @@ def test_fewer_bits_are_stored_in_4_too(bits: int) -> None:
 def test_int8_is_kept_where_int4_is_not_taken_or_not_wanted() -> None:
     model = quantized("w4a8")
     for target, options in (
-        ("tensorrt", ExportOptions()),
+        ("tensorrt", ExportOptions(fp16=False)),
         ("onnxruntime", ExportOptions(opset=17)),
         ("onnxruntime", ExportOptions(int4_weights=False)),
     ):

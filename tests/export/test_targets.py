@@ -14,6 +14,7 @@ from effnet_quant.checks.layer_comparison import compare_layers
 from effnet_quant.checks.tuning import operations_of
 from effnet_quant.engines.openvino import shared_core
 from effnet_quant.export.onnx import build_onnx
+from effnet_quant.export.options import ExportOptions
 from effnet_quant.models.activations import replace_silu
 from effnet_quant.models.efficientnet import MBConv, Stage
 from effnet_quant.models.layers import ConvBNAct
@@ -93,7 +94,7 @@ def test_the_simulation_follows_every_placement(
     seen = []
     for left in ((), *((operation,) for operation in sorted(rules.quantized & operations_of(model)))):
         placement = rules.leaving_in_float(left)
-        proto = build_onnx(model, SIZE, target=placement)
+        proto = build_onnx(model, SIZE, target=placement, options=ExportOptions(fp16=False))
         expected = simulate_target(model, placement)(IMAGES)
         # of the rounding alone: at most a few values go the other way
         assert relative_error(as_written(proto) - in_float, expected - in_float) < 0.1, left

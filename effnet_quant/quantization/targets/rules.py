@@ -34,6 +34,7 @@ class Target:
         pools_integers: whether max pooling runs on integers. The export then moves QDQ from after the pooling to before
             it; the values are the same. With ``quantized_outputs`` the export does so in any case.
         suffix: of the files that the runtime reads: ".onnx" (``export_onnx``) or ".pte" (``export_executorch``).
+        half_floats: whether a quantized network computes in float16 what is not integer, unless told otherwise.
         halves_up: whether activations halfway between two integers are rounded up; else to the even one.
     """
 
@@ -48,6 +49,7 @@ class Target:
     quantized_bias: bool
     pools_integers: bool
     suffix: str = ".onnx"
+    half_floats: bool = False
     halves_up: bool = False
 
     def leaving_in_float(self, operations: Iterable[str]) -> Target:
