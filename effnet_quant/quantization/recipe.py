@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +18,7 @@ from effnet_quant.quantization.placement.insertion import quantize
 from effnet_quant.quantization.ptq.adaptive_rounding import AdaptiveRounding
 from effnet_quant.quantization.ptq.bias_correction import BiasCorrection
 from effnet_quant.quantization.ptq.calibration_choice import Calibration, calibrate_best
+from effnet_quant.quantization.ptq.compensated_rounding import CompensatedRounding
 from effnet_quant.quantization.ptq.equalization import Equalization, equalize
 from effnet_quant.quantization.ptq.judge import Judge, restore, saved
 from effnet_quant.quantization.ptq.range_refinement import RangeRefinement
@@ -31,14 +33,15 @@ Recipe = str | Sequence[Step]
 
 @dataclass(frozen=True)
 class Standard:
-    """The recipe "standard": equalization, the best calibration method, finer ranges, bias correction.
+    """The recipe "standard": equalization, the best calibration method, finer ranges, compensated rounding, bias correction.
 
     Each part stays only if it brings the outputs for calibration images nearer to those of the float network. Equalization
     is tried against none, with a calibration each. No part sees a label.
 
     Attributes:
         methods: the calibration methods among which each calibration chooses.
-        equalization, refinement, correction: the other steps; no correction where biases are learned afterwards.
+        equalization, refinement, rounding, correction: the other steps. Without the last two where the rounding and biases
+            are learned afterwards.
         judged: calibration examples on which errors are measured.
     """
 
@@ -49,6 +52,7 @@ class Standard:
     )
     equalization: Equalization = field(default_factory=Equalization)
     refinement: RangeRefinement = field(default_factory=RangeRefinement)
+    rounding: CompensatedRounding | None = field(default_factory=CompensatedRounding)
     correction: BiasCorrection | None = field(default_factory=BiasCorrection)
     judged: int = 128
 
@@ -65,18 +69,19 @@ class Standard:
         else:
             restore(model, plain)
         error = judge.keeps(lambda: self.refinement(model, batches, context), error)
-        if self.correction is not None:
-            correction = self.correction
-            judge.keeps(lambda: correction(model, batches, context), error)
+        for step in (self.rounding, self.correction):
+            if step is not None:
+                error = judge.keeps(partial(step, model, batches, context), error)
 
 
-# Corrected biases would move the float network, which learned rounding imitates.
-_BEFORE_LEARNING = Standard(correction=None)
+# Weights and biases that moved would make another float network, which learned rounding imitates.
+_BEFORE_LEARNING = Standard(rounding=None, correction=None)
 RECIPES: dict[str, tuple[Step, ...]] = {
     "minmax": (Calibration("max"),),
     "standard": (Standard(),),
     "adaround": (_BEFORE_LEARNING, AdaptiveRounding()),
-    "reconstruct": (_BEFORE_LEARNING, Reconstruction()),
+    # reconstruction learns biases itself; it starts from compensated rounding, and changes it where that helps
+    "reconstruct": (Standard(correction=None), Reconstruction()),
 }
 
 
