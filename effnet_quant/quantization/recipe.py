@@ -80,8 +80,7 @@ RECIPES: dict[str, tuple[Step, ...]] = {
     "minmax": (Calibration("max"),),
     "standard": (Standard(),),
     "adaround": (_BEFORE_LEARNING, AdaptiveRounding()),
-    # reconstruction learns biases itself; it starts from compensated rounding, and changes it where that helps
-    "reconstruct": (Standard(correction=None), Reconstruction()),
+    "reconstruct": (_BEFORE_LEARNING, Reconstruction()),
 }
 
 
