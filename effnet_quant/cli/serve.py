@@ -21,7 +21,12 @@ def job(arguments: Sequence[str]) -> int:
     parser = Parser("Serve an engine over HTTP and gRPC, or put it into a model repository of Triton Inference Server.")
     add = parser.add_argument
     add("engine", metavar="ENGINE", help="an ONNX file, a plan of model2trt.py, or a deploy.json")
-    add("repository", metavar="REPOSITORY", nargs="?", help="the folder of Triton's model repository; serve here if none")
+    add(
+        "repository",
+        metavar="REPOSITORY",
+        nargs="?",
+        help="the folder of Triton's model repository; serve here if none",
+    )
     add(
         "--backend",
         help="default: onnxruntime for .onnx, tensorrt for .plan, deploy.json's own",

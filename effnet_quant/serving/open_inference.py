@@ -38,7 +38,14 @@ from effnet_quant.tasks import get_task
 IMAGE = "image"  # the input that takes files
 CLASSES_IN_AN_ANSWER = 5
 LARGEST_REQUEST = 256 * 2**20  # bytes of a body
-_DATATYPES = {"float32": "FP32", "float16": "FP16", "uint8": "UINT8", "int32": "INT32", "int64": "INT64", "bool": "BOOL"}
+_DATATYPES = {
+    "float32": "FP32",
+    "float16": "FP16",
+    "uint8": "UINT8",
+    "int32": "INT32",
+    "int64": "INT64",
+    "bool": "BOOL",
+}
 _HEADER = "inference-header-content-length"
 _BATCH_IMAGES = Histogram(
     "effnet_quant_batch_images", "images that the engine runs together", buckets=(1, 2, 4, 8, 16, 32, 64, 128, 256)
@@ -82,7 +89,7 @@ def serve(
     server.start([model])
 
 
-class _Classifier(Model):  # type: ignore[misc]
+class _Classifier(Model):
     """An engine as KServe's model: files or tensors in, names and probabilities of classes out."""
 
     def __init__(self, name: str, engine: Engine, max_batch: int, delay: float) -> None:
@@ -175,7 +182,7 @@ class _Classifier(Model):  # type: ignore[misc]
         return get_task(self._engine.card.task).answers(outputs, self._engine.classes, CLASSES_IN_AN_ANSWER)
 
 
-class _BinaryDataPlane(DataPlane):  # type: ignore[misc]
+class _BinaryDataPlane(DataPlane):
     """Reads binary tensors of HTTP requests as they are.
 
     KServe's own reader turns them into lists of Python numbers, and refuses bytes that are no UTF-8, as all JPEGs.
@@ -204,9 +211,7 @@ class _BinaryDataPlane(DataPlane):  # type: ignore[misc]
         if not 0 <= length <= len(body) or (size is not None and size != len(body) - length):
             raise InvalidInput("the body has not as many bytes as its headers and 'binary_data_size' say.")
         raw = None if size is None else [body[length:]]
-        return InferRequest(
-            model_name, [taken], values.get("id"), raw, parameters=own, request_outputs=wanted or None
-        )
+        return InferRequest(model_name, [taken], values.get("id"), raw, parameters=own, request_outputs=wanted or None)
 
 
 async def _refuse_body(request: Request, error: Exception) -> JSONResponse:
