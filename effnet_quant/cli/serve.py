@@ -10,6 +10,7 @@ from effnet_quant.cli.engines import usual_backend
 from effnet_quant.cli.process import run
 from effnet_quant.engines.deployment import is_deployment, read_deployment
 from effnet_quant.errors import UserError
+from effnet_quant.serving.ports import check_port
 from effnet_quant.serving.settings import MAX_BATCH, QUEUE_DELAY_US, Serving
 from effnet_quant.terminal import printable
 
@@ -67,6 +68,12 @@ def job(arguments: Sequence[str]) -> int:
 
 def _serve_here(parsed: argparse.Namespace) -> int:
     _refuse(parsed, ("version", "instances"), "is for Triton; name a REPOSITORY")
+    http_port = HTTP_PORT if parsed.http_port is None else parsed.http_port
+    grpc_port = GRPC_PORT if parsed.grpc_port is None else parsed.grpc_port
+    if http_port == grpc_port:
+        raise UserError("HTTP and gRPC need ports of their own; change --http-port or --grpc-port.")
+    check_port(http_port, "--http-port")
+    check_port(grpc_port, "--grpc-port")
     from effnet_quant.engines.engine import load_engine
 
     backend = parsed.backend or usual_backend(parsed.engine)
@@ -75,7 +82,6 @@ def _serve_here(parsed: argparse.Namespace) -> int:
         from effnet_quant.serving.open_inference import serve
     except ImportError as error:
         raise UserError(f"serving needs KServe ({error}); pip install 'effnet-quant[serve]'.") from error
-    http_port, grpc_port = parsed.http_port or HTTP_PORT, parsed.grpc_port or GRPC_PORT
     print(printable(f"{engine} on the ports {http_port} (HTTP, /metrics) and {grpc_port} (gRPC)"), flush=True)
     serve(
         engine,

@@ -10,7 +10,7 @@ import asyncio
 import base64
 import binascii
 import logging
-import socket
+import uuid
 from pathlib import Path
 from typing import Any
 
@@ -60,20 +60,18 @@ def serve(
     Args:
         engine: takes one image, and names classes.
         name: of the model; None for the file's.
-        http_port: for HTTP and the metrics.
-        grpc_port: for gRPC.
+        http_port: for HTTP and the metrics; free, as ``check_port`` says.
+        grpc_port: for gRPC, free too.
         max_batch: images in a batch and in a request, at most.
         queue_delay_us: how long a request waits for others if the engine is idle, in microseconds.
 
     Raises:
-        UserError: a port is in use, or the engine is no image classifier.
+        UserError: the engine is no image classifier, or a value is invalid.
     """
     if len(engine.inputs) != 1 or not engine.input.is_image or engine.card.task != "classification":
         raise UserError(f"{engine.path} is no image classifier, which alone can be served.")
     if max_batch < 1 or queue_delay_us < 0:
         raise UserError("the largest batch must be at least 1, and the delay must not be negative.")
-    for port, flag in ((http_port, "--http-port"), (grpc_port, "--grpc-port")):
-        _check_port(port, flag)
     for batch in {1, max_batch}:
         engine.warm_up(batch)
     model = _Classifier(name or Path(engine.path).stem, engine, max_batch, queue_delay_us / 1e6)
@@ -134,7 +132,7 @@ class _Classifier(Model):
             output.set_data_from_numpy(values, binary_data=True)
             outputs.append(output)
         return InferResponse(
-            payload.id,
+            payload.id or uuid.uuid4().hex,  # KServe's answers in JSON need one
             self.name,
             outputs,
             use_binary_outputs=payload.use_binary_outputs,
@@ -232,16 +230,3 @@ async def _limit_body(request: Request, answer: Any) -> Any:
 def _is_ours_to_mend(record: logging.LogRecord) -> bool:
     """Whether a log record is about anything but a client's mistake."""
     return not (record.exc_info and isinstance(record.exc_info[1], InvalidInput))
-
-
-def _check_port(port: int, flag: str) -> None:
-    """KServe's gRPC would share a port with another server, and its HTTP would end with a traceback."""
-    if not 1 <= port < 2**16:
-        raise UserError(f"{flag} must be 1 to 65535, not {port}.")
-    with socket.socket() as probe:
-        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        try:
-            probe.bind(("0.0.0.0", port))
-            probe.listen()
-        except OSError as error:
-            raise UserError(f"port {port} can't be used ({error.strerror}); choose another with {flag}.") from error

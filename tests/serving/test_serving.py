@@ -20,14 +20,19 @@ import pytest
 import torch
 from PIL import Image
 
-from effnet_quant import create_model, export_onnx, load_engine
+from effnet_quant import UserError, create_model, export_onnx, load_engine
 from effnet_quant.card import InputSpec, ModelCard
+from effnet_quant.cli import serve as command
 from effnet_quant.engines.deployment import Deployment, write_deployment
 
 if importlib.util.find_spec("kserve") is None:
     pytest.skip("kserve is not installed: pip install effnet-quant[serve]", allow_module_level=True)
-httpclient = pytest.importorskip("tritonclient.http", reason="pip install tritonclient[http,grpc]", exc_type=ImportError)
-grpcclient = pytest.importorskip("tritonclient.grpc", reason="pip install tritonclient[http,grpc]", exc_type=ImportError)
+httpclient = pytest.importorskip(
+    "tritonclient.http", reason="pip install tritonclient[http,grpc]", exc_type=ImportError
+)
+grpcclient = pytest.importorskip(
+    "tritonclient.grpc", reason="pip install tritonclient[http,grpc]", exc_type=ImportError
+)
 
 CLASSES = ("ship", "Käfer", *"abcdefgh")
 SIZE = 32
@@ -136,6 +141,7 @@ def test_a_request_in_json_takes_base64(server):
     body = {"inputs": [{"name": "image", "shape": [1], "datatype": "BYTES", "data": [file]}]}
     headers = {"Content-Type": "application/json"}
     status, text = ask(f"{server.url}/v2/models/net/infer", json.dumps(body).encode(), headers)
+    assert status == 200, text
     outputs = {output["name"]: output for output in json.loads(text)["outputs"]}
     assert status == 200
     assert outputs["classes"]["shape"] == [1, 5]
@@ -198,14 +204,13 @@ def test_health_metadata_and_metrics(server):
 
 
 @pytest.mark.parametrize("flag", ["--http-port", "--grpc-port"])
-def test_a_port_in_use_is_one_sentence(server, deployed, run_process, flag):
+def test_a_port_in_use_is_one_sentence(server, deployed, flag):
     taken = server.http if flag == "--http-port" else server.grpc
-    result = run_process("effnet_quant/__main__.py", "serve", deployed, flag, taken, cwd=deployed.parent)
-    assert result.code == 2
-    assert f"port {taken} can't be used" in result.error_lines[0]
-    assert "Traceback" not in result.err
+    with pytest.raises(UserError, match=f"^port {taken} can't be used .*{flag}.$"):
+        command.job([str(deployed), flag, str(taken)])
 
 
+@pytest.mark.slow
 def test_sigterm_answers_what_has_come_in(start_process, deployed):
     server = Server(start_process, deployed, "--queue-delay", "1500000")  # so that requests wait while the signal comes
     files = np.array(jpegs(1), object)
@@ -217,3 +222,10 @@ def test_sigterm_answers_what_has_come_in(start_process, deployed):
             assert request.result()[1].shape == (1, 5)
     _, err = server.process.communicate(timeout=40)
     assert server.process.returncode == 0, err
+
+
+@pytest.mark.slow
+def test_thirty_seconds_of_load_lose_nothing(run_process, repository):
+    result = run_process("benchmarks/serving.py", "--seconds", 30, cwd=repository)
+    print(result.out)
+    assert result.code == 0, result.out + result.err
