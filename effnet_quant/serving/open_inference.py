@@ -24,6 +24,7 @@ from kserve import InferInput, InferOutput, InferRequest, InferResponse, Model, 
 from kserve.errors import InvalidInput
 from kserve.protocol.dataplane import DataPlane
 from kserve.protocol.infer_type import RequestedOutput
+from kserve.protocol.model_repository_extension import ModelRepositoryExtension
 from numpy.typing import NDArray
 from prometheus_client import Histogram
 
@@ -80,6 +81,7 @@ def serve(
     model_server.app.middleware("http")(_limit_body)
     server = ModelServer(http_port=http_port, grpc_port=grpc_port, enable_latency_logging=False)
     server.dataplane = _BinaryDataPlane(model_registry=server.registered_models)
+    server.model_repository_extension = _FixedModels(server.registered_models)
     for logger in ("kserve", "kserve.trace", "uvicorn", "uvicorn.access"):
         logging.getLogger(logger).setLevel(logging.WARNING)
     logging.getLogger("kserve").addFilter(_is_ours_to_mend)
@@ -210,6 +212,20 @@ class _BinaryDataPlane(DataPlane):
             raise InvalidInput("the body has not as many bytes as its headers and 'binary_data_size' say.")
         raw = None if size is None else [body[length:]]
         return InferRequest(model_name, [taken], values.get("id"), raw, parameters=own, request_outputs=wanted or None)
+
+
+class _FixedModels(ModelRepositoryExtension):
+    """Refuses to load and unload models: any client could take the model from all others."""
+
+    async def load(self, model_name: str) -> dict[str, Any]:
+        """Refuse.
+
+        Raises:
+            InvalidInput: always.
+        """
+        raise InvalidInput("this server keeps the model that it was started with.")
+
+    unload = load
 
 
 async def _refuse_body(request: Request, error: Exception) -> JSONResponse:

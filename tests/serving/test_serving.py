@@ -189,6 +189,15 @@ def test_a_body_of_another_kind_is_refused(server, case):
     assert ask(f"{server.url}/v2/models/other/infer", b"{}", {"Content-Type": "application/json"})[0] in (400, 404)
 
 
+@pytest.mark.parametrize("kind", ["http", "grpc"])
+def test_no_client_takes_the_model_away(server, kind):
+    _, client = server.client(kind)
+    with contextlib.closing(client):
+        with pytest.raises(Exception, match="keeps the model"):
+            client.unload_model("net")
+        assert client.is_model_ready("net")
+
+
 def test_health_metadata_and_metrics(server):
     for kind in ("http", "grpc"):
         _, client = server.client(kind)
