@@ -16,7 +16,7 @@ dali = ["nvidia-dali-cuda130>=2.0"]
 webdataset = ["webdataset>=1.0", "fsspec>=2024.2"]
 tensorboard = ["tensorboard>=2.16"]
 timm = ["timm>=1.0.15"]
-serve = ["kserve>=0.21"]  # not in dev: 35 packages and half a minute; tests/serving/test_serving.py skips
+serve = ["kserve>=0.21"]  # not in dev: 54 packages more; tests/serving/test_serving.py skips
 hub = ["huggingface_hub>=0.26"]
 
 setup(
