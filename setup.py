@@ -16,6 +16,7 @@ dali = ["nvidia-dali-cuda130>=2.0"]
 webdataset = ["webdataset>=1.0", "fsspec>=2024.2"]
 tensorboard = ["tensorboard>=2.16"]
 timm = ["timm>=1.0.15"]
+serve = ["kserve>=0.21"]  # not in dev: 54 packages more; tests/serving/test_serving.py skips
 hub = ["huggingface_hub>=0.26"]
 
 setup(
@@ -49,6 +50,7 @@ setup(
         "report": report,
         "timm": timm,
         "hub": hub,
+        "serve": serve,
         "dali": dali,
         "webdataset": webdataset,
         "tensorrt": ["tensorrt>=10.0"],

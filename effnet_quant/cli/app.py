@@ -65,7 +65,7 @@ VERBS = {
     "data": Verb("data", "count, check and pack the images of a data set", "DATA --check"),
     "models": Verb("models", "list the networks", "'efficientnet-*'"),
     "serve": Verb(
-        "triton_repository", "put an engine into a model repository of Triton Inference Server", "int8.onnx repository"
+        "serve", "serve an engine over HTTP and gRPC, or fill Triton's model repository", "deploy/deploy.json"
     ),
     "launch": Verb(
         "launch",

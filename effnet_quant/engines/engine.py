@@ -147,13 +147,7 @@ class Engine:
             UserError: the number, shape or type of the arrays is wrong, one holds NaN (unless ``load_engine`` was told
                 ``allow_nan``), or the runtime fails.
         """
-        if len(arrays) != len(self.inputs):
-            names = ", ".join(value.name for value in self.inputs)
-            raise UserError(f"the engine takes {len(self.inputs)} arrays ({names}), not {len(arrays)}.")
-        checked = [self._checked(value, array) for value, array in zip(self.inputs, arrays, strict=True)]
-        if any(len(array) != len(checked[0]) for array in checked):
-            sizes = ", ".join(str(len(array)) for array in checked)
-            raise UserError(f"the arrays have batches of {sizes}; give all inputs the same batch.")
+        checked = self.check(*arrays)
         try:
             outputs = run_in_batches(self._run, checked, *self._batches)
         except UserError:
@@ -162,6 +156,21 @@ class Engine:
             raise UserError(f"{self.backend} can't run {self.path}: {_reason(error)}; check the arrays.") from error
         outputs = [output.astype(np.float32) if output.dtype == np.float16 else output for output in outputs]
         return arrange(outputs, self._signature.structure)
+
+    def check(self, *arrays: NDArray[Any]) -> list[NDArray[Any]]:
+        """The arguments of a call as contiguous arrays, without running the model.
+
+        Raises:
+            UserError: their number, shape or type is wrong, or one holds NaN.
+        """
+        if len(arrays) != len(self.inputs):
+            names = ", ".join(value.name for value in self.inputs)
+            raise UserError(f"the engine takes {len(self.inputs)} arrays ({names}), not {len(arrays)}.")
+        checked = [self._checked(value, array) for value, array in zip(self.inputs, arrays, strict=True)]
+        if any(len(array) != len(checked[0]) for array in checked):
+            sizes = ", ".join(str(len(array)) for array in checked)
+            raise UserError(f"the arrays have batches of {sizes}; give all inputs the same batch.")
+        return checked
 
     def real(self, outputs: Any) -> Any:
         """What the engine returned, as real numbers. An integer file's int32 outputs are multiplied by the card's scale."""

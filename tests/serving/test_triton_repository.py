@@ -14,7 +14,7 @@ from google.protobuf import text_format
 
 from effnet_quant import UserError, create_model, export_onnx
 from effnet_quant.card import InputSpec, ModelCard
-from effnet_quant.cli import triton_repository as command
+from effnet_quant.cli import serve as command
 from effnet_quant.engines.openvino import shared_core
 from effnet_quant.engines.signature import ArrayInput, ArrayOutput, Signature
 from effnet_quant.engines.tensorrt.build_options import BuildOptions, Machine
