@@ -11,7 +11,7 @@ from effnet_quant.cli.process import run
 from effnet_quant.cli.quantization import add_spec_arguments, seconds_of
 from effnet_quant.engines.runtimes import RUNTIMES, how_to_install, installed
 from effnet_quant.errors import UserError
-from effnet_quant.terminal import printable
+from effnet_quant.terminal import printable, shell_word
 
 
 def job(arguments: Sequence[str]) -> int:
@@ -64,11 +64,8 @@ def job(arguments: Sequence[str]) -> int:
     for line in str(result).splitlines():
         print(printable(line))
     if result.path is not None:
-        print(
-            printable(
-                f"{result.path}; run it: effnet-quant classify --pretrained-from-file {result.path} --image IMAGE"
-            )
-        )
+        command = f"effnet-quant classify --pretrained-from-file {shell_word(result.path)} --image IMAGE"
+        print(printable(f"{result.path}; run it: {command}"))
     return 0 if result.quantized else 1
 
 

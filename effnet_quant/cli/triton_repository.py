@@ -8,8 +8,9 @@ from effnet_quant.cli.arguments import Parser
 from effnet_quant.cli.engines import usual_backend
 from effnet_quant.cli.process import run
 from effnet_quant.engines.deployment import is_deployment, read_deployment
+from effnet_quant.files import existing_file
 from effnet_quant.serving.settings import FILE_NAMES, MAX_BATCH, QUEUE_DELAY_US, Serving
-from effnet_quant.terminal import printable
+from effnet_quant.terminal import printable, shell_word
 
 
 def job(arguments: Sequence[str]) -> int:
@@ -41,12 +42,13 @@ def job(arguments: Sequence[str]) -> int:
     parsed = parser.parse(arguments)
     from effnet_quant.serving.triton_repository import write_model
 
+    existing_file(parsed.engine)
     backend = parsed.backend or usual_backend(parsed.engine)
     path = read_deployment(parsed.engine)[1] if is_deployment(parsed.engine) else parsed.engine
     device = parsed.device or ("cuda" if backend == "tensorrt" else "cpu")
     serving = Serving(backend, device, parsed.instances, parsed.max_batch, parsed.queue_delay)
     folder = write_model(path, parsed.repository, serving, name=parsed.name, version=parsed.version)
-    start = f"tritonserver --model-repository={parsed.repository}"
+    start = f"tritonserver --model-repository={shell_word(parsed.repository)}"
     print(printable(f"{folder}: served by {backend} on the device {device}; start: {start}"))
     return 0
 
