@@ -17,6 +17,7 @@ webdataset = ["webdataset>=1.0", "fsspec>=2024.2"]
 tensorboard = ["tensorboard>=2.16"]
 timm = ["timm>=1.0.15"]
 hub = ["huggingface_hub>=0.26"]
+completion = ["shtab>=1.7"]
 
 setup(
     name="effnet-quant",
@@ -49,6 +50,7 @@ setup(
         "report": report,
         "timm": timm,
         "hub": hub,
+        "completion": completion,
         "dali": dali,
         "webdataset": webdataset,
         "tensorrt": ["tensorrt>=10.0"],
@@ -69,6 +71,7 @@ setup(
             "types-tqdm",
             *timm,
             *hub,
+            *completion,
             "tritonclient>=2.50",  # carries the schema of Triton's configurations
         ],
     },

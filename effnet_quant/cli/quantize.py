@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from effnet_quant.cli import quant_main
+from effnet_quant.cli.arguments import Parser
 from effnet_quant.cli.process import run, typed_command
 from effnet_quant.cli.run_file import DATA, FILENAME
 from effnet_quant.cli.verify import verdict
@@ -23,9 +24,22 @@ _CHECKPOINT, _BEST = "checkpoint.pth.tar", "model_best.pth.tar"
 _OTHERWISE = ("pretrained_from_file", "pretrained", "resume", "evaluate", "auto", "budget", "target_drop", "arch")
 
 
+def build_parser() -> Parser:
+    """quant_main.py's flags; DATA may be the folder of a training."""
+    parser = quant_main.build_parser()
+    parser.description = (
+        "Make a verified INT8 engine from the folder of a training, without further flags. Or, given DATA and trained "
+        "weights, do as quant_main.py: calibrate (--epochs 0 stops there), then fine-tune with fake quantization."
+    )
+    for action in parser._actions:
+        if action.dest == DATA:
+            action.help = f"the folder of a training (runs/...), or {action.help}"
+    return parser
+
+
 def job(arguments: Sequence[str]) -> int:
     """Quantize as the command line says; returns the exit status, 1 if the engine departs from its simulation."""
-    parsed = quant_main.build_parser().parse(arguments)
+    parsed = build_parser().parse(arguments)
     folder = Path(parsed.data)
     if not _is_training(folder):
         if not parsed.explicit & {"pretrained_from_file", "pretrained", "resume"}:

@@ -13,8 +13,8 @@ from effnet_quant.serving.settings import FILE_NAMES, MAX_BATCH, QUEUE_DELAY_US,
 from effnet_quant.terminal import printable, shell_word
 
 
-def job(arguments: Sequence[str]) -> int:
-    """Write the model as the command line says; returns the exit status."""
+def build_parser() -> Parser:
+    """The verb's flags."""
     parser = Parser("Put an engine into a model repository of Triton Inference Server.")
     add = parser.add_argument
     add("engine", metavar="ENGINE", help="an ONNX file, a plan of model2trt.py, or a deploy.json")
@@ -39,7 +39,12 @@ def job(arguments: Sequence[str]) -> int:
         metavar="MICROSECONDS",
         help=f"how long a request may wait for others to fill a batch (default: {QUEUE_DELAY_US})",
     )
-    parsed = parser.parse(arguments)
+    return parser
+
+
+def job(arguments: Sequence[str]) -> int:
+    """Write the model as the command line says; returns the exit status."""
+    parsed = build_parser().parse(arguments)
     from effnet_quant.serving.triton_repository import write_model
 
     existing_file(parsed.engine)

@@ -16,7 +16,7 @@ from effnet_quant.cli import app
 
 # as the requirements of the command name them
 EXPECTED = ["train", "quantize", "export", "deploy", "compile", "classify", "predict", "verify", "sensitivity"]
-EXPECTED += ["latency", "data", "models", "serve", "launch", "demo"]
+EXPECTED += ["latency", "data", "models", "serve", "launch", "demo", "completion"]
 
 
 @pytest.fixture

@@ -135,6 +135,13 @@ def test_the_help_of_train_does_not_show_defaults_that_the_preset_replaces(monke
     assert re.search(r"dropout before the classifier \(default: the\s+model's\)", parser.format_help())
 
 
+def test_the_help_of_quantize_tells_of_the_folder_of_a_training(verb):
+    status, out, _ = verb("quantize", "-h")
+    assert status == 0
+    assert "from the folder of a training, without" in out
+    assert re.search(r"^  DATA +the folder of a training \(runs/\.\.\.\), or a folder with", out, re.MULTILINE)
+
+
 def test_class_names_without_a_glyph_are_numbers_in_the_picture(tmp_path):
     pytest.importorskip("matplotlib")
     with warnings.catch_warnings():
