@@ -18,6 +18,7 @@ tensorboard = ["tensorboard>=2.16"]
 timm = ["timm>=1.0.15"]
 serve = ["kserve>=0.21"]  # not in dev: 54 packages more; tests/serving/test_serving.py skips
 hub = ["huggingface_hub>=0.26"]
+completion = ["shtab>=1.7"]
 
 setup(
     name="effnet-quant",
@@ -51,6 +52,7 @@ setup(
         "timm": timm,
         "hub": hub,
         "serve": serve,
+        "completion": completion,
         "dali": dali,
         "webdataset": webdataset,
         "tensorrt": ["tensorrt>=10.0"],
@@ -71,6 +73,7 @@ setup(
             "types-tqdm",
             *timm,
             *hub,
+            *completion,
             "tritonclient>=2.50",  # carries the schema of Triton's configurations
         ],
     },

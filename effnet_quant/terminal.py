@@ -1,7 +1,8 @@
-"""printable: text of unknown origin, such that it can't steer a terminal or forge a line of output."""
+"""Text of unknown origin, such that it can't steer a terminal or forge a line of output."""
 
 from __future__ import annotations
 
+import shlex
 import unicodedata
 
 # control characters, formatting (e.g. right-to-left overrides), halves of surrogate pairs, separators of lines
@@ -19,3 +20,8 @@ def printable(text: str) -> str:
         else character
         for character in text
     )
+
+
+def shell_word(path: object) -> str:
+    """A path for a command that a user copies: printable, and in quotes if a shell would take it apart."""
+    return printable(shlex.quote(str(path)))

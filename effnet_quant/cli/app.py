@@ -73,6 +73,7 @@ VERBS = {
         "--model efficientnet-b0 --mode convergence --platform H100 --precision AMP DATA",
     ),
     "demo": Verb("demo", "do all of it on handwritten digits, from the repository's root", "--workspace runs/demo"),
+    "completion": Verb("completion", "print a script with which bash or zsh completes all this", "bash"),
 }
 
 

@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import argparse
+import difflib
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, NoReturn
 
 from effnet_quant.cli.app import example_of
 from effnet_quant.cli.process import typed_command
 from effnet_quant.cli.run_file import with_run_file
 from effnet_quant.data.choices import AUGMENTATIONS, BACKENDS, INTERPOLATIONS
+from effnet_quant.terminal import printable
 from effnet_quant.training.choices import AFFINITIES, AMP_DTYPES, OPTIMIZERS, SCHEDULES
 
 
@@ -45,19 +47,44 @@ class Parser(argparse.ArgumentParser):
         self.add_argument("--debug", action="store_true", help="show the traceback of an error")
 
     def parse(self, arguments: Sequence[str]) -> argparse.Namespace:
-        """Parse arguments and add the set ``explicit``. Wrong arguments print the usage and exit with status 2.
+        """Parse arguments and add the set ``explicit``. Wrong arguments print a sentence and exit with status 2.
 
         The values of a file of ``--config``, if the script has this flag, count as given.
 
         Raises:
             UserError: the file of ``--config`` can't be used.
         """
+        self._check_spelling(arguments)
         path = self._config_file(arguments)
         if path is not None:
             arguments = with_run_file(list(arguments), path, self._given(arguments, open_ended=True), self)
-        parsed = self.parse_args(arguments)
+        parsed, others = self.parse_known_args(arguments)
+        if others:
+            self._fail(
+                f"there is no place for the word '{printable(others[0])}'; put quotes around a path with spaces."
+            )
         parsed.explicit = self._given(arguments)
         return parsed
+
+    def error(self, message: str) -> NoReturn:
+        """Print a line, not the usage of all flags, which would hide it; exit with status 2."""
+        them = "it" if message.startswith("argument ") else "them"
+        self._fail(f"{printable(message)}; {self.prog} -h explains {them}.")
+
+    def _fail(self, sentence: str) -> NoReturn:
+        self.exit(2, f"error: {sentence}\n")
+
+    def _check_spelling(self, arguments: Sequence[str]) -> None:
+        """End with a sentence if a word looks like a flag and is none. argparse would first ask for what is missing."""
+        for word in arguments:
+            flag = word.partition("=")[0]
+            if word == "--":
+                return
+            if not flag.startswith("--") or " " in flag or flag in self._option_string_actions:
+                continue
+            near = difflib.get_close_matches(flag, self._option_string_actions, n=1, cutoff=0.7)
+            hint = f"did you mean {near[0]}?" if near else f"{self.prog} -h lists the flags."
+            self._fail(f"there is no flag {printable(flag)}; {hint}")
 
     def _config_file(self, arguments: Sequence[str]) -> str | None:
         """The file of ``--config``; None if the script has no such flag, or the command line does not give it."""

@@ -34,8 +34,8 @@ _OF_WEIGHTS = {
 }
 
 
-def job(arguments: Sequence[str]) -> int:
-    """Classify as the command line says; returns the exit status, 2 if an image could not be read."""
+def build_parser() -> Parser:
+    """The verb's flags."""
     parser = Parser("Classify images with PyTorch weights, an ONNX file or a TensorRT plan.")
     add_model_arguments(parser, None)
     add_spec_arguments(parser)
@@ -52,7 +52,12 @@ def job(arguments: Sequence[str]) -> int:
     parser.add_argument("-b", "--batch-size", type=int, default=32, help="images computed together")
     parser.add_argument("--topk", type=int, default=5, help="classes to print for each image")
     parser.add_argument("--json", action="store_true", help="print one JSON object per image")
-    parsed = parser.parse(arguments)
+    return parser
+
+
+def job(arguments: Sequence[str]) -> int:
+    """Classify as the command line says; returns the exit status, 2 if an image could not be read."""
+    parsed = build_parser().parse(arguments)
     if not parsed.pretrained_from_file and not parsed.pretrained:
         raise UserError(
             "there are no weights; give a weights, .onnx or .plan file with --pretrained-from-file, or --pretrained."

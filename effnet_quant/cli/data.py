@@ -22,8 +22,8 @@ _SAMPLE = 1000  # images whose size is read without --check
 _SHOWN = 20  # classes or broken files that are listed
 
 
-def job(arguments: Sequence[str]) -> int:
-    """Inspect a data set as the command line says; returns the exit status, 1 if there are broken images."""
+def build_parser() -> Parser:
+    """The verb's flags."""
     parser = Parser("Show what is in a data set, check its images and pack them into shards.")
     parser.add_argument("data", metavar="DATA", help="a data set as for main.py; see docs/data.md")
     parser.add_argument("--check", action="store_true", help="decode every image and name the broken ones")
@@ -33,7 +33,12 @@ def job(arguments: Sequence[str]) -> int:
     parser.add_argument(
         "-j", "--workers", type=int, default=os.cpu_count(), help="reading processes (default: all cores)"
     )
-    return _run(parser.parse(arguments))
+    return parser
+
+
+def job(arguments: Sequence[str]) -> int:
+    """Inspect a data set as the command line says; returns the exit status, 1 if there are broken images."""
+    return _run(build_parser().parse(arguments))
 
 
 def _run(arguments: argparse.Namespace) -> int:

@@ -11,11 +11,11 @@ from effnet_quant.cli.process import run
 from effnet_quant.cli.quantization import add_spec_arguments, seconds_of
 from effnet_quant.engines.runtimes import RUNTIMES, how_to_install, installed
 from effnet_quant.errors import UserError
-from effnet_quant.terminal import printable
+from effnet_quant.terminal import printable, shell_word
 
 
-def job(arguments: Sequence[str]) -> int:
-    """Deploy as the command line says; returns the exit status, 1 if no 8-bit engine is worth it."""
+def build_parser() -> Parser:
+    """The verb's flags."""
     parser = Parser("Find the fastest engine on this machine that agrees with its simulation, and keep it in a folder.")
     add_model_arguments(parser, None)
     add_spec_arguments(parser)
@@ -33,7 +33,12 @@ def job(arguments: Sequence[str]) -> int:
     add("--image-size", type=int, help="image size in pixels (default: the weights', else the model's)")
     add("--threads", type=int, help="CPU threads of the engine (default: each runtime's own choice)")
     add("--time-budget", default="5m", metavar="TIME", help="time for all of it, e.g. 90s, 5m or 1h")
-    parsed = parser.parse(arguments)
+    return parser
+
+
+def job(arguments: Sequence[str]) -> int:
+    """Deploy as the command line says; returns the exit status, 1 if no 8-bit engine is worth it."""
+    parsed = build_parser().parse(arguments)
     if not parsed.pretrained_from_file and not parsed.pretrained:
         raise UserError("there are no weights; give them with --weights.")
     budget = seconds_of(parsed.time_budget)
@@ -64,11 +69,8 @@ def job(arguments: Sequence[str]) -> int:
     for line in str(result).splitlines():
         print(printable(line))
     if result.path is not None:
-        print(
-            printable(
-                f"{result.path}; run it: effnet-quant classify --pretrained-from-file {result.path} --image IMAGE"
-            )
-        )
+        command = f"effnet-quant classify --pretrained-from-file {shell_word(result.path)} --image IMAGE"
+        print(printable(f"{result.path}; run it: {command}"))
     return 0 if result.quantized else 1
 
 

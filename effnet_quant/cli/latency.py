@@ -27,8 +27,8 @@ _ENGINE = re.compile(rf"(.*?)(?:@({'|'.join(BACKENDS)})(?:@(\w+))?)?", re.DOTALL
 _TITLES = ("engine", "backend", "precision", "batch", "img/s", "avg ms", "50 % ms", "95 % ms", "99 % ms", "speed")
 
 
-def job(arguments: Sequence[str]) -> int:
-    """Measure as the command line says; returns the exit status."""
+def build_parser() -> Parser:
+    """The verb's flags."""
     parser = Parser("Time engines in turns, and print a table; the last column is the speed over the first engine's.")
     add = parser.add_argument
     add(
@@ -43,7 +43,12 @@ def job(arguments: Sequence[str]) -> int:
     add("--image-size", type=int, help="image size in pixels, for engines with an open size")
     add("--seconds", type=float, default=5, help="approximate time per engine and batch size")
     add("--json", metavar="FILE", help="also write the figures to FILE, in seconds")
-    parsed = parser.parse(arguments)
+    return parser
+
+
+def job(arguments: Sequence[str]) -> int:
+    """Measure as the command line says; returns the exit status."""
+    parsed = build_parser().parse(arguments)
     if min(parsed.batch_sizes) < 1 or parsed.seconds <= 0:
         raise UserError("--batch-sizes and --seconds must be positive.")
     if parsed.json:

@@ -21,8 +21,8 @@ from effnet_quant.terminal import printable
 QUANTIZING_MODES = ("calibration", "qat")
 
 
-def job(arguments: Sequence[str]) -> int:
-    """Run the recipe that the command line names. Other flags go to the script and override the recipe."""
+def build_parser() -> argparse.ArgumentParser:
+    """The script's own flags; those of a recipe's script are apart."""
     parser = argparse.ArgumentParser(
         prog=typed_command(),
         description="Train, evaluate, calibrate or benchmark with a recipe. Further flags of main.py or quant_main.py "
@@ -40,7 +40,12 @@ def job(arguments: Sequence[str]) -> int:
     )
     parser.add_argument("--list", action="store_true", help="show the recipes and exit")
     parser.add_argument("--dry-run", action="store_true", help="show the resolved configuration and exit")
-    parsed, rest = parser.parse_known_args(arguments)
+    return parser
+
+
+def job(arguments: Sequence[str]) -> int:
+    """Run the recipe that the command line names. Other flags go to the script and override the recipe."""
+    parsed, rest = build_parser().parse_known_args(arguments)
     from effnet_quant.cli import main as main_script
     from effnet_quant.cli import quant_main as quant_script
 
@@ -65,7 +70,7 @@ def job(arguments: Sequence[str]) -> int:
     if parsed.dry_run:
         resolved = vars(script.build_parser().parse(command))
         del resolved["explicit"]
-        name = _command_of(script, parser.prog)
+        name = _command_of(script, typed_command())
         print(f"# {name} {shlex.join(command)}\n{yaml.safe_dump(resolved, sort_keys=True)}", end="")
         return 0
     return script.job(command)

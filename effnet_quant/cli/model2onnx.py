@@ -39,8 +39,8 @@ _OF_ONNX = {
 }
 
 
-def job(arguments: Sequence[str]) -> int:
-    """Export as the command line says; returns the exit status."""
+def build_parser() -> Parser:
+    """The verb's flags."""
     parser = Parser("Export a model, float or quantized, to ONNX, or to ExecuTorch.")
     add_model_arguments(parser, None)
     add_spec_arguments(parser)
@@ -70,7 +70,12 @@ def job(arguments: Sequence[str]) -> int:
         help="with --tune: exit with status 0 even if the network is faster in float",
     )
     add_verify_arguments(parser)
-    parsed = parser.parse(arguments)
+    return parser
+
+
+def job(arguments: Sequence[str]) -> int:
+    """Export as the command line says; returns the exit status."""
+    parsed = build_parser().parse(arguments)
     from effnet_quant.cli.file_card import card_to_start_from
     from effnet_quant.cli.model_flags import load_model
     from effnet_quant.engines.engine import load_engine

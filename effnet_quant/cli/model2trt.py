@@ -16,8 +16,8 @@ from effnet_quant.terminal import printable
 _USUAL = BuildOptions()
 
 
-def job(arguments: Sequence[str]) -> int:
-    """Build as the command line says; returns the exit status."""
+def build_parser() -> Parser:
+    """The verb's flags."""
     parser = Parser("Build a TensorRT plan from an ONNX file; the precisions are those in the file.")
     add = parser.add_argument
     add("onnx", metavar="ONNX", help="a file that model2onnx.py wrote with --target tensorrt")
@@ -40,7 +40,12 @@ def job(arguments: Sequence[str]) -> int:
         help="let other cards run the plan",
     )
     add("--layers", action="store_true", help="print the precision of every layer instead of a summary")
-    parsed = parser.parse(arguments)
+    return parser
+
+
+def job(arguments: Sequence[str]) -> int:
+    """Build as the command line says; returns the exit status."""
+    parsed = build_parser().parse(arguments)
     output = Path(parsed.output or Path(parsed.onnx).with_suffix(".plan"))
     if output.suffix != ".plan":
         raise UserError(f"the other scripts know a plan by its name; call it {output.with_suffix('.plan')}.")

@@ -13,13 +13,18 @@ from effnet_quant.models.kept_table import kept_table
 HEADER = ("model", "parameters", "GMACs", "image size", "weights")
 
 
-def job(arguments: Sequence[str]) -> int:
-    """Print the table, a row at a time; returns the exit status."""
+def build_parser() -> Parser:
+    """The verb's flags."""
     parser = Parser("List the models with their parameters, multiply-accumulates, image size and published weights.")
     parser.add_argument(
         "pattern", nargs="?", default="*", help="of names, e.g. 'efficientnet-*b4', 'timm:resnet*', 'torchvision:*'"
     )
-    pattern = parser.parse(arguments).pattern
+    return parser
+
+
+def job(arguments: Sequence[str]) -> int:
+    """Print the table, a row at a time; returns the exit status."""
+    pattern = build_parser().parse(arguments).pattern
     with kept_table() as table:
         names = table.names.get(pattern) or _names(pattern)
         table.names[pattern] = names

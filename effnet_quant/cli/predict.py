@@ -12,8 +12,8 @@ from effnet_quant.errors import UserError
 from effnet_quant.terminal import printable
 
 
-def job(arguments: Sequence[str]) -> int:
-    """Predict as the command line says; returns the exit status, 2 if an image could not be read."""
+def build_parser() -> Parser:
+    """The verb's flags."""
     parser = Parser(
         "Write an engine's answers for all images of a folder or of tars, as JSON lines. A killed run goes on."
     )
@@ -23,7 +23,12 @@ def job(arguments: Sequence[str]) -> int:
     add("--output", required=True, metavar="FOLDER", help="folder of the answers, part-00000.jsonl …")
     add("--topk", type=int, default=5, help="classes in an answer")
     add_engine_arguments(parser)
-    parsed = parser.parse(arguments)
+    return parser
+
+
+def job(arguments: Sequence[str]) -> int:
+    """Predict as the command line says; returns the exit status, 2 if an image could not be read."""
+    parsed = build_parser().parse(arguments)
     if not is_engine(parsed.engine):
         raise UserError(
             f"{parsed.engine} is no engine; give a deploy.json, or export the weights with effnet-quant export."

@@ -16,8 +16,8 @@ IMAGES = 256
 BATCH = 32
 
 
-def job(arguments: Sequence[str]) -> int:
-    """Print the table that the command line asks for; returns the exit status."""
+def build_parser() -> Parser:
+    """The verb's flags."""
     parser = Parser("Quantize one layer at a time, and print what the network loses by each.")
     add_model_arguments(parser, None)
     parser.add_argument("data", metavar="DATA", help="a folder with train/ and val/, or another name from docs/data.md")
@@ -28,7 +28,12 @@ def job(arguments: Sequence[str]) -> int:
     parser.add_argument("-j", "--workers", type=int, default=0, help="data loading processes")
     parser.add_argument("--json", metavar="FILE", help="also write the figures to FILE")
     parser.add_argument("--plot", metavar="FILE", help="also draw the figures, in an .svg file")
-    parsed = parser.parse(arguments)
+    return parser
+
+
+def job(arguments: Sequence[str]) -> int:
+    """Print the table that the command line asks for; returns the exit status."""
+    parsed = build_parser().parse(arguments)
     if parsed.plot and Path(parsed.plot).suffix != ".svg":
         raise UserError(f"--plot {parsed.plot}: expected a file named .svg.")
     for path in (parsed.json, parsed.plot):

@@ -10,15 +10,16 @@ from effnet_quant.cli.engines import usual_backend
 from effnet_quant.cli.process import run
 from effnet_quant.engines.deployment import is_deployment, read_deployment
 from effnet_quant.errors import UserError
+from effnet_quant.files import existing_file
 from effnet_quant.serving.ports import check_port
 from effnet_quant.serving.settings import MAX_BATCH, QUEUE_DELAY_US, Serving
-from effnet_quant.terminal import printable
+from effnet_quant.terminal import printable, shell_word
 
 HTTP_PORT, GRPC_PORT = 8080, 8081
 
 
-def job(arguments: Sequence[str]) -> int:
-    """Serve, or write the model, as the command line says; returns the exit status."""
+def build_parser() -> Parser:
+    """The verb's flags."""
     parser = Parser("Serve an engine over HTTP and gRPC, or put it into a model repository of Triton Inference Server.")
     add = parser.add_argument
     add("engine", metavar="ENGINE", help="an ONNX file, a plan of model2trt.py, or a deploy.json")
@@ -49,7 +50,13 @@ def job(arguments: Sequence[str]) -> int:
         metavar="MICROSECONDS",
         help=f"how long a request may wait for others to fill a batch (default: {QUEUE_DELAY_US})",
     )
-    parsed = parser.parse(arguments)
+    return parser
+
+
+def job(arguments: Sequence[str]) -> int:
+    """Serve, or write the model, as the command line says; returns the exit status."""
+    parsed = build_parser().parse(arguments)
+    existing_file(parsed.engine)
     if parsed.repository is None:
         return _serve_here(parsed)
     _refuse(parsed, ("http_port", "grpc_port"), "is for serving here; leave REPOSITORY out")
@@ -61,7 +68,7 @@ def job(arguments: Sequence[str]) -> int:
     instances = 1 if parsed.instances is None else parsed.instances
     serving = Serving(backend, device, instances, parsed.max_batch, parsed.queue_delay)
     folder = write_model(path, parsed.repository, serving, name=parsed.name, version=parsed.version)
-    start = f"tritonserver --model-repository={parsed.repository}"
+    start = f"tritonserver --model-repository={shell_word(parsed.repository)}"
     print(printable(f"{folder}: served by {backend} on the device {device}; start: {start}"))
     return 0
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import os
+import re
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -13,22 +14,49 @@ from effnet_quant.cli import main as main_script
 from effnet_quant.cli.arguments import Parser, add_training_arguments
 from effnet_quant.cli.process import run, typed_command
 from effnet_quant.errors import UserError
-from effnet_quant.terminal import printable
+from effnet_quant.terminal import printable, shell_word
 
 if TYPE_CHECKING:
     from effnet_quant.card import ModelCard
 
 NVIDIA, PRESET = "nvidia", "preset"
+# values of flags for which the preset has others than main.py
+_CHOSEN = {
+    "arch",
+    "image_size",
+    "smallest_crop",
+    "epochs",
+    "batch_size",
+    "lr",
+    "lr_schedule",
+    "warmup",
+    "label_smoothing",
+}
+_CHOSEN |= {
+    "weight_decay",
+    "nesterov",
+    "mixup",
+    "amp",
+    "amp_dtype",
+    "memory_format",
+    "workers",
+    "workspace",
+    "pretrained",
+}
+_CHOSEN |= {"seed"}
+_DEFAULT = r" \(default: [^)]*\)$"
 _RUN_CONTROL = {"print_freq", "checkpoint_filename", "save_checkpoints", "training_only", "prof", "run_epochs", "topk"}
 
 
 def build_parser() -> Parser:
     """The verb's flags: main.py's, and whose defaults they have."""
     parser = Parser(
-        "Train an image classifier. Data and machine choose the settings that no flag gives (docs/training.md); the "
-        "defaults shown here are those of --defaults nvidia."
+        "Train an image classifier. Data and machine choose the settings that no flag gives (docs/training.md)."
     )
     add_training_arguments(parser)
+    for action in parser._actions:
+        if action.dest in _CHOSEN:
+            action.help = f"{re.sub(_DEFAULT, '', action.help or '')} (default: chosen)"
     parser.add_argument(
         "--defaults",
         choices=(PRESET, NVIDIA),
@@ -74,7 +102,7 @@ def job(arguments: Sequence[str]) -> int:
     if picture.is_file():
         print(f"picture: {printable(str(picture))}")
     program = typed_command().rpartition(" ")[0]
-    print(f"next: {program} quantize {printable(parsed.workspace)}", flush=True)
+    print(f"next: {program} quantize {shell_word(parsed.workspace)}", flush=True)
     return 0
 
 

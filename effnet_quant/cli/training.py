@@ -19,7 +19,7 @@ from effnet_quant.jobs.float_training import evaluate, fit
 from effnet_quant.jobs.run import Run
 from effnet_quant.models.registry import get_entry
 from effnet_quant.quantization.spec import QuantSpec
-from effnet_quant.terminal import printable
+from effnet_quant.terminal import printable, shell_word
 from effnet_quant.training.config import (
     ABOVE_ZERO,
     ABOVE_ZERO_TO_ONE,
@@ -160,7 +160,11 @@ def train_or_evaluate(run: Run, parsed: argparse.Namespace) -> int:
     except Interrupted as interruption:
         end_children()
         path = os.path.join(parsed.workspace, parsed.checkpoint_filename)
-        kept = f"; go on with --resume {path}" if run.config.save_checkpoints else ", without a checkpoint"
+        kept = f"; go on with --resume {shell_word(path)}" if run.config.save_checkpoints else ", without a checkpoint"
         print(f"{interruption}{printable(kept)}", file=sys.stderr)
         return 128 + interruption.signal_number
+    done, epochs = run.trainer.epochs_done, run.config.epochs
+    if parsed.run_epochs >= 0 and done < epochs and run.config.save_checkpoints and run.world.is_main:
+        path = os.path.join(parsed.workspace, parsed.checkpoint_filename)
+        print(f"trained {done} of {epochs} epochs; go on with --resume {shell_word(path)}", flush=True)
     return 0

@@ -39,8 +39,8 @@ _OF_RUNNING = {
 }
 
 
-def job(arguments: Sequence[str]) -> int:
-    """Verify as the command line says; returns the exit status, 1 if the engine fails."""
+def build_parser() -> Parser:
+    """The verb's flags."""
     parser = Parser("Compare an engine with its simulation on real images, or check a graph against TensorRT's rules.")
     add_model_arguments(parser, None)
     parser.add_argument("data", metavar="DATA", nargs="?", help="folder with val/<class>/, 'digits', 'cifar10' …")
@@ -50,7 +50,12 @@ def job(arguments: Sequence[str]) -> int:
     parser.add_argument("-b", "--batch-size", type=int, help=f"images per batch (default: {BATCH})")
     add_verify_arguments(parser)
     parser.add_argument("--lint", choices=("tensorrt",), help="check the graph against a runtime's placement rules")
-    parsed = parser.parse(arguments)
+    return parser
+
+
+def job(arguments: Sequence[str]) -> int:
+    """Verify as the command line says; returns the exit status, 1 if the engine fails."""
+    parsed = build_parser().parse(arguments)
     if not parsed.data:
         if parsed.lint is None:
             raise UserError("on which images? Give DATA, or --lint tensorrt to check the graph alone.")

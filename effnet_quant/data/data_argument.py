@@ -90,6 +90,8 @@ def _is_folder(data: str) -> bool:
 
 
 def _open(data: str, split: str, classes: list[str] | None) -> ImageSource:
+    if not data:
+        raise UserError("DATA is empty; give a folder with a folder of each class, or with train/ and val/.")
     if data == DIGITS:
         return DigitsSource(split)
     if data == SYNTHETIC:
@@ -101,7 +103,10 @@ def _open(data: str, split: str, classes: list[str] | None) -> ImageSource:
     root = Path(data)
     if not root.is_dir():
         names = ", ".join(f"'{name}'" for name in (DIGITS, *CIFAR, SYNTHETIC))
-        raise UserError(f"there is no data at {data}; give a folder with train/ and val/, or one of {names}.")
+        raise UserError(
+            f"there is no data at {data}; give a folder with a folder of each class, or with train/ and val/, or one of "
+            f"{names}."
+        )
     for name, folder in CIFAR.items():
         if (root / folder).is_dir():
             return CifarSource(name, split, root)

@@ -89,7 +89,7 @@ def class_folders(root: Path) -> list[str]:
     """
     if not root.is_dir():
         raise UserError(
-            f"there is no folder {root}; DATA must hold train/<class>/ and val/<class>/, or a folder of each class."
+            f"there is no folder {root}; DATA must hold a folder of each class, or train/<class>/ and val/<class>/."
         )
     try:
         above = _above(root)

@@ -68,6 +68,10 @@ def image_parts(source: str | Path) -> list[Part]:
         groups = (files[start : start + FILES_IN_A_PART] for start in range(0, len(files), FILES_IN_A_PART))
         parts = [Part(tuple(group), folder=root) for group in groups]
         parts += [_of_tar(path) for path in sorted(root.rglob("*.tar")) if path.is_file()]
+    elif root.is_file():
+        raise UserError(
+            f"{source} is neither a folder nor a .tar file; effnet-quant classify --image answers for single pictures."
+        )
     else:
         raise UserError(f"there are no images at {source}; give a folder of images or of tars, or a .tar file.")
     parts = [part for part in parts if part.images]

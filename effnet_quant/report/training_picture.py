@@ -56,7 +56,7 @@ def draw_training(
     from matplotlib import pyplot as plt
 
     count = len(classes)
-    names = [_short(name) for name in classes] if count <= _MOST_NAMED else []
+    names = [_drawable(name, index) for index, name in enumerate(classes)] if count <= _MOST_NAMED else []
     side = min(max(4.5, 0.32 * count), 11.0)
     figure, (curves, bars, matrix) = plt.subplots(
         1, 3, figsize=(9.5 + side, side + 0.8), width_ratios=(5, 3.2, side), layout="constrained"
@@ -109,6 +109,14 @@ def draw_training(
 
 def _numbers(values: Sequence[float | None]) -> list[float]:
     return [np.nan if value is None else value for value in values]
+
+
+def _drawable(name: str, index: int) -> str:
+    """The name of a class, or its number where the picture's font lacks a letter of it."""
+    from matplotlib.font_manager import findfont, get_font
+
+    font = get_font(findfont("DejaVu Sans"))  # matplotlib's own
+    return _short(name) if all(map(font.get_char_index, map(ord, printable(name)))) else f"class {index}"
 
 
 def _short(name: str) -> str:

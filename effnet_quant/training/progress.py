@@ -33,6 +33,13 @@ def progress(items: Iterable[T], total: int, title: str, every: int) -> Iterator
             print(f"{title}: {done}/{total}, {left:.0f} s left", file=sys.stderr, flush=True)
 
 
+def duration(seconds: float) -> str:
+    """A time in words: "45 s", "12 min" or "3.5 h"."""
+    if seconds < 120:
+        return f"{seconds:.0f} s"
+    return f"{seconds / 60:.0f} min" if seconds < 7200 else f"{seconds / 3600:.1f} h"
+
+
 class ProgressLines:
     """Shows the parts of long work, one after another, on standard error: how much is done, and how long the rest will take.
 

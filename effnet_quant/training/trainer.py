@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+import time
 from contextlib import AbstractContextManager, nullcontext
 from functools import partial
 from itertools import islice
@@ -35,7 +36,7 @@ from effnet_quant.training.freezing import freeze
 from effnet_quant.training.metrics import LossMeter, Recorder, Stopwatch, describe
 from effnet_quant.training.optimizers import LR_SCALE, build_optimizer, learned_ranges, load_optimizer_state
 from effnet_quant.training.precision import choose_precision
-from effnet_quant.training.progress import progress
+from effnet_quant.training.progress import duration, progress
 from effnet_quant.training.resume_point import Position, check_same_batches, random_states, restore_random_state
 from effnet_quant.training.schedules import learning_rate
 from effnet_quant.training.signals import Abandoned, Interrupted, SignalWatch
@@ -146,7 +147,7 @@ class Trainer:
         with self._signals, self._interruptible_backward():
             try:
                 while position.epoch < last and not self._stopped_early():
-                    self._whole_epoch(network, train, val, start)
+                    self._whole_epoch(network, train, val, start, last)
             except Abandoned:
                 position.batch = start.restore()
                 self._stop_if_signalled()
@@ -156,15 +157,26 @@ class Trainer:
                 flush=True,
             )
 
-    def _whole_epoch(self, network: nn.Module, train: Loader, val: Loader, start: StepStart) -> None:
-        """Train for an epoch, or what is left of it, validate, record the metrics and write a checkpoint."""
+    @property
+    def epochs_done(self) -> int:
+        """The whole epochs that are trained, in earlier runs too."""
+        return self._position.epoch
+
+    def _whole_epoch(self, network: nn.Module, train: Loader, val: Loader, start: StepStart, last: int) -> None:
+        """Train for an epoch, or what is left of it, validate, record the metrics and write a checkpoint.
+
+        ``last``: epochs after which the run ends, for the estimate of its time.
+        """
         config, position, score = self.config, self._position, self.task.score
+        begin, whole = time.monotonic(), position.batch == 0
         metrics = self._train_epoch(network, train, start)
         title = f"epoch {position.epoch + 1}/{config.epochs}"
         if not config.training_only:
             metrics |= self.validate(val, f"{title} val")
         self._recorder.record(metrics, epoch=position.epoch)
-        print(f"{title}: {describe(metrics)}", flush=True)
+        left = last - position.epoch - 1
+        estimate = f", about {duration((time.monotonic() - begin) * left)} left" if whole and left else ""
+        print(f"{title}: {describe(metrics)}{estimate}", flush=True)
         reached = metrics.get(f"val.{score.key}")
         is_best = reached is not None and position.note_score(score.ranked(reached))
         position.epoch, position.batch, self._loss_sums = position.epoch + 1, 0, None

@@ -111,7 +111,9 @@ def mistakes(stage, write_images):
         image.write_text("no image at all")
     (stage.root / "file").write_text("not a folder")
     return {
-        "missing folder": Mistake("main.py", [stage.root / "nowhere", *FLOAT], r"/nowhere; give a folder with train/"),
+        "missing folder": Mistake(
+            "main.py", [stage.root / "nowhere", *FLOAT], r"/nowhere; give a folder with a folder"
+        ),
         "no images": Mistake("main.py", [empty, *FLOAT], r"no images in .*/empty/train; expected <class>/<image>"),
         "class that train lacks": Mistake(
             "main.py", [stranger, *FLOAT], r"/stranger/val .*: zebra; add them to train/"

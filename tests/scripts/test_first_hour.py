@@ -134,7 +134,7 @@ def test_the_same_from_python(pictures, tmp_path, monkeypatch, capsys):
     [
         (
             lambda root: [shutil.rmtree(folder) for folder in root.iterdir()],
-            "there is no folder {root}/train; DATA must hold train/<class>/ and val/<class>/, or a folder of each",
+            "there is no folder {root}/train; DATA must hold a folder of each class, or train/<class>/ and val/<class>/.",
         ),
         (
             lambda root: [shutil.rmtree(root / name) for name in ("blue", "red")],
