@@ -284,8 +284,6 @@ def test_verify_compares_engine_and_simulation(image_folder, tuned, exported, ru
     assert "images                     18" in out
     assert "the engine does what the simulation says on these 18 images, too few for 90 %; 35 images" in out
     assert "layers.6.block0.proj.conv._input_quantizer" in out
-    assert verify.job([*arguments, "--min-agreement", "100.1", str(image_folder)]) == 1
-    assert "the engine departs from the simulation" in capsys.readouterr().out
     assert verify.job([*arguments, "--min-agreement", "90", "--min-images", "1000", str(image_folder)]) == 1
     assert "18 images are fewer than 1000; give more" in capsys.readouterr().out
 

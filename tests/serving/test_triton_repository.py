@@ -189,6 +189,7 @@ def test_what_can_not_be_served_is_said_and_leaves_nothing(path: Path, tmp_path:
     models = str(tmp_path / "models")
     with pytest.raises(UserError, match="openvino serves on the device cpu"):
         command.job([str(path), models, "--backend", "openvino", "--device", "cuda"])
+    path.with_suffix(".safetensors").touch()
     with pytest.raises(UserError, match="Triton has no backend 'torch'"):
         command.job([str(path.with_suffix(".safetensors")), models])
     with pytest.raises(UserError, match="at least 1"):
