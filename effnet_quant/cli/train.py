@@ -85,6 +85,8 @@ def job(arguments: Sequence[str]) -> int:
         raise UserError(
             "the preset trains in one process; start main.py with multiproc.py, or give train --defaults nvidia."
         )
+    if "epochs" in parsed.explicit and parsed.epochs < 1:
+        raise UserError(f"--epochs must be 1 or more, not {parsed.epochs}; leave it out for as many as the data needs.")
     said = card_to_start_from(parsed)
     chosen = _take_preset(parsed, said)
     main_script.refuse_quantized(parsed.arch)

@@ -135,6 +135,13 @@ def test_the_help_of_train_does_not_show_defaults_that_the_preset_replaces(monke
     assert re.search(r"dropout before the classifier \(default: the\s+model's\)", parser.format_help())
 
 
+@pytest.mark.parametrize("epochs", [0, -3])
+def test_a_training_of_no_epochs_is_refused_before_it_has_a_folder(verb, tmp_path, epochs):
+    sentence = f"error: --epochs must be 1 or more, not {epochs}; leave it out for as many as the data needs.\n"
+    assert verb("train", "digits", "--epochs", epochs) == (2, "", sentence)
+    assert list(tmp_path.iterdir()) == []
+
+
 def test_the_help_of_quantize_tells_of_the_folder_of_a_training(verb):
     status, out, _ = verb("quantize", "-h")
     assert status == 0
