@@ -21,29 +21,29 @@ if TYPE_CHECKING:
 
 NVIDIA, PRESET = "nvidia", "preset"
 # values of flags for which the preset has others than main.py
-_CHOSEN = {
-    "arch",
-    "image_size",
-    "smallest_crop",
-    "epochs",
-    "batch_size",
-    "lr",
-    "lr_schedule",
-    "warmup",
-    "label_smoothing",
-}
-_CHOSEN |= {
-    "weight_decay",
-    "nesterov",
-    "mixup",
-    "amp",
-    "amp_dtype",
-    "memory_format",
-    "workers",
-    "workspace",
-    "pretrained",
-}
-_CHOSEN |= {"seed"}
+_CHOSEN = frozenset(
+    (
+        "arch",
+        "image_size",
+        "smallest_crop",
+        "epochs",
+        "batch_size",
+        "lr",
+        "lr_schedule",
+        "warmup",
+        "label_smoothing",
+        "weight_decay",
+        "nesterov",
+        "mixup",
+        "amp",
+        "amp_dtype",
+        "memory_format",
+        "workers",
+        "workspace",
+        "pretrained",
+        "seed",
+    )
+)
 _DEFAULT = r" \(default: [^)]*\)$"
 _RUN_CONTROL = {"print_freq", "checkpoint_filename", "save_checkpoints", "training_only", "prof", "run_epochs", "topk"}
 
