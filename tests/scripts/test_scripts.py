@@ -174,6 +174,7 @@ def test_fine_tuning_trains_the_weights_and_keeps_the_ranges(calibrated, tuned):
     assert set(raport(tuned)[0]["data"]) == TRAINING_METRICS | VALIDATION_METRICS
 
 
+@pytest.mark.slow
 def test_fine_tuning_resumes(run_script, image_folder, tuned, tmp_path):
     resume = ["--resume", tuned / "checkpoint.pth.tar", "--workspace", tmp_path]
     result = run_script("quant_main.py", image_folder, *QUANTIZED, "--epochs", 2, *resume)
